@@ -1,0 +1,332 @@
+"""Every setting of sae-train, once: the command line, YAML files, help and run.json are all made from this tree.
+
+In: plain dictionaries with flat keys (from flags, files or `train(**settings)`). Out: one frozen `Settings`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from sae_train.errors import UserError
+
+ARCHITECTURES = ("relu", "topk", "jumprelu")
+CONFIGS = Path(__file__).parent / "configs"
+WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
+    "65k": 2**16,
+    "131k": 2**17,
+    "262k": 2**18,
+    "524k": 2**19,
+    "1m": 2**20,
+    "2m": 2**21,
+}
+
+
+def width_label(width: int) -> str:
+    """Write a width as the field does: 16384 is '16k', 65536 is '65k', 1000 stays '1000'."""
+    return next((label for label, value in WIDTH_LABELS.items() if value == width), str(width))
+
+
+def parse_width(value: object) -> int:
+    """Read '16k' as 16,384 (labels are powers of two) and '5000' as itself; raise ValueError otherwise."""
+    text = str(value).strip().lower().replace("_", "")
+    if text in WIDTH_LABELS:
+        return WIDTH_LABELS[text]
+    if re.fullmatch(r"[+]?\d+", text) and int(text) > 0:
+        return int(text)
+    number = re.match(r"-?\d+(\.\d+)?", text)
+    size = float(number[0]) * (1024 if "k" in text else 2**20 if "m" in text else 1) if number else 2**14
+    near = sorted(WIDTH_LABELS, key=lambda label: abs(math.log2(WIDTH_LABELS[label] / max(size, 1))))[:3]
+    near.sort(key=WIDTH_LABELS.get)
+    raise ValueError(f"{value!r} is not a width: give a positive integer or a label such as {', '.join(near)}")
+
+
+def parse_count(value: object) -> int:
+    """Read a number of tokens: 1_000_000, '300k', '1.5M' or '2B' (decimal suffixes); raise ValueError otherwise."""
+    text = str(value).strip().lower().replace("_", "").replace(",", "")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kmb]?)", text)
+    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]] if match else 0
+    if number < 1 or number != int(number):
+        raise ValueError(f"{value!r} is not a count: give a positive whole number such as 4096, 300k, 1.5M or 2B")
+    return int(number)
+
+
+def _parse_l0(value: object) -> float:
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{value!r} is not an L0: give a positive number of active latents per token, such as 50")
+    return number
+
+
+def _parse_arch(value: object) -> str:
+    text = str(value).strip().lower()
+    if text not in ARCHITECTURES:
+        near = difflib.get_close_matches(text, ARCHITECTURES, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{value!r} is not an architecture{hint}: choose from {', '.join(ARCHITECTURES)}")
+    return text
+
+
+def _parse_seed(value: object) -> int:
+    text = str(value).strip()
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError(f"{value!r} is not a seed: give a whole number from 0 up")
+    return int(text)
+
+
+def _listed(parse: Any) -> Any:
+    """Make a validator that turns '1k,4k', ['1k', 4096] or a lone value into a tuple without repeats."""
+
+    def read(value: object) -> tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        items = list(items) if isinstance(items, (list, tuple)) else [items]
+        parsed = [parse(item) for item in items if str(item).strip() != ""]
+        if not parsed:
+            raise ValueError("the list is empty: give at least one value")
+        return tuple(dict.fromkeys(parsed))
+
+    return BeforeValidator(read)
+
+
+def _strings(value: object) -> tuple:
+    return tuple(str(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SAESettings(_Group):
+    """Sparse autoencoders (comma lists make a grid, trained in one pass)"""
+
+    width: Annotated[tuple[int, ...], _listed(parse_width)] = Field(
+        (2**14,), description="number of latents: 16k, 65k (powers of two) or an integer"
+    )
+    l0: Annotated[tuple[float, ...], _listed(_parse_l0)] = Field(
+        (50.0,), description="mean active latents per token that the finished SAE is to have"
+    )
+    arch: Annotated[tuple[str, ...], _listed(_parse_arch)] = Field(
+        ("topk",), description=f"architecture: {', '.join(ARCHITECTURES)}"
+    )
+    seed: Annotated[tuple[int, ...], _listed(_parse_seed)] = Field((0,), description="training seed of the SAE")
+
+
+class LMSettings(_Group):
+    """Language model"""
+
+    model: str = Field("speller", description="hub id, local Hugging Face folder, or speller (embedded)")
+    hook: str | None = Field(
+        None, description="TransformerLens hook name; default: residual stream after the middle block"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU if there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights of the language model")
+    trust_remote_code: bool = Field(False, description="run model code from the hub (off: such models are refused)")
+
+
+class DataSettings(_Group):
+    """Text"""
+
+    dataset: str | None = Field(
+        None,
+        description="hub id (streamed), local file or folder (parquet, jsonl, txt), or generated (embedded); "
+        "default: generated for speller, monology/pile-uncopyrighted otherwise",
+    )
+    text_column: str = Field("text", description="column that holds the text")
+    context: Annotated[int, Field(ge=4)] | None = Field(
+        None, description="tokens per sequence; default: the model's own, at most 128"
+    )
+    held_out_tokens: Count = Field(16_384, description="activations kept apart for every held-out figure")
+    buffer_tokens: Count = Field(65_536, description="activations shuffled together")
+    drop: Annotated[tuple[str, ...], BeforeValidator(_strings)] = Field(
+        (), description="token strings left out of SAE training, beside the special tokens"
+    )
+
+
+class TrainSettings(_Group):
+    """Training"""
+
+    tokens: Count = Field(100_000_000, description="activations each SAE is trained on")
+    batch_tokens: Count = Field(4096, description="activations per step")
+    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="learning rate; default: by width")
+    lr_warm_up: Fraction = Field(0.05, description="share of the steps with a rising learning rate")
+    lr_decay: Fraction = Field(0.2, description="share of the steps, at the end, with a falling learning rate")
+    grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
+    aux_coefficient: Annotated[float, Field(ge=0)] = Field(1 / 32, description="weight of the loss on dead latents")
+    dead_tokens: Count | None = Field(
+        None, description="tokens without activation that make a latent dead; default: 10M, at most 5% of the run"
+    )
+    jumprelu_bandwidth: Annotated[float, Field(gt=0)] = Field(
+        0.05, description="width of the straight-through rectangle, in units of scaled activations"
+    )
+
+
+class EvalSettings(_Group):
+    """Evaluation while training"""
+
+    absorption: bool = Field(True, description="run the first-letter absorption eval")
+    absorption_evals: Annotated[int, Field(ge=1)] = Field(
+        12, description="how many times along the run, early ones closer together"
+    )
+    preset: Literal["saebench", "saebench-0.3"] = Field("saebench", description="definition of the scores")
+    template: str = Field(
+        "{word} has the first letter: {letter}", description="prompt line; without {letter}: read at the word only"
+    )
+    eval_words: Count | None = Field(None, description="words in the eval, a stratified sample; default: all")
+    eval_seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the split, prompts and probes")
+
+
+class RunSettings(_Group):
+    """Run folder"""
+
+    name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None = Field(
+        None, description="name of the run; default: from model, arch, width and l0"
+    )
+    out: str = Field("checkpoints", description="folder that holds the runs")
+    log_every: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps between logged rows; default: 100 rows a run"
+    )
+    save_every: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps between saved states; default: ten a run"
+    )
+    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="mirror the metrics to W&B")
+
+
+class SAESpec(_Group):
+    """One SAE of a grid: what is asked for."""
+
+    arch: str
+    width: int
+    l0: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Folder and display name, such as 'topk-16k-l0_50' or 'relu-4k-l0_8-seed_1'."""
+        seed = f"-seed_{self.seed}" if self.seed else ""
+        return f"{self.arch}-{width_label(self.width)}-l0_{self.l0:g}{seed}"
+
+
+class Settings(_Group):
+    """The whole tree. Leaf names are unique, so flags and files use them flat."""
+
+    sae: SAESettings = SAESettings()
+    lm: LMSettings = LMSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+    run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Settings:
+        problems = [
+            f"l0 {l0:g} is not below the width {width}: ask for fewer active latents than there are latents"
+            for width in self.sae.width
+            for l0 in self.sae.l0
+            if l0 >= width
+        ]
+        fractional = [f"{l0:g}" for l0 in self.sae.l0 if l0 != int(l0)]
+        if "topk" in self.sae.arch and fractional:
+            problems.append(f"l0 {', '.join(fractional)} is not whole: topk keeps a whole number of latents per token")
+        if self.train.tokens < 100 * self.train.batch_tokens:
+            problems.append(
+                f"tokens {self.train.tokens} gives under 100 steps of batch_tokens {self.train.batch_tokens}: "
+                "raise tokens or lower batch_tokens"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def n_steps(self) -> int:
+        return self.train.tokens // self.train.batch_tokens
+
+    @property
+    def specs(self) -> list[SAESpec]:
+        """All SAEs of the grid, in a fixed order."""
+        return [
+            SAESpec(arch=arch, width=width, l0=l0, seed=seed)
+            for arch in self.sae.arch
+            for width in self.sae.width
+            for l0 in self.sae.l0
+            for seed in self.sae.seed
+        ]
+
+
+def groups() -> dict[str, type[_Group]]:
+    """Settings groups by name, in the order of the tree."""
+    return {name: field.annotation for name, field in Settings.model_fields.items()}
+
+
+def leaves() -> dict[str, str]:
+    """Every setting's name with its group's name."""
+    return {leaf: group for group, model in groups().items() for leaf in model.model_fields}
+
+
+def resolve(given: dict[str, Any], file: str | Path | None = None) -> Settings:
+    """Merge defaults < the embedded model's preset < `file` < `given`, all with flat keys.
+
+    The preset configs/speller.yaml applies when the model is the embedded one. Raises UserError that
+    names every problem, one line each.
+    """
+    flat = (read_yaml(file) if file else {}) | {key: value for key, value in given.items() if value is not None}
+    if flat.get("model", "speller") == "speller":
+        flat = read_yaml(CONFIGS / "speller.yaml") | flat
+    known = leaves()
+    problems = [_unknown(key, known) for key in flat if key not in known]
+    tree: dict[str, dict[str, Any]] = {group: {} for group in groups()}
+    for key in flat.keys() & known.keys():
+        tree[known[key]][key] = flat[key]
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        problems += [line for item in error.errors() for line in _sentence(item)]
+    if problems:
+        raise UserError("\n".join(problems))
+    return settings
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """The tree as one flat dictionary of JSON values, as `resolve` takes it."""
+    return {key: value for group in settings.model_dump(mode="json").values() for key, value in group.items()}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a settings file: a YAML mapping with flat keys; UserError if absent, unreadable or of another shape."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"the settings file {str(path)!r} does not exist: give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the settings file {str(path)!r} cannot be read as YAML: {reason}") from None
+    if not isinstance(content or {}, dict) or not all(isinstance(key, str) for key in content or {}):
+        raise UserError(f"the settings file {str(path)!r} must be a mapping such as 'width: 16k', one setting a line")
+    return content or {}
+
+
+def _unknown(key: str, known: dict[str, str]) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
+    return f"unknown setting {key!r}" + (f": did you mean {near[0]!r}?" if near else ": see sae-train --help")
+
+
+def _sentence(item: Any) -> list[str]:
+    """Turn one pydantic error into sentences without its URLs and jargon."""
+    message = re.sub(r"^Value error, ", "", item["msg"])
+    if len(item["loc"]) < 2:
+        return message.split("\n")
+    name = item["loc"][1]
+    return [message if item["type"] == "value_error" else f"{name} {item['input']!r}: {message[:1].lower()}{message[1:]}"]
