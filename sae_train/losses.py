@@ -1,0 +1,79 @@
+"""The terms of the training losses as pure functions: tensors in, one scalar tensor out.
+
+Squared errors are summed over d_in and averaged over the batch. Active latents come flat, with the Pattern that places
+them, so that no term costs (batch, d_sae).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae_train.kernels.reference import Step
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+def mse(x: Float[Tensor, "batch d_in"], recon: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """⟨‖x − x̂‖²⟩."""
+    return (x - recon).square().sum(1).mean()
+
+
+def l1(values: Tensor, latents: Tensor, W_dec: Tensor, batch: int) -> Float[Tensor, ""]:
+    """⟨Σ_i f_i·‖W_dec,i‖⟩ over the active latents (Anthropic, April 2024 update)."""
+    total = torch.zeros_like(W_dec[:, 0]).index_add(0, latents, values)
+    return (total * W_dec.norm(dim=1)).sum() / batch
+
+
+def step_l0(pre: Tensor, threshold: Tensor, bandwidth: float, batch: int) -> Float[Tensor, ""]:
+    """⟨Σ_i 1[pre_i > θ_i]⟩ with the straight-through rectangle for θ (Rajamanoharan et al. 2024)."""
+    return Step.apply(pre, threshold, bandwidth).sum() / batch
+
+
+def aux_k(
+    x: Float[Tensor, "batch d_in"],
+    recon: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    dead: Int[Tensor, " n_dead"],
+) -> Float[Tensor, ""]:
+    """⟨‖e − ê‖²⟩ / ⟨‖e‖²⟩, ê from the k_aux largest relu(pre) among the dead latents (Gao et al. 2024, A.2).
+
+    e = x − x̂ is detached; ê has no b_dec (e is already centred); k_aux = min(power of two nearest d_in/2, n_dead).
+    """
+    error = (x - recon).detach()
+    acts = torch.addmm(b_enc[dead], x - b_dec, W_enc.t()[dead].t()).relu()
+    k = min(nearest_power_of_two(x.shape[1] / 2), dead.numel())
+    if k < dead.numel():
+        floor = acts.detach().topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        acts = acts * (acts >= floor)
+    energy = error.square().sum(1).mean().clamp_min(1e-12)
+    return mse(error, acts @ W_dec[dead]) / energy
+
+
+def pre_activation(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    threshold: Tensor | float,
+    dead: Int[Tensor, " n_dead"],
+) -> Float[Tensor, ""]:
+    """⟨Σ_dead relu(θ − pre)·‖W_dec,i‖⟩: pulls dead latents back to their threshold (Anthropic, January 2025 update).
+
+    The decoder norms are weights here, not something to shrink: they are detached.
+    """
+    pre = torch.addmm(b_enc[dead], x - b_dec, W_enc.t()[dead].t())
+    theta = threshold[dead] if isinstance(threshold, Tensor) else threshold
+    return ((theta - pre).relu() * W_dec[dead].norm(dim=1).detach()).sum(1).mean()
+
+
+def nearest_power_of_two(value: float) -> int:
+    """Return the power of two nearest to value on the log scale, at least 1."""
+    return 2 ** max(0, round(torch.tensor(float(value)).log2().item()))
