@@ -1,0 +1,105 @@
+"""What happens between steps: training figures, held-out figures, loss recovered, absorption.
+
+Each class is called with (learner, step) and yields (name, value) pairs for metrics.jsonl; none changes a learner.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from sae_train.evals import absorption, fidelity
+from sae_train.metrics import held_out_metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from sae_train.activations import LanguageModel
+    from sae_train.evals.absorption import AbsorptionResult
+    from sae_train.evals.assets import Assets
+    from sae_train.learner import Learner
+    from sae_train.trainer import Clock
+
+Pairs = Iterable[tuple[str, Any]]
+
+
+class TrainingFigures:
+    """The numbers of the last training step, and the speed since the start of this process."""
+
+    def __init__(self, clock: Clock, batch_tokens: int, start: int):
+        self.clock, self.batch_tokens, self.start = clock, batch_tokens, start
+        self._seconds_before = clock.training
+
+    def __call__(self, learner: Learner, step: int) -> Pairs:
+        for name, value in learner.last.items():
+            yield name, float(value)
+        seconds = self.clock.training - self._seconds_before
+        if step > self.start and seconds > 0:
+            yield "details/tokens_per_second", (step - self.start) * self.batch_tokens / seconds
+
+
+class HeldOut:
+    """L0, explained variance and density on held-out activations (n, d_in), already scaled."""
+
+    def __init__(self, x: Float[Tensor, "n d_in"]):
+        self.x = x
+
+    def __call__(self, learner: Learner, step: int) -> Pairs:
+        yield from held_out_metrics(learner.sae, self.x).items()
+
+
+class Fidelity:
+    """Loss recovered when the reconstruction replaces the activation; the clean pass is made once."""
+
+    def __init__(self, lm: LanguageModel, data: fidelity.FidelityData, scale: float):
+        self.lm, self.data, self.scale = lm, data, scale
+
+    def __call__(self, learner: Learner, step: int) -> Pairs:
+        yield from fidelity.loss_recovered(self.lm, learner.export(self.scale), self.data).items()
+
+
+class Absorption:
+    """The first-letter absorption eval; letters go to the table at every look, words at the last one."""
+
+    def __init__(
+        self, assets: Assets, preset: str, scale: float, last_step: int, keep: Callable[[pd.DataFrame], None]
+    ):
+        self.assets, self.preset, self.scale, self.last_step, self.keep = assets, preset, scale, last_step, keep
+        self.results: dict[str, AbsorptionResult] = {}
+
+    def __call__(self, learner: Learner, step: int) -> Pairs:
+        start = time.perf_counter()
+        result = absorption.evaluate(learner.export(self.scale), self.assets, preset=self.preset)
+        self.results[learner.name] = result
+        self.keep(table_of(result, learner.name, step, with_words=step == self.last_step))
+        yield from figures_of(result)
+        yield "absorption/seconds", time.perf_counter() - start
+
+
+def table_of(result: AbsorptionResult, sae: str, step: int, with_words: bool) -> pd.DataFrame:
+    """Letters (and words) of one evaluation as rows of absorption.parquet."""
+    import pandas as pd
+
+    parts = [result.by_letter.assign(level="letter")]
+    if with_words:
+        parts.append(result.words.assign(level="word"))
+    table = pd.concat([part for part in parts if len(part)], ignore_index=True) if any(map(len, parts)) else parts[0]
+    return table.assign(sae=sae, step=step, preset=result.preset, valid=result.valid, reason=result.reason)
+
+
+def figures_of(result: AbsorptionResult) -> Pairs:
+    """The summary of one evaluation under the names of metrics.jsonl."""
+    yield "absorption/valid", result.valid
+    yield "absorption/n_letters", result.n_letters
+    if not result.valid:
+        yield "absorption/reason", result.reason
+        return
+    for name in ("mean_fraction", "mean_full"):
+        low, high = result.interval(name)
+        yield f"absorption/{name}", getattr(result, name)
+        yield f"absorption/{name}_low", low
+        yield f"absorption/{name}_high", high
+    yield "absorption/mean_f1", result.mean_f1

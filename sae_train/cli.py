@@ -1,0 +1,195 @@
+"""The command line: words in, one call out. Mistakes become a sentence on stderr and exit code 2.
+
+Flags and their help are made from the settings tree; nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Group, Parameter
+
+from sae_train.config import groups, resolve
+from sae_train.errors import UserError
+
+EPILOGUE = """Examples:
+
+- `sae-train --width 16k --l0 50`
+- `sae-train --arch relu,topk,jumprelu --width 1k,4k --l0 8,32`
+- `sae-train --model gpt2 --hook blocks.8.hook_resid_post --width 16k --l0 50`
+- `sae-train --config configs/gemma-2-2b.yaml --dry-run`
+"""
+
+app = App(
+    name="sae-train",
+    help="Train sparse autoencoders at a controlled width and L0, and watch first-letter absorption meanwhile.",
+    help_format="markdown",
+    help_epilogue=EPILOGUE,
+    version_flags=["--version"],
+    version=lambda: __import__("importlib.metadata").metadata.version("sae-train"),
+    default_parameter=Parameter(negative=(), show_default=False),
+)
+
+
+def _flag_type(annotation: Any) -> type:
+    """Booleans are switches; everything else arrives as text and is read by the settings tree."""
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return bool if bool in kinds else str
+
+
+def _flags() -> list[inspect.Parameter]:
+    """One keyword parameter for every leaf of the settings tree, in help groups by branch."""
+    made = []
+    for order, (name, model) in enumerate(groups().items()):
+        group = Group((model.__doc__ or name).strip(), sort_key=order)
+        for leaf, field in model.model_fields.items():
+            kind = _flag_type(field.annotation)
+            negative = f"--no-{leaf.replace('_', '-')}" if kind is bool and field.default else ()
+            text = field.description + _default_text(field.default)
+            parameter = Parameter(name=f"--{leaf.replace('_', '-')}", group=group, help=text, negative=negative)
+            annotation = Annotated[kind | None, parameter]
+            made.append(inspect.Parameter(leaf, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return made
+
+
+def _default_text(default: Any) -> str:
+    if default in (None, (), False):
+        return ""
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else "on" if default is True else default
+    return f" [default: {shown}]"
+
+
+def _train(*, config: str | None = None, dry_run: bool = False, **given: Any) -> None:
+    """Train the SAEs of the grid on one stream of activations.
+
+    The embedded model (the default) brings its own preset, configs/speller.yaml.
+    """
+    settings = resolve(given, config)
+    if dry_run:
+        from sae_train.plan import make_plan
+
+        print(make_plan(settings).text())
+        return
+    from sae_train.run import start
+
+    start(settings)
+
+
+def _with_flags(function: Any) -> Any:
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    kinds = {"config": str | None, "dry_run": bool}
+    helps = {
+        "config": "YAML file with settings; flags win over it",
+        "dry_run": "print the resolved plan (derived values, memory, time) and stop",
+    }
+    session = Group("Session", sort_key=-1)
+    own = [p.replace(annotation=Annotated[kinds[p.name], Parameter(group=session, help=helps[p.name])]) for p in own]
+    function.__signature__ = inspect.Signature(own + _flags())
+    function.__annotations__ = {p.name: p.annotation for p in function.__signature__.parameters.values()}
+    return function
+
+
+app.default(_with_flags(_train))
+
+
+@app.command
+def resume(run: Path) -> None:
+    """Go on with an interrupted run from its last saved state.
+
+    Parameters
+    ----------
+    run:
+        The run's folder, such as checkpoints/NAME.
+    """
+    from sae_train.run import resume as resume_run
+
+    resume_run(run)
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Path,
+    *,
+    model: str | None = None,
+    hook: str | None = None,
+    template: str | None = None,
+    preset: str | None = None,
+    eval_words: str | None = None,
+    eval_seed: str | None = None,
+    device: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Run the first-letter absorption eval on a finished SAE (ours, SAELens' or sparsify's safetensors).
+
+    Parameters
+    ----------
+    checkpoint:
+        Folder with cfg.json and the weights.
+    model:
+        Language model; default: the one named in the checkpoint.
+    hook:
+        Hook name; default: the one named in the checkpoint.
+    template:
+        Prompt line of the eval.
+    preset:
+        Definition of the scores: saebench or saebench-0.3.
+    eval_words:
+        Words in the eval, a stratified sample; default: all.
+    eval_seed:
+        Seed of the split, prompts and probes.
+    device:
+        cpu, cuda, …; default: a GPU if there is one.
+    out:
+        Folder for absorption.json and absorption.parquet; default: the checkpoint's folder.
+    """
+    from sae_train.run import evaluate_checkpoint
+
+    given = {
+        "model": model,
+        "hook": hook,
+        "template": template,
+        "preset": preset,
+        "eval_words": eval_words,
+        "eval_seed": eval_seed,
+        "device": device,
+    }
+    evaluate_checkpoint(checkpoint, given, out)
+
+
+@app.command
+def report(*runs: Path, out: Path | None = None) -> None:
+    """Write the HTML report of a run, or one page that compares several.
+
+    Parameters
+    ----------
+    runs:
+        Folders of runs.
+    out:
+        The page to write; default: report.html in the (first) run's folder.
+    """
+    from sae_train.report import write_report
+
+    if not runs:
+        raise UserError("no run was named: give at least one run folder, such as checkpoints/NAME")
+    print(write_report(list(runs) if len(runs) > 1 else runs[0], out))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code (0 done, 2 a mistake of the caller, 130 interrupted)."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (UserError, cyclopts.CycloptsError) as error:
+        for line in str(error).strip().splitlines():
+            print(f"sae-train: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+

@@ -1,0 +1,183 @@
+"""What a run leaves behind as it goes: run.json, metrics.jsonl, absorption.parquet, and a mirror on W&B if asked.
+
+In: rows of plain values, tables of the absorption eval. Out: files that are whole at any moment (append or rename).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_train.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PACKAGES = ("sae-train", "torch", "transformers", "transformer-lens", "datasets", "accelerate", "numpy", "triton")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, hardware and the git commit of the code that runs; unknown parts are None."""
+    import torch
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "hardware": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpus": gpus},
+        "git_commit": _git_commit(),
+        "command": " ".join(["sae-train", *sys.argv[1:]]) if Path(sys.argv[0]).name != "pytest" else None,
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that holds this package; None for an installed copy or without git."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(_finite(content), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run; UserError when it is absent or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{str(path)!r} does not exist: give the folder of a run, such as checkpoints/NAME") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as JSON: {error}") from None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunLog:
+    """The files of one run folder. `rewind(step)` forgets what lies after a saved state."""
+
+    def __init__(self, folder: Path, mirror: Mirror | None = None):
+        self.folder = folder
+        self.mirror = mirror or Mirror()
+        self._tables: list[pd.DataFrame] = []
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def absorption_path(self) -> Path:
+        return self.folder / "absorption.parquet"
+
+    def write_run(self, content: dict[str, Any]) -> None:
+        write_json(self.folder / "run.json", content)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row (one SAE, one step) to metrics.jsonl and to the mirror."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row)) + "\n")
+        self.mirror.log(row)
+
+    def log_absorption(self, table: pd.DataFrame) -> None:
+        """Add one evaluation's letters or words to absorption.parquet (rewritten whole: it is small)."""
+        import pandas as pd
+
+        self._tables.append(table)
+        temporary = self.absorption_path.with_suffix(".tmp")
+        pd.concat(self._tables, ignore_index=True).to_parquet(temporary, index=False)
+        temporary.replace(self.absorption_path)
+
+    def rewind(self, step: int) -> None:
+        """Keep only rows up to `step`, so that a resumed run logs every step once."""
+        import pandas as pd
+
+        if self.metrics_path.exists():
+            rows = [row for row in read_metrics(self.folder) if row["step"] <= step]
+            temporary = self.metrics_path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            temporary.replace(self.metrics_path)
+        if self.absorption_path.exists():
+            table = pd.read_parquet(self.absorption_path)
+            self._tables = [table[table["step"] <= step]]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; a last line cut off by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Mirror:
+    """No mirror: takes rows and does nothing, so that the loop has no `if`."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Take one row of metrics.jsonl."""
+
+    def close(self) -> None:
+        """End the mirror."""
+
+
+class WandbMirror(Mirror):
+    """Weights & Biases with the same names as metrics.jsonl, each SAE under its own prefix; never stops a run."""
+
+    def __init__(self, mode: str, name: str, settings: dict[str, Any], folder: Path):
+        import wandb
+
+        lean = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
+        options = {"project": "sae-train", "name": name, "config": settings, "dir": str(folder), "settings": lean}
+        try:
+            self.run = wandb.init(mode=mode, **options)
+        except wandb.errors.Error as error:
+            print(f"W&B is out of reach ({' '.join(str(error).split())}): going on offline")
+            self.run = wandb.init(mode="offline", **options)
+
+    def log(self, row: dict[str, Any]) -> None:
+        prefix = row["sae"]
+        values = {f"{prefix}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
+        self.run.log(values | {"tokens": row["tokens"]})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def open_mirror(mode: str, name: str, settings: dict[str, Any], folder: Path) -> Mirror:
+    """The mirror that `--wandb` asks for."""
+    return Mirror() if mode == "disabled" else WandbMirror(mode, name, settings, folder)

@@ -1,0 +1,178 @@
+"""The loop: activation batches in, trained learners and logged rows out. It knows neither evals nor files.
+
+Callbacks look at a learner between steps; the training clock stands still and random state is put back meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_train.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from sae_train.learner import Learner
+
+Look = Callable[["Learner", int], Iterable[tuple[str, Any]]]
+MIN_SPACING = 0.5  # of a period: a regular step nearer than this to the last one is left out
+
+
+def every(period: int, n_steps: int) -> frozenset[int]:
+    """Steps 0, period, 2·period, … and the last one, without a double just before the end."""
+    regular = range(0, n_steps, period)
+    return frozenset(step for step in regular if n_steps - step >= MIN_SPACING * period) | {0, n_steps}
+
+
+def spread(times: int, n_steps: int) -> frozenset[int]:
+    """About `times` steps from 0 to the last: half of them evenly spaced, half crowded towards the start."""
+    n_even = max(1, times // 2)
+    even = {round(n_steps * i / n_even) for i in range(n_even + 1)}
+    n_early = max(0, times - len(even))
+    first = n_steps / n_even
+    early = {round(first * 0.5 ** (n_early - i)) for i in range(n_early)}
+    return frozenset(even | {step for step in early if step > 0})
+
+
+@dataclass(frozen=True)
+class Callback:
+    """What to look at (`look(learner, step)` yields (name, value) pairs) and at which steps."""
+
+    look: Look
+    steps: frozenset[int]
+
+
+@dataclass
+class Clock:
+    """Seconds of training, without what callbacks took; their own seconds are counted beside."""
+
+    training: float = 0.0
+    paused_for: float = 0.0
+    _since: float = field(default_factory=time.perf_counter)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count what happens inside as pause."""
+        start = self.tick()
+        yield
+        now = time.perf_counter()
+        self.paused_for += now - start
+        self._since = now
+
+    def tick(self) -> float:
+        """Add the time since the last look to the training seconds."""
+        now = time.perf_counter()
+        self.training += now - self._since
+        self._since = now
+        return now
+
+
+class StopRequest:
+    """Ctrl-C asks the loop to stop after its step, when everything is consistent; a second Ctrl-C breaks at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopRequest:
+        with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
+            self._previous = {sig: signal.signal(sig, self._ask) for sig in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sig, handler in getattr(self, "_previous", {}).items():
+            signal.signal(sig, handler)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def choose_device(asked: str) -> torch.device:
+    """Turn 'auto', 'cpu', 'cuda' or 'cuda:1' into a device through Accelerate; UserError if it is not there."""
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        raise UserError("several processes are not supported by this version: start one process")
+    if asked == "auto":
+        return PartialState().device
+    try:
+        device = torch.device(asked)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"device {asked!r} is not available on this machine: use auto, cpu or cuda") from None
+    return device
+
+
+def fit(
+    batches: Iterator[Float[Tensor, "batch d_in"]],
+    learners: list[Learner],
+    callbacks: list[Callback],
+    *,
+    start: int,
+    n_steps: int,
+    log: Callable[[Learner, int, dict[str, Any]], None],
+    before_last_look: Callable[[Learner], None],
+    save: Callable[[int], None],
+    save_steps: frozenset[int],
+    clock: Clock,
+    stop: StopRequest,
+) -> int:
+    """Train all learners on the same scaled batches from step `start` to `n_steps`; return the steps done.
+
+    A learner that failed is left alone while the others go on. `before_last_look` calibrates a finished learner.
+    """
+    for step in range(start, n_steps + 1):
+        if step == n_steps:
+            for learner in running(learners):
+                before_last_look(learner)
+        if step > start or start == 0:
+            look_at(learners, callbacks, step, log, clock)
+        if step > start and step in save_steps:
+            with clock.paused():
+                save(step)
+        if step == n_steps or stop.requested or not running(learners):
+            return step
+        x = next(batches)
+        for learner in running(learners):
+            learner.last = learner.step(x)
+    return n_steps
+
+
+def running(learners: list[Learner]) -> list[Learner]:
+    """Learners that have not failed."""
+    return [learner for learner in learners if learner.failed is None]
+
+
+def look_at(
+    learners: list[Learner],
+    callbacks: list[Callback],
+    step: int,
+    log: Callable[[Learner, int, dict[str, Any]], None],
+    clock: Clock,
+) -> None:
+    """Run the callbacks that are due at `step` on every learner, and log one row for each."""
+    due = [callback for callback in callbacks if step in callback.steps]
+    if not due:
+        return
+    with clock.paused(), forked_rng():
+        for learner in running(learners):
+            learner.check()
+            if learner.failed is None:
+                log(learner, step, {name: value for callback in due for name, value in callback.look(learner, step)})
+
+
+@contextlib.contextmanager
+def forked_rng() -> Iterator[None]:
+    """Put torch's global random state back afterwards, on every device."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
