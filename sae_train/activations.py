@@ -1,17 +1,16 @@
 """In: a language model (embedded, local Hugging Face folder or hub id) and a TransformerLens hook name.
 Out: a LanguageModel that gives the activations at that hook, and logits with the activations edited there.
 
-TransformerLens is the authority on hook names and on which module each one belongs to; the forward pass is the
-plain Hugging Face model's, stopped right after the hooked module, because the bridge computes attention eagerly
-(three times slower and four times the memory at context 1024).
+TransformerLens is the authority on hook names and on which module each one belongs to; the forward pass is
+the plain Hugging Face model's, stopped right after the hooked module, because the bridge computes attention
+eagerly (three times slower and four times the memory at context 1024).
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_train.errors import UserError
+from sae_train.hub import hub_answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,11 +69,8 @@ class LanguageModel:
             caught.append(x)
             raise _Stop
 
-        with torch.no_grad(), self._hooked(catch):
-            try:
-                self._forward(tokens)
-            except _Stop:
-                pass
+        with torch.no_grad(), self._hooked(catch), suppress(_Stop):
+            self._forward(tokens)
         return caught[0].float()
 
     def logits(
@@ -81,8 +78,10 @@ class LanguageModel:
         tokens: Int[Tensor, "batch position"],
         edit: Callable[[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "batch position vocab"]:
-        """Return next-token logits in float32; `edit` maps the float32 activations at the hook to what replaces
-        them, and gradients flow back through what it returns."""
+        """Return next-token logits in float32.
+
+        `edit` maps the float32 activations at the hook to what replaces them; gradients flow through it.
+        """
         if edit is None:
             return self._forward(tokens).logits.float()
 
@@ -94,7 +93,9 @@ class LanguageModel:
 
     def _forward(self, tokens: Tensor) -> Any:
         if tokens.shape[1] > self.context:
-            raise UserError(f"{tokens.shape[1]} tokens do not fit the {self.context} positions of {self.name}.")
+            raise UserError(
+                f"{tokens.shape[1]} tokens do not fit the {self.context} positions of {self.name}."
+            )
         return self._model(input_ids=tokens.to(self.device), use_cache=False)
 
     @contextmanager
@@ -180,7 +181,7 @@ def hook_points(config: Any, name: str) -> dict[str, HookPoint]:
 
 
 def _place(block: Any, alias: str | None) -> tuple[str, str] | None:
-    """Turn an alias such as "mlp.hook_out" into (".<module below the block>", "out"); None if there is none."""
+    """Turn an alias such as "mlp.hook_out" into (".<module in the block>", "out"); None if there is none."""
     match = re.fullmatch(r"(?:(\w+)\.)?hook_(in|out)", alias or "")
     if match is None:
         return None
@@ -225,31 +226,17 @@ def _check_fit(lm: nn.Module, tokenizer: Any, points: dict, point: HookPoint, na
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Find what to load: the embedded folder, a local folder, or a hub id (probed once, without retries)."""
+    """Find what to load: the embedded folder, a local folder, or a hub id."""
     folder = EMBEDDED if name == "speller" else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"the folder {name} has no config.json: it is not a Hugging Face model folder.")
         return str(folder), {"local_files_only": True}
     if name == "speller" or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise UserError(f"there is no model folder {name!r}; give a Hugging Face folder, a hub id or speller.")
-    return name, {"local_files_only": not _hub_answers(name)}
-
-
-def _hub_answers(name: str) -> bool:
-    """Ask the hub for one model, once: loading without this would retry for 24 s before it gave up."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}:
-        return False
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        HfApi().model_info(name, timeout=5)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"there is no model {name!r}, neither as a folder here nor on the hub.") from error
-    except Exception:  # the HTTP client's errors share no public base; the cache may still serve
-        return False
-    return True
+        raise UserError(
+            f"there is no model folder {name!r}; give a Hugging Face folder, a hub id or speller."
+        )
+    return name, {"local_files_only": not hub_answers(name, "model")}
 
 
 @contextmanager
@@ -262,8 +249,8 @@ def _load_errors(name: str) -> Iterator[None]:
             reason = str(error).strip().split("\n")[0][:300]
             raise UserError(f"cannot load the model in {name}: {reason}") from error
         raise UserError(
-            f"cannot load {name!r}: no folder of this name is here, and the hub does not give it (no network, "
-            "not in the local cache, gated, or no such model); give a local Hugging Face folder or speller."
+            f"cannot load {name!r}: no folder of this name is here, and the hub does not give it (no "
+            "network, not in the local cache, gated, or no such model); give a local model folder or speller."
         ) from error
 
 
