@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from sae_train.evals import absorption, fidelity
+from sae_train.errors import UserError
+from sae_train.evals import absorption, assets, fidelity
 from sae_train.metrics import held_out_metrics
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_train.activations import LanguageModel
+    from sae_train.config import EvalSettings
     from sae_train.evals.absorption import AbsorptionResult
     from sae_train.evals.assets import Assets
     from sae_train.learner import Learner
@@ -64,10 +66,14 @@ class Fidelity:
 class Absorption:
     """The first-letter absorption eval; letters go to the table at every look, words at the last one."""
 
-    def __init__(
-        self, assets: Assets, preset: str, scale: float, last_step: int, keep: Callable[[pd.DataFrame], None]
-    ):
-        self.assets, self.preset, self.scale, self.last_step, self.keep = assets, preset, scale, last_step, keep
+    def __init__(self, assets: Assets, preset: str, scale: float, last_step: int, keep: Callable[[pd.DataFrame], None]):
+        self.assets, self.preset, self.scale, self.last_step, self.keep = (
+            assets,
+            preset,
+            scale,
+            last_step,
+            keep,
+        )
         self.results: dict[str, AbsorptionResult] = {}
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
@@ -103,3 +109,32 @@ def figures_of(result: AbsorptionResult) -> Pairs:
         yield f"absorption/{name}_low", low
         yield f"absorption/{name}_high", high
     yield "absorption/mean_f1", result.mean_f1
+
+
+TEMPLATES = ("{word} has the first letter: {letter}", "the word is {word}")
+
+
+def build_assets(lm: LanguageModel, settings: EvalSettings) -> tuple[Assets | None, list[str]]:
+    """Make what the eval needs of this model, once; (None, notes) where it is off or the tokenizer rules it out.
+
+    A template that the user named must work (UserError); otherwise the first of TEMPLATES that does is taken.
+    """
+    if not settings.absorption:
+        return None, []
+    problems = []
+    for template in [settings.template] if settings.template else TEMPLATES:
+        try:
+            built = assets.build(
+                lm,
+                template=template,
+                seed=settings.eval_seed,
+                preset=settings.preset,
+                n_words=settings.eval_words,
+            )
+        except UserError as error:
+            if settings.template:
+                raise
+            problems.append(f"with the template {template!r}: {error}")
+            continue
+        return built, [f"absorption eval: {problem}; the template {template!r} is used instead" for problem in problems]
+    return None, [f"the absorption eval cannot run on {lm.name}: {'; '.join(problems)}"]

@@ -16,6 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sae_train.errors import UserError
 
 ARCHITECTURES = ("relu", "topk", "jumprelu")
+DEFAULT_HUB_DATASET = "monology/pile-uncopyrighted"
+MAX_DEFAULT_CONTEXT = 128
 CONFIGS = Path(__file__).parent / "configs"
 WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
     "65k": 2**16,
@@ -165,7 +167,8 @@ class TrainSettings(_Group):
     grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
     aux_coefficient: Annotated[float, Field(ge=0)] = Field(1 / 32, description="weight of the loss on dead latents")
     dead_tokens: Count | None = Field(
-        None, description="tokens without activation that make a latent dead; default: 10M, at most 5% of the run"
+        None,
+        description="tokens without activation that make a latent dead; default: 10M, at most 5% of the run",
     )
     jumprelu_bandwidth: Annotated[float, Field(gt=0)] = Field(
         0.05, description="width of the straight-through rectangle, in units of scaled activations"
@@ -180,8 +183,10 @@ class EvalSettings(_Group):
         12, description="how many times along the run, early ones closer together"
     )
     preset: Literal["saebench", "saebench-0.3"] = Field("saebench", description="definition of the scores")
-    template: str = Field(
-        "{word} has the first letter: {letter}", description="prompt line; without {letter}: read at the word only"
+    template: str | None = Field(
+        None,
+        description="prompt line, such as '{word} has the first letter: {letter}'; without {letter} the word alone "
+        "is read; default: the first of two that the tokenizer allows",
     )
     eval_words: Count | None = Field(None, description="words in the eval, a stratified sample; default: all")
     eval_seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the split, prompts and probes")
@@ -247,6 +252,20 @@ class Settings(_Group):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def dataset(self) -> str:
+        """As asked, else the embedded text for the embedded model and a public web corpus for any other."""
+        return self.data.dataset or ("generated" if self.lm.model == "speller" else DEFAULT_HUB_DATASET)
+
+    def context(self, positions: int) -> int:
+        """Tokens per sequence: as asked, else the model's own up to 128; UserError if it has too few positions."""
+        if (self.data.context or 0) > positions:
+            raise UserError(
+                f"context {self.data.context} is longer than the {positions} positions of {self.lm.model}: "
+                "lower --context"
+            )
+        return self.data.context or min(positions, MAX_DEFAULT_CONTEXT)
 
     @property
     def n_steps(self) -> int:
@@ -329,4 +348,6 @@ def _sentence(item: Any) -> list[str]:
     if len(item["loc"]) < 2:
         return message.split("\n")
     name = item["loc"][1]
-    return [message if item["type"] == "value_error" else f"{name} {item['input']!r}: {message[:1].lower()}{message[1:]}"]
+    return [
+        message if item["type"] == "value_error" else f"{name} {item['input']!r}: {message[:1].lower()}{message[1:]}"
+    ]

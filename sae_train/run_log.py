@@ -20,7 +20,16 @@ from sae_train.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-PACKAGES = ("sae-train", "torch", "transformers", "transformer-lens", "datasets", "accelerate", "numpy", "triton")
+PACKAGES = (
+    "sae-train",
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "triton",
+)
 
 
 def provenance() -> dict[str, Any]:
@@ -36,7 +45,11 @@ def provenance() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
-        "hardware": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpus": gpus},
+        "hardware": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "gpus": gpus,
+        },
         "git_commit": _git_commit(),
         "command": " ".join(["sae-train", *sys.argv[1:]]) if Path(sys.argv[0]).name != "pytest" else None,
     }
@@ -162,7 +175,13 @@ class WandbMirror(Mirror):
         import wandb
 
         lean = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
-        options = {"project": "sae-train", "name": name, "config": settings, "dir": str(folder), "settings": lean}
+        options = {
+            "project": "sae-train",
+            "name": name,
+            "config": settings,
+            "dir": str(folder),
+            "settings": lean,
+        }
         try:
             self.run = wandb.init(mode=mode, **options)
         except wandb.errors.Error as error:

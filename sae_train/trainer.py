@@ -167,7 +167,11 @@ def look_at(
         for learner in running(learners):
             learner.check()
             if learner.failed is None:
-                log(learner, step, {name: value for callback in due for name, value in callback.look(learner, step)})
+                log(
+                    learner,
+                    step,
+                    {name: value for callback in due for name, value in callback.look(learner, step)},
+                )
 
 
 @contextlib.contextmanager

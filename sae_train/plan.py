@@ -1,0 +1,155 @@
+"""What a run will take, before it starts: settings in; derived values, memory, tokens and a time estimate out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sae_train.config import width_label
+from sae_train.errors import UserError
+
+if TYPE_CHECKING:
+    from sae_train.activations import ModelFacts
+    from sae_train.config import SAESpec, Settings
+
+GIB = 2**30
+TRAINING_BYTES = 4 * (1 + 1 + 2)  # float32 weights, gradients and Adam's two moments
+DENSE_COPIES = 5  # (batch, width) tensors alive in a relu or jumprelu step
+SLAB_BYTES = 128 * 2**20  # pre-activations that a topk step holds at a time, with selection
+HEADROOM = 0.9
+EFFICIENCY = 0.3  # share of the matrix rate that whole steps reach; measured on the embedded model
+EVAL_SHARE = 1.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved run: `check` refuses what cannot work, `text` shows it."""
+
+    settings: Settings
+    facts: ModelFacts
+    device: str
+    memory: dict[str, float]
+    available: float
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise UserError if the memory needed is not there."""
+        needed = sum(self.memory.values())
+        if needed > HEADROOM * self.available:
+            largest = max(self.memory, key=self.memory.get)
+            raise UserError(
+                f"this plan needs about {needed / GIB:.1f} GiB of memory on {self.device} and "
+                f"{self.available / GIB:.1f} GiB are free; most of it is for the {largest} "
+                f"({self.memory[largest] / GIB:.1f} GiB): lower --width, --batch-tokens or --buffer-tokens, "
+                "or train fewer SAEs at once"
+            )
+
+    def text(self) -> str:
+        """The plan as lines for a person."""
+        s, facts = self.settings, self.facts
+        lines = [
+            f"model      {s.lm.model}: {facts.architecture}, {facts.n_layers} blocks, d_model {facts.d_model}, "
+            f"{facts.n_parameters / 1e6:,.1f} M weights, {s.lm.dtype} on {self.device}",
+            f"hook       {facts.hook_name} (d_in {facts.d_model})",
+            f"text       {s.dataset}, sequences of {s.context(facts.context)} tokens, "
+            f"{s.data.held_out_tokens:,} activations held out",
+            f"training   {s.n_steps:,} steps × {s.train.batch_tokens:,} tokens = "
+            f"{s.n_steps * s.train.batch_tokens:,} tokens for each SAE",
+            f"absorption {f'{s.eval.absorption_evals} evaluations, preset {s.eval.preset}' if s.eval.absorption else 'off'}",
+            *(
+                f"SAE        {spec.name}: {spec.width:,} latents ({width_label(spec.width)}), L0 {spec.l0:g}, "
+                f"{weights_of(spec, facts.d_model) / 1e6:,.1f} M weights"
+                for spec in s.specs
+            ),
+            *(f"memory     {size / GIB:6.2f} GiB {part}" for part, size in self.memory.items()),
+            f"memory     {sum(self.memory.values()) / GIB:6.2f} GiB in all, {self.available / GIB:.1f} GiB free",
+            f"time       about {_duration(self.seconds)} (from the speed of a matrix product just now)",
+            *(f"note       {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Resolve a run without loading weights; UserError for an unknown model or hook."""
+    from sae_train.activations import describe_language_model
+    from sae_train.trainer import choose_device
+
+    device = choose_device(settings.lm.device)
+    lm = settings.lm
+    facts = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
+    settings.context(facts.context)
+    return Plan(
+        settings=settings,
+        facts=facts,
+        device=str(device),
+        memory=memory_of(settings, facts),
+        available=_available(device),
+        seconds=_flops(settings, facts) / (_matrix_rate(device) * EFFICIENCY) * EVAL_SHARE,
+        notes=_notes(settings, facts),
+    )
+
+
+def weights_of(spec: SAESpec, d_in: int) -> int:
+    """Number of weights of one SAE."""
+    return spec.width * (2 * d_in + 1 + (spec.arch == "jumprelu")) + d_in
+
+
+def memory_of(settings: Settings, facts: ModelFacts) -> dict[str, float]:
+    """Bytes by part at the run's peak."""
+    s, d = settings, facts.d_model
+    dense = [spec.width for spec in s.specs if spec.arch != "topk"]
+    step = DENSE_COPIES * 4 * s.train.batch_tokens * max(dense) if dense else SLAB_BYTES
+    weights = sum(weights_of(spec, d) for spec in s.specs)
+    return {
+        "language model": facts.n_parameters * (4 if s.lm.dtype == "float32" else 2) * 1.2,
+        "activation buffer": 4.0 * d * (s.data.buffer_tokens + s.data.held_out_tokens * 2 + 3 * s.train.batch_tokens),
+        "SAEs with optimiser": weights * TRAINING_BYTES + 4.0 * max(weights_of(spec, d) for spec in s.specs) * 2,
+        "training step": step,
+    }
+
+
+def _flops(settings: Settings, facts: ModelFacts) -> float:
+    per_token = 2.0 * facts.n_parameters_to_hook
+    for spec in settings.specs:
+        dense = 2.0 * facts.d_model * spec.width
+        per_token += dense * (1.5 if spec.arch == "topk" else 6)
+    return per_token * settings.n_steps * settings.train.batch_tokens
+
+
+def _matrix_rate(device) -> float:
+    """FLOP/s of a float32 matrix product on this device, measured in a moment."""
+    import torch
+
+    a = torch.ones(2048, 1024, device=device)
+    (a @ a.T).sum().item()
+    start = time.perf_counter()
+    for _ in range(5):
+        product = a @ a.T
+    product.sum().item()
+    return 5 * 2.0 * 2048 * 2048 * 1024 / (time.perf_counter() - start)
+
+
+def _available(device) -> float:
+    """Bytes free on the device."""
+    import psutil
+    import torch
+
+    return float(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+
+
+def _notes(settings: Settings, facts: ModelFacts) -> list[str]:
+    too_many = [f"{l0:g}" for l0 in settings.sae.l0 if l0 > facts.d_model]
+    notes = []
+    if too_many:
+        notes.append(f"L0 {', '.join(too_many)} is above d_in {facts.d_model}: such a code is not sparse")
+    if settings.lm.hook is None:
+        notes.append(f"no hook was named: {facts.hook_name} was taken")
+    return notes
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,156 @@
+"""The three things to do with runs: train one, go on with one, evaluate a finished SAE.
+
+In: settings or a folder. Out: a `Run`, the folder that holds metrics, absorption tables, SAEs and the report.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_train.checkpoint import load_sae
+from sae_train.config import Settings, resolve, width_label
+from sae_train.errors import UserError
+from sae_train.run_log import read_json, read_metrics, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_train.evals.absorption import AbsorptionResult
+    from sae_train.sae import SAE
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run on disk."""
+
+    path: Path
+
+    @functools.cached_property
+    def saes(self) -> dict[str, SAE]:
+        """The run's SAEs by name, for raw activations."""
+        return {folder.name: load_sae(folder) for folder in sorted((self.path / "saes").glob("*"))}
+
+    def metrics(self) -> pd.DataFrame:
+        """metrics.jsonl as a table: one row per SAE and logged step."""
+        import pandas as pd
+
+        return pd.DataFrame(read_metrics(self.path))
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """run.json: settings, versions, hardware, final figures."""
+        return read_json(self.path / "run.json")
+
+
+def train(config: str | Path | None = None, **settings: Any) -> Run:
+    """Train SAEs with settings named as the flags are: `train(width="16k", l0=50)`. Raises UserError."""
+    return start(resolve(settings, config))
+
+
+def start(settings: Settings) -> Run:
+    """Check the plan, open everything, make the run's folder and train."""
+    from sae_train import session
+    from sae_train.callbacks import build_assets
+    from sae_train.plan import make_plan
+    from sae_train.runner import Runner
+
+    folder = free_folder(settings)
+    plan = make_plan(settings)
+    plan.check()
+    opened = session.open_session(settings)
+    built, notes = build_assets(opened.lm, settings.eval)
+    session.begin(opened)
+    folder.mkdir(parents=True)
+    return Run(Runner(opened, folder, built, plan.notes + notes).go())
+
+
+def resume(folder: str | Path) -> Run:
+    """Go on with an interrupted run from its last saved state; UserError if there is nothing to go on with."""
+    from sae_train import session
+    from sae_train.callbacks import build_assets
+    from sae_train.runner import Runner
+
+    folder = Path(folder)
+    info = read_json(folder / "run.json")
+    if info.get("status") == "finished":
+        raise UserError(f"the run {str(folder)!r} is finished: sae-train report {folder} shows it")
+    state = session.saved_state(folder)
+    if state is None:
+        raise UserError(f"the run {str(folder)!r} has no saved state yet: delete the folder and start it again")
+    opened = session.open_session(resolve(info["settings"]))
+    opened.load_state_dict(state)
+    built, _ = build_assets(opened.lm, opened.settings.eval)
+    return Run(Runner(opened, folder, built, info.get("notes", [])).go())
+
+
+def evaluate_checkpoint(checkpoint: Path, given: dict[str, Any], out: Path | None = None) -> AbsorptionResult:
+    """Run the absorption eval on a saved SAE, print the result and write absorption.json and .parquet.
+
+    `given` holds settings by flag name; the model and the hook default to what the checkpoint says.
+    """
+    from sae_train.callbacks import build_assets, figures_of, table_of
+    from sae_train.evals import absorption
+    from sae_train.session import open_model
+    from sae_train.summary import absorption_line
+    from sae_train.trainer import choose_device
+
+    sae = load_sae(checkpoint)
+    settings = resolve(_with_origin(given, sae, checkpoint))
+    lm = open_model(settings, choose_device(settings.lm.device))
+    if lm.d_in != sae.cfg.d_in:
+        raise UserError(
+            f"the SAE in {str(checkpoint)!r} takes {sae.cfg.d_in} values a token and {lm.hook_name} of {lm.name} "
+            f"has {lm.d_in}: name the --model and --hook that it was trained on"
+        )
+    built, notes = build_assets(lm, settings.eval)
+    if built is None:
+        raise UserError(" ".join(notes))
+    result = absorption.evaluate(sae.to(lm.device), built, preset=settings.eval.preset)
+    out = out or Path(checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "absorption.json", result.to_saebench_json())
+    table_of(result, Path(checkpoint).name, step=-1, with_words=True).to_parquet(out / "absorption.parquet")
+    print(absorption_line(dict(figures_of(result))))
+    print(f"written: {out / 'absorption.json'}, {out / 'absorption.parquet'}")
+    return result
+
+
+def _with_origin(given: dict[str, Any], sae: SAE, checkpoint: Path) -> dict[str, Any]:
+    """Fill in model and hook from the checkpoint; UserError if neither it nor the caller names them."""
+    known = {"model": sae.cfg.model_name or None, "hook": sae.cfg.hook_name or None}
+    merged = known | {key: value for key, value in given.items() if value is not None}
+    missing = [f"--{key}" for key in known if not merged[key]]
+    if missing:
+        raise UserError(
+            f"the checkpoint {str(checkpoint)!r} does not say what it was trained on: give {', '.join(missing)}"
+        )
+    return merged
+
+
+def default_name(settings: Settings) -> str:
+    """Name a run by model, architectures, widths and targets."""
+    sae = settings.sae
+    widths = "+".join(width_label(width) for width in sae.width)
+    targets = "+".join(f"{l0:g}" for l0 in sae.l0)
+    seeds = f"-seed_{'+'.join(map(str, sae.seed))}" if sae.seed != (0,) else ""
+    return f"{Path(settings.lm.model).name}-{'+'.join(sae.arch)}-{widths}-l0_{targets}{seeds}"
+
+
+def free_folder(settings: Settings) -> Path:
+    """The folder of a new run: an asked name must be free, a derived one gets a number when taken."""
+    out = Path(settings.run.out)
+    if settings.run.name:
+        folder = out / settings.run.name
+        if folder.exists():
+            raise UserError(
+                f"the run folder {str(folder)!r} exists: choose another --name, or go on with it by "
+                f"sae-train resume {folder}"
+            )
+        return folder
+    name = default_name(settings)
+    taken = {path.name for path in out.glob(f"{name}*")} if out.is_dir() else set()
+    numbered = (f"{name}-{i}" for i in range(2, len(taken) + 3))
+    return out / next(free for free in (name, *numbered) if free not in taken)

@@ -1,0 +1,189 @@
+"""One process at work on one run: joins the session, its callbacks and its files.
+
+In: an opened session and the run's folder. Out: that folder, complete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_train import callbacks, session, trainer
+from sae_train.card import write_card
+from sae_train.checkpoint import save_sae
+from sae_train.config import flat
+from sae_train.display import Display
+from sae_train.evals import absorption, baselines, fidelity
+from sae_train.report import write_report
+from sae_train.run_log import RunLog, open_mirror, provenance, read_metrics
+from sae_train.summary import summary_lines
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_train.evals.assets import Assets
+    from sae_train.learner import Learner
+    from sae_train.session import Session
+
+N_LOGGED = 100
+N_SAVED = 10
+FIDELITY_TOKENS = 8192
+
+
+class Runner:
+    """Lives as long as one process works on a run."""
+
+    def __init__(self, opened: Session, folder: Path, assets: Assets | None, notes: list[str]):
+        self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, notes
+        mirror = open_mirror(self.settings.run.wandb, folder.name, flat(self.settings), folder)
+        self.log = RunLog(folder, mirror)
+        self.display = Display(
+            {learner.name: learner.spec.l0 for learner in opened.learners},
+            self.settings.n_steps,
+            self.settings.train.batch_tokens,
+        )
+        self.info: dict[str, Any] = {
+            "settings": flat(self.settings),
+            "dataset": self.settings.dataset,
+        } | provenance()
+        self.baselines: dict[str, dict[str, Any]] = {}
+        self.assets = assets
+        self.absorption: callbacks.Absorption | None = None
+
+    def go(self) -> Path:
+        """Train to the end, or until Ctrl-C; raise KeyboardInterrupt then, with everything saved."""
+        opened, n_steps = self.session, self.settings.n_steps
+        self.log.rewind(opened.step)
+        self._write_run("running")
+        for note in self.notes:
+            self.display.say(note)
+        with trainer.StopRequest() as stop, self.display:
+            opened.step = trainer.fit(
+                opened.batches(),
+                opened.learners,
+                self._callbacks(),
+                start=opened.step,
+                n_steps=n_steps,
+                log=self._log,
+                before_last_look=lambda learner: learner.calibrate(opened.held_out * opened.scale),
+                save=lambda step: session.save(opened, self.folder, step),
+                save_steps=trainer.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps),
+                clock=opened.clock,
+                stop=stop,
+            )
+        if stop.requested and opened.step < n_steps:
+            self._interrupt()
+        return self._finish()
+
+    def _callbacks(self) -> list[trainer.Callback]:
+        """Training figures often; held-out figures, loss recovered and absorption at the same, fewer steps."""
+        opened, settings, n_steps = self.session, self.settings, self.settings.n_steps
+        looks = trainer.spread(settings.eval.absorption_evals, n_steps)
+        often = trainer.every(settings.run.log_every or -(-n_steps // N_LOGGED), n_steps)
+        rows = opened.stream.held_out[: max(1, FIDELITY_TOKENS // opened.stream.context)]
+        data = fidelity.FidelityData.build(opened.lm, rows, opened.drop_ids)
+        figures = callbacks.TrainingFigures(opened.clock, settings.train.batch_tokens, opened.step)
+        made = [
+            trainer.Callback(figures, often | looks),
+            trainer.Callback(callbacks.HeldOut(opened.held_out * opened.scale), looks),
+            trainer.Callback(callbacks.Fidelity(opened.lm, data, opened.scale), looks),
+        ]
+        if self.assets is not None:
+            preset = settings.eval.preset
+            self.absorption = callbacks.Absorption(self.assets, preset, opened.scale, n_steps, self._keep_absorption)
+            made.append(trainer.Callback(self.absorption, looks))
+        return made
+
+    def _log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:
+        tokens = step * self.settings.train.batch_tokens
+        row = {
+            "sae": learner.name,
+            "step": step,
+            "tokens": tokens,
+            "seconds": self.session.clock.training,
+        } | values
+        self.log.log(row)
+        self.display.row(row)
+
+    def _keep_absorption(self, table: pd.DataFrame) -> None:
+        self.log.log_absorption(table.assign(tokens=table["step"] * self.settings.train.batch_tokens))
+
+    def _write_run(self, status: str) -> None:
+        opened = self.session
+        finals = self._finals()
+        self.info |= {
+            "status": status,
+            "notes": self.notes,
+            "model": opened.lm.name,
+            "hook_name": opened.lm.hook_name,
+            "d_in": opened.lm.d_in,
+            "context": opened.stream.context,
+            "scale": opened.scale,
+            "tokens": opened.step * self.settings.train.batch_tokens,
+            "epochs": opened.stream.epoch,
+            "seconds": opened.clock.training,
+            "eval_seconds": opened.clock.paused_for,
+            "saes": [self._describe(learner, finals.get(learner.name, {})) for learner in opened.learners],
+        }
+        self.log.write_run(self.info)
+
+    def _describe(self, learner: Learner, final: dict[str, Any]) -> dict[str, Any]:
+        described = {
+            "name": learner.name,
+            **learner.spec.model_dump(),
+            "failed": learner.failed,
+            "final": final,
+        }
+        return described | {"baseline": self.baselines.get(learner.name, {})}
+
+    def _finals(self) -> dict[str, dict[str, Any]]:
+        """The newest value of every figure, by SAE."""
+        finals: dict[str, dict[str, Any]] = {}
+        for row in read_metrics(self.folder):
+            finals.setdefault(row["sae"], {}).update(row)
+        return finals
+
+    def _interrupt(self) -> None:
+        session.save(self.session, self.folder, self.session.step)
+        self._write_run("interrupted")
+        self.log.mirror.close()
+        self.display.say(f"interrupted at step {self.session.step}; go on with: sae-train resume {self.folder}")
+        raise KeyboardInterrupt
+
+    def _finish(self) -> Path:
+        """Write the SAEs with their cards, the baselines, run.json and the report; say the results."""
+        whole = trainer.running(self.session.learners)
+        finals = self._finals()
+        for learner in whole:
+            self._keep(learner, finals[learner.name])
+        self._write_run("finished" if whole else "failed")
+        for described in self.info["saes"]:
+            if described["failed"] is None:
+                write_card(self.folder / "saes" / described["name"], described, self.info)
+        report = write_report(self.folder)
+        self.log.mirror.close()
+        for line in summary_lines(self.info):
+            self.display.say(line)
+        self.display.say(f"report: {report}")
+        return self.folder
+
+    def _keep(self, learner: Learner, final: dict[str, Any]) -> None:
+        """Write a finished SAE with where it came from, and measure the random SAE of the same width and L0."""
+        opened, settings = self.session, self.settings
+        sae = learner.export(opened.scale)
+        sae.cfg = replace(
+            sae.cfg,
+            hook_name=opened.lm.hook_name,
+            model_name=opened.lm.name,
+            context_size=opened.stream.context,
+            prepend_bos=opened.lm.bos_id is not None,
+            dataset_path=settings.dataset,
+            l0=final.get("metrics/l0"),
+        )
+        save_sae(sae, self.folder / "saes" / learner.name)
+        if self.absorption is not None and final.get("absorption/valid"):
+            random = baselines.random_sae(sae, opened.held_out, seed=learner.spec.seed)
+            result = absorption.evaluate(random, self.absorption.assets, preset=settings.eval.preset)
+            figures = {name.removeprefix("absorption/"): value for name, value in callbacks.figures_of(result)}
+            self.baselines[learner.name] = {"random": figures}

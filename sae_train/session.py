@@ -1,0 +1,150 @@
+"""One run in memory: settings in; language model, data, learners and their saved state out.
+
+Nothing is written before everything has opened, so that bad input leaves no folder behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_train.activations import load_language_model
+from sae_train.buffer import ActivationBuffer, estimate_scale, held_out_activations
+from sae_train.checkpoint import load_state, save_state
+from sae_train.errors import UserError
+from sae_train.learner import Learner
+from sae_train.tokens import open_tokens
+from sae_train.trainer import Clock, choose_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from sae_train.activations import LanguageModel
+    from sae_train.config import Settings
+    from sae_train.tokens import TokenStream
+
+LM_BATCH_TOKENS = 4096
+SAMPLE_TOKENS = 16_384  # training activations that set the input scale and the learners' start
+
+
+@dataclass
+class Session:
+    """What a run holds; `scale` maps raw activations to ⟨‖x‖²⟩ = d_in."""
+
+    settings: Settings
+    lm: LanguageModel
+    stream: TokenStream
+    buffer: ActivationBuffer
+    drop_ids: set[int]
+    held_out: Tensor
+    learners: list[Learner]
+    scale: float = 0.0
+    step: int = 0
+    clock: Clock = field(default_factory=Clock)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Scaled training batches, endless."""
+        for x in self.buffer:
+            yield x * self.scale
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Everything that a bit-equal continuation needs."""
+        return {
+            "step": step,
+            "scale": self.scale,
+            "seconds": self.clock.training,
+            "paused_seconds": self.clock.paused_for,
+            "buffer": self.buffer.state_dict(),
+            "learners": {learner.name: learner.state_dict() for learner in self.learners},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a saved moment."""
+        self.step, self.scale = state["step"], state["scale"]
+        self.clock = Clock(state["seconds"], state["paused_seconds"])
+        self.buffer.load_state_dict(state["buffer"])
+        for learner in self.learners:
+            learner.load_state_dict(state["learners"][learner.name])
+
+
+def open_session(settings: Settings) -> Session:
+    """Load the language model, open the text and make the learners; UserError for whatever cannot work."""
+    device = choose_device(settings.lm.device)
+    lm = open_model(settings, device)
+    context = settings.context(lm.context)
+    stream = open_tokens(
+        settings.dataset,
+        lm.tokenizer,
+        context=context,
+        sequences=max(1, LM_BATCH_TOKENS // context),
+        bos_id=lm.bos_id,
+        text_column=settings.data.text_column,
+        held_out_tokens=settings.data.held_out_tokens,
+    )
+    drop = drop_ids(lm, settings.data.drop)
+    buffer = ActivationBuffer(
+        lm,
+        stream,
+        batch_tokens=settings.train.batch_tokens,
+        buffer_tokens=settings.data.buffer_tokens,
+        drop_ids=drop,
+        seed=0,
+    )
+    held_out = held_out_activations(lm, stream.held_out, drop, settings.data.held_out_tokens)
+    learners = [Learner(spec, settings.train, lm.d_in, settings.n_steps, device) for spec in settings.specs]
+    return Session(settings, lm, stream, buffer, drop, held_out, learners)
+
+
+def open_model(settings: Settings, device: torch.device) -> LanguageModel:
+    """Load the language model that the settings name."""
+    lm = settings.lm
+    return load_language_model(lm.model, lm.hook, device, lm.dtype, lm.trust_remote_code)
+
+
+def drop_ids(lm: LanguageModel, strings: tuple[str, ...]) -> set[int]:
+    """Token ids of the strings left out of SAE training; UserError for a string that is not one token."""
+    ids = {string: lm.tokenizer(string, add_special_tokens=False)["input_ids"] for string in strings}
+    wrong = [repr(string) for string, tokens in ids.items() if len(tokens) != 1]
+    if wrong:
+        raise UserError(f"drop: {', '.join(wrong)} is not a single token of {lm.name}: name whole tokens")
+    return {tokens[0] for tokens in ids.values()}
+
+
+def begin(session: Session) -> None:
+    """Set the input scale and the learners' start from the first training activations, then rewind the data."""
+    start = session.stream.state_dict()
+    rows = [next(session.stream) for _ in range(-(-SAMPLE_TOKENS // LM_BATCH_TOKENS))]
+    session.stream.load_state_dict(start)
+    sample = held_out_activations(session.lm, torch.cat(rows), session.drop_ids, SAMPLE_TOKENS, at_least=1)
+    session.scale = estimate_scale(sample)
+    for learner in session.learners:
+        learner.initialise(sample * session.scale)
+
+
+def save(session: Session, folder: Path, step: int) -> None:
+    """Write state/step-N whole, then remove older ones."""
+    states = folder / "state"
+    states.mkdir(exist_ok=True)
+    target = states / f"step-{step:09d}"
+    temporary = states / f"{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_state(temporary, session.state_dict(step))
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.replace(target)
+    for old in states.iterdir():
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def saved_state(folder: Path) -> dict[str, Any] | None:
+    """The newest whole state of a run, or None if it never got that far."""
+    found = sorted(path for path in (folder / "state").glob("step-*") if path.suffix != ".tmp")
+    return load_state(found[-1]) if found else None

@@ -1,0 +1,53 @@
+"""The last words of a run: run.json's content in, a few lines of numbers out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def summary_lines(info: dict[str, Any]) -> list[str]:
+    """For each SAE: L0 asked and reached, EV, loss recovered, dead, absorption with intervals, F1."""
+    lines = []
+    for sae in info["saes"]:
+        if sae["failed"]:
+            lines.append(f"{sae['name']}: ended early, {sae['failed']}")
+            continue
+        lines += _one(sae)
+    return lines
+
+
+def _one(sae: dict[str, Any]) -> list[str]:
+    final = sae["final"]
+    figures = [
+        f"L0 asked {sae['l0']:g}, reached {_number(final, 'metrics/l0', '.2f')}",
+        f"EV {_number(final, 'metrics/explained_variance', '.4f')}",
+        f"loss recovered {_number(final, 'metrics/ce_loss_score', '.4f')}",
+        f"dead {_number(final, 'sparsity/dead_fraction', '.1%')}",
+    ]
+    return [
+        f"{sae['name']}: " + ", ".join(figures),
+        "  " + absorption_line(final, sae["baseline"].get("random")),
+    ]
+
+
+def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None) -> str:
+    """Absorption in one line: both scores with 95 % intervals, the random SAE's beside them, letters and F1."""
+    if final.get("absorption/valid") is None:
+        return "absorption: not measured"
+    if not final["absorption/valid"]:
+        return f"absorption: no valid result, {final.get('absorption/reason')}"
+    parts = []
+    for name, label in (("mean_fraction", "fraction"), ("mean_full", "full")):
+        key = f"absorption/{name}"
+        beside = f"; random SAE {random[name]:.4f}" if random and random.get(name) is not None else ""
+        interval = f"[{_number(final, key + '_low', '.4f')}, {_number(final, key + '_high', '.4f')}]"
+        parts.append(f"{label} {_number(final, key, '.4f')} 95% {interval}{beside}")
+    letters = (
+        f"{final.get('absorption/n_letters')} letters count, mean F1 {_number(final, 'absorption/mean_f1', '.3f')}"
+    )
+    return "absorption: " + ", ".join([*parts, letters])
+
+
+def _number(values: dict[str, Any], name: str, form: str) -> str:
+    value = values.get(name)
+    return "–" if value is None else format(value, form)
