@@ -6,7 +6,6 @@ In: plain dictionaries with flat keys (from flags, files or `train(**settings)`)
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,94 +13,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sae_train.errors import UserError
+from sae_train.units import (
+    ARCHITECTURES,
+    listed,
+    parse_arch,
+    parse_count,
+    parse_l0,
+    parse_seed,
+    parse_width,
+    strings,
+    width_label,
+)
 
-ARCHITECTURES = ("relu", "topk", "jumprelu")
 DEFAULT_HUB_DATASET = "monology/pile-uncopyrighted"
 MAX_DEFAULT_CONTEXT = 128
 CONFIGS = Path(__file__).parent / "configs"
-WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
-    "65k": 2**16,
-    "131k": 2**17,
-    "262k": 2**18,
-    "524k": 2**19,
-    "1m": 2**20,
-    "2m": 2**21,
-}
-
-
-def width_label(width: int) -> str:
-    """Write a width as the field does: 16384 is '16k', 65536 is '65k', 1000 stays '1000'."""
-    return next((label for label, value in WIDTH_LABELS.items() if value == width), str(width))
-
-
-def parse_width(value: object) -> int:
-    """Read '16k' as 16,384 (labels are powers of two) and '5000' as itself; raise ValueError otherwise."""
-    text = str(value).strip().lower().replace("_", "")
-    if text in WIDTH_LABELS:
-        return WIDTH_LABELS[text]
-    if re.fullmatch(r"[+]?\d+", text) and int(text) > 0:
-        return int(text)
-    number = re.match(r"-?\d+(\.\d+)?", text)
-    size = float(number[0]) * (1024 if "k" in text else 2**20 if "m" in text else 1) if number else 2**14
-    near = sorted(WIDTH_LABELS, key=lambda label: abs(math.log2(WIDTH_LABELS[label] / max(size, 1))))[:3]
-    near.sort(key=WIDTH_LABELS.get)
-    raise ValueError(f"{value!r} is not a width: give a positive integer or a label such as {', '.join(near)}")
-
-
-def parse_count(value: object) -> int:
-    """Read a number of tokens: 1_000_000, '300k', '1.5M' or '2B' (decimal suffixes); raise ValueError otherwise."""
-    text = str(value).strip().lower().replace("_", "").replace(",", "")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kmb]?)", text)
-    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]] if match else 0
-    if number < 1 or number != int(number):
-        raise ValueError(f"{value!r} is not a count: give a positive whole number such as 4096, 300k, 1.5M or 2B")
-    return int(number)
-
-
-def _parse_l0(value: object) -> float:
-    try:
-        number = float(str(value))
-    except ValueError:
-        number = math.nan
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"{value!r} is not an L0: give a positive number of active latents per token, such as 50")
-    return number
-
-
-def _parse_arch(value: object) -> str:
-    text = str(value).strip().lower()
-    if text not in ARCHITECTURES:
-        near = difflib.get_close_matches(text, ARCHITECTURES, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"{value!r} is not an architecture{hint}: choose from {', '.join(ARCHITECTURES)}")
-    return text
-
-
-def _parse_seed(value: object) -> int:
-    text = str(value).strip()
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError(f"{value!r} is not a seed: give a whole number from 0 up")
-    return int(text)
-
-
-def _listed(parse: Any) -> Any:
-    """Make a validator that turns '1k,4k', ['1k', 4096] or a lone value into a tuple without repeats."""
-
-    def read(value: object) -> tuple:
-        items = value.split(",") if isinstance(value, str) else value
-        items = list(items) if isinstance(items, (list, tuple)) else [items]
-        parsed = [parse(item) for item in items if str(item).strip() != ""]
-        if not parsed:
-            raise ValueError("the list is empty: give at least one value")
-        return tuple(dict.fromkeys(parsed))
-
-    return BeforeValidator(read)
-
-
-def _strings(value: object) -> tuple:
-    return tuple(str(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
-
-
 Count = Annotated[int, BeforeValidator(parse_count)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -113,16 +39,16 @@ class _Group(BaseModel):
 class SAESettings(_Group):
     """Sparse autoencoders (comma lists make a grid, trained in one pass)"""
 
-    width: Annotated[tuple[int, ...], _listed(parse_width)] = Field(
+    width: Annotated[tuple[int, ...], listed(parse_width)] = Field(
         (2**14,), description="number of latents: 16k, 65k (powers of two) or an integer"
     )
-    l0: Annotated[tuple[float, ...], _listed(_parse_l0)] = Field(
+    l0: Annotated[tuple[float, ...], listed(parse_l0)] = Field(
         (50.0,), description="mean active latents per token that the finished SAE is to have"
     )
-    arch: Annotated[tuple[str, ...], _listed(_parse_arch)] = Field(
+    arch: Annotated[tuple[str, ...], listed(parse_arch)] = Field(
         ("topk",), description=f"architecture: {', '.join(ARCHITECTURES)}"
     )
-    seed: Annotated[tuple[int, ...], _listed(_parse_seed)] = Field((0,), description="training seed of the SAE")
+    seed: Annotated[tuple[int, ...], listed(parse_seed)] = Field((0,), description="training seed of the SAE")
 
 
 class LMSettings(_Group):
@@ -151,7 +77,7 @@ class DataSettings(_Group):
     )
     held_out_tokens: Count = Field(16_384, description="activations kept apart for every held-out figure")
     buffer_tokens: Count = Field(65_536, description="activations shuffled together")
-    drop: Annotated[tuple[str, ...], BeforeValidator(_strings)] = Field(
+    drop: Annotated[tuple[str, ...], BeforeValidator(strings)] = Field(
         (), description="token strings left out of SAE training, beside the special tokens"
     )
 

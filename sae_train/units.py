@@ -1,0 +1,94 @@
+"""Readers of single values as people type them: a string comes in, a number out, or a ValueError that says what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BeforeValidator
+
+ARCHITECTURES = ("relu", "topk", "jumprelu")
+WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
+    "65k": 2**16,
+    "131k": 2**17,
+    "262k": 2**18,
+    "524k": 2**19,
+    "1m": 2**20,
+    "2m": 2**21,
+}
+
+
+def width_label(width: int) -> str:
+    """Write a width as the field does: 16384 is '16k', 65536 is '65k', 1000 stays '1000'."""
+    return next((label for label, value in WIDTH_LABELS.items() if value == width), str(width))
+
+
+def parse_width(value: object) -> int:
+    """Read '16k' as 16,384 (labels are powers of two) and '5000' as itself; raise ValueError otherwise."""
+    text = str(value).strip().lower().replace("_", "")
+    if text in WIDTH_LABELS:
+        return WIDTH_LABELS[text]
+    if re.fullmatch(r"[+]?\d+", text) and int(text) > 0:
+        return int(text)
+    number = re.match(r"-?\d+(\.\d+)?", text)
+    size = float(number[0]) * (1024 if "k" in text else 2**20 if "m" in text else 1) if number else 2**14
+    near = sorted(WIDTH_LABELS, key=lambda label: abs(math.log2(WIDTH_LABELS[label] / max(size, 1))))[:3]
+    near.sort(key=WIDTH_LABELS.get)
+    raise ValueError(f"{value!r} is not a width: give a positive integer or a label such as {', '.join(near)}")
+
+
+def parse_count(value: object) -> int:
+    """Read a number of tokens: 1_000_000, '300k', '1.5M' or '2B' (decimal suffixes); raise ValueError otherwise."""
+    text = str(value).strip().lower().replace("_", "").replace(",", "")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kmb]?)", text)
+    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]] if match else 0
+    if number < 1 or number != int(number):
+        raise ValueError(f"{value!r} is not a count: give a positive whole number such as 4096, 300k, 1.5M or 2B")
+    return int(number)
+
+
+def parse_l0(value: object) -> float:
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{value!r} is not an L0: give a positive number of active latents per token, such as 50")
+    return number
+
+
+def parse_arch(value: object) -> str:
+    text = str(value).strip().lower()
+    if text not in ARCHITECTURES:
+        near = difflib.get_close_matches(text, ARCHITECTURES, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{value!r} is not an architecture{hint}: choose from {', '.join(ARCHITECTURES)}")
+    return text
+
+
+def parse_seed(value: object) -> int:
+    text = str(value).strip()
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError(f"{value!r} is not a seed: give a whole number from 0 up")
+    return int(text)
+
+
+def listed(parse: Callable[[object], Any]) -> BeforeValidator:
+    """Make a validator that turns '1k,4k', ['1k', 4096] or a lone value into a tuple without repeats."""
+
+    def read(value: object) -> tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        items = list(items) if isinstance(items, (list, tuple)) else [items]
+        parsed = [parse(item) for item in items if str(item).strip() != ""]
+        if not parsed:
+            raise ValueError("the list is empty: give at least one value")
+        return tuple(dict.fromkeys(parsed))
+
+    return BeforeValidator(read)
+
+
+def strings(value: object) -> tuple:
+    return tuple(str(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
