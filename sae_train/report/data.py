@@ -1,0 +1,217 @@
+"""What a report is made of: run.json, metrics.jsonl and absorption.parquet of a run as plain records.
+
+In: folders of runs, finished or not. Out: `Run` objects; whatever is missing or unreadable becomes a
+sentence in `Run.gaps`, and only a folder that is no run at all raises UserError.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae_train.errors import UserError
+from sae_train.report.text import number
+
+SILENT = 1e-8  # an activation below this counts as none
+LISTS = ("main_latents", "absorbers", "absorber_cos", "absorber_proj")
+
+
+@dataclass(frozen=True)
+class TrainedSAE:
+    """One SAE with its last figures, its history and, where the eval ran, its letters and absorbed words."""
+
+    name: str
+    label: str
+    run: str
+    arch: str
+    width: int | None
+    l0: float | None
+    seed: int | None
+    failed: str | None
+    invalid: str | None
+    final: dict[str, Any]
+    baseline: dict[str, Any]
+    history: list[dict[str, Any]]
+    letters: list[dict[str, Any]]
+    words: list[dict[str, Any]]
+
+    def get(self, metric: str) -> float | None:
+        return number(self.final.get(metric))
+
+    def series(self, metric: str) -> tuple[list[float], list[float]]:
+        """Tokens and values of one metric, where both are finite, in order of tokens."""
+        pairs = {number(row.get("tokens")): number(row.get(metric)) for row in self.history}
+        kept = sorted((x, y) for x, y in pairs.items() if x is not None and y is not None)
+        return [x for x, _ in kept], [y for _, y in kept]
+
+    @property
+    def dead(self) -> float | None:
+        """Dead latents as a fraction of the width."""
+        count = self.get("sparsity/dead_features")
+        return count / self.width if count is not None and self.width else None
+
+    @property
+    def l0_error(self) -> float | None:
+        """Relative distance of the reached L0 from the one asked for."""
+        reached = self.get("metrics/l0")
+        return reached / self.l0 - 1 if reached is not None and self.l0 else None
+
+    @property
+    def last_letters(self) -> list[dict[str, Any]]:
+        last = max((row["step"] for row in self.letters), default=None)
+        return [row for row in self.letters if row["step"] == last]
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+    facts: dict[str, Any]
+    saes: list[TrainedSAE]
+    gaps: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def notes(self) -> list[str]:
+        notes = self.facts.get("notes") or []
+        return [str(note) for note in (notes if isinstance(notes, list) else [notes])]
+
+    def setting(self, group: str, key: str) -> Any:
+        section = (self.facts.get("settings") or {}).get(group)
+        return section.get(key) if isinstance(section, dict) else None
+
+    @property
+    def title(self) -> str:
+        model, hook = self.setting("lm", "model"), self.setting("lm", "hook")
+        return f"{self.name} ({model}{f', {hook}' if hook else ''})" if model else self.name
+
+
+def carried(word: dict[str, Any]) -> float | None:
+    """Share of the activation's projection on the letter's probe that the first absorber carries."""
+    a, proj = number(word.get("a")), word["absorber_proj"]
+    return number(proj[0] / a) if a and proj else None
+
+
+def load_runs(folders: list[Path]) -> list[Run]:
+    """Read several runs; their SAEs carry the run's name in the label when there is more than one run."""
+    return [load_run(folder, prefixed=len(folders) > 1) for folder in folders]
+
+
+def load_run(folder: Path, prefixed: bool = False) -> Run:
+    """Read one run folder; UserError if it is none."""
+    facts = _read_facts(folder)
+    gaps: list[str] = []
+    history = _read_history(folder / "metrics.jsonl", gaps)
+    letters, words = _read_absorption(folder / "absorption.parquet", gaps)
+    entries = [entry for entry in facts.get("saes") or [] if isinstance(entry, dict) and entry.get("name")]
+    known = {entry["name"] for entry in entries}
+    entries += [{"name": name} for name in history if name not in known]
+    if not entries:
+        gaps.append("No SAE has left anything yet.")
+    run = folder.resolve().name
+    saes = [
+        _sae(entry, run, prefixed, *(part.get(entry["name"], []) for part in (history, letters, words)))
+        for entry in entries
+    ]
+    return Run(folder, facts, saes, gaps)
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is not a folder: give the folder of a run, such as checkpoints/NAME")
+    try:
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{str(folder)!r} is not the folder of a run: it holds no run.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(folder / 'run.json')!r} cannot be read ({error}): is this a run's folder?") from None
+    if not isinstance(facts, dict) or not ({"settings", "saes"} & facts.keys()):
+        raise UserError(f"{str(folder / 'run.json')!r} was not written by sae-train: it has no settings and no saes")
+    return facts
+
+
+def _read_history(path: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]]]:
+    history: dict[str, list[dict[str, Any]]] = {}
+    if not path.is_file():
+        gaps.append("No metrics were logged (metrics.jsonl is absent), so there are no curves.")
+        return history
+    broken = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            history.setdefault(str(row["sae"]), []).append(row)
+        except (ValueError, KeyError, TypeError):
+            broken += bool(line.strip())
+    if broken:
+        gaps.append(f"{broken} unreadable row(s) of metrics.jsonl were left out.")
+    return history
+
+
+def _read_absorption(path: Path, gaps: list[str]) -> tuple[dict[str, list], dict[str, list]]:
+    """Letters of every step and the absorbed words of each SAE's last step, by SAE."""
+    if not path.is_file():
+        gaps.append("The absorption eval left no letters and no words (absorption.parquet is absent).")
+        return {}, {}
+    import pandas as pd
+
+    try:
+        table = pd.read_parquet(path)
+        letters = table[table["level"] == "letter"].sort_values(["step", "letter"])
+        words = table[table["level"] == "word"]
+        words = words[words["step"] == words.groupby("sae")["step"].transform("max")]
+        absorbed = words["full"].eq(True) | (pd.to_numeric(words.get("fraction"), errors="coerce") > 0)
+        return _by_sae(letters), _by_sae(words[absorbed].sort_values("word"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        gaps.append(f"absorption.parquet cannot be read: {error}.")
+        return {}, {}
+
+
+def _by_sae(table: Any) -> dict[str, list[dict[str, Any]]]:
+    return {
+        str(name): [_plain(row) for row in part.to_dict("records")] for name, part in table.groupby("sae", sort=False)
+    }
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Give every list column a list; the Parquet file has arrays, and nulls where a row has none."""
+    lists = {key: row.get(key) for key in LISTS}
+    return row | {key: list(value) if hasattr(value, "__len__") else [] for key, value in lists.items()}
+
+
+def _sae(entry: dict, run: str, prefixed: bool, history: list, letters: list, words: list) -> TrainedSAE:
+    final = {key: value for row in history for key, value in row.items() if value is not None}
+    final |= {key: value for key, value in (entry.get("final") or {}).items() if value is not None}
+    tokens = {row.get("step"): row.get("tokens") for row in history}
+    letters = [{"tokens": tokens.get(row["step"])} | row for row in letters]
+    width, seed = number(entry.get("width")), number(entry.get("seed"))
+    random = (entry.get("baseline") or {}).get("random") or {}
+    return TrainedSAE(
+        name=str(entry["name"]),
+        label=f"{run} · {entry['name']}" if prefixed else str(entry["name"]),
+        run=run,
+        arch=str(entry.get("arch") or str(entry["name"]).split("-")[0]),
+        width=None if width is None else int(width),
+        l0=number(entry.get("l0")),
+        seed=None if seed is None else int(seed),
+        failed=entry.get("failed"),
+        invalid=_invalid(entry, final),
+        final=final,
+        baseline=random if isinstance(random, dict) else {},
+        history=history,
+        letters=letters,
+        words=words,
+    )
+
+
+def _invalid(entry: dict, final: dict) -> str | None:
+    """Why the absorption score may not be used; None if it may, or if there is none."""
+    places = [entry, final, entry.get("absorption") if isinstance(entry.get("absorption"), dict) else {}]
+    flags = [place.get(key) for place in places for key in ("valid", "absorption/valid", "absorption_valid")]
+    reasons = [place.get(key) for place in places for key in ("reason", "absorption/reason", "absorption_reason")]
+    if any(flag is not None and not flag for flag in flags):
+        return str(next(filter(None, reasons), "no reason was recorded"))
+    return None

@@ -1,0 +1,139 @@
+"""Which figures a report shows, and how SAEs are told apart in them.
+
+In: the SAEs of all runs. Out: figures over tokens, a style per SAE, and what the styles mean.
+"""
+
+from __future__ import annotations
+
+from sae_train.config import width_label
+from sae_train.report.charts import Figure, Line, draw, heat_map
+from sae_train.report.data import TrainedSAE
+from sae_train.report.text import escape, number, tick
+
+COLOURS, DASHES, STRENGTHS = 8, 4, 4
+OWN_COLOUR = 6  # up to so many SAEs each has a colour of its own
+TRAITS = {"architecture": "arch", "run": "run", "width": "width", "L0": "l0", "seed": "seed"}
+CURVES = (  # key, title, note, metric, logarithmic, from zero
+    ("loss", "Loss", "training loss, log scale", "losses/loss", True, False),
+    ("l0", "L0", "active latents per token, log scale; dashed: target", "metrics/l0", True, False),
+    ("ev", "Explained variance", "1 is perfect reconstruction", "metrics/explained_variance", False, False),
+    ("dead", "Dead latents", "share of all latents", "sparsity/dead_features", False, True),
+    (
+        "fraction",
+        "Absorption, fraction",
+        "mean over letters, 95 % band",
+        "absorption/mean_fraction",
+        False,
+        True,
+    ),
+    ("full", "Absorption, full", "mean over letters, 95 % band", "absorption/mean_full", False, True),
+    ("f1", "F1 of the letter latents", "mean over letters", "absorption/mean_f1", False, True),
+    ("ce", "CE loss recovered", "1: as if the SAE were not there", "metrics/ce_loss_score", False, False),
+    (
+        "coefficient",
+        "Sparsity coefficient",
+        "what holds L0 (λ), log scale",
+        "details/l0_coefficient",
+        True,
+        False,
+    ),
+    ("threshold", "Threshold", "mean JumpReLU threshold", "details/threshold", False, False),
+)
+
+
+def styles(saes: list[TrainedSAE]) -> tuple[list[str], str]:
+    """CSS classes for each SAE, and what colour, dash and strength stand for."""
+    if len(saes) <= OWN_COLOUR:
+        return [f"c{i % COLOURS} d0 o0" for i in range(len(saes))], ""
+    levels = {name: _levels([getattr(sae, trait) for sae in saes]) for name, trait in TRAITS.items()}
+    varying = [name for name, values in levels.items() if len(values) > 1]
+    chosen = varying[:3] + [None] * (3 - min(len(varying), 3))
+    css = []
+    for sae in saes:
+        ranks = [levels[name].index(getattr(sae, TRAITS[name])) if name else 0 for name in chosen]
+        css.append(f"c{ranks[0] % COLOURS} d{ranks[1] % DASHES} o{min(ranks[2], STRENGTHS - 1)}")
+    words = [f"{way}: {name}" for way, name in zip(("colour", "dashes", "faintness"), chosen, strict=True) if name]
+    return css, "; ".join(words)
+
+
+def curves(saes: list[TrainedSAE], css: list[str]) -> list[tuple[Figure, str]]:
+    """Every figure that has at least one point, with its SVG."""
+    drawn = []
+    for key, title, note, metric, log, zero in CURVES:
+        lines = [line for i, sae in enumerate(saes) if (line := _line(i, css[i], sae, metric, log))]
+        if lines:
+            targets = sorted({sae.l0 for sae in saes if sae.l0}) if key == "l0" else []
+            figure = Figure(key, title, note, lines, log, zero, targets)
+            drawn.append((figure, draw(figure)))
+    return drawn
+
+
+def letter_maps(sae: TrainedSAE) -> list[tuple[str, str]]:
+    """Absorption by letter over training as (title, SVG), fraction and full; empty before two evaluations."""
+    steps = sorted({(row["step"], number(row.get("tokens")) or 0) for row in sae.letters})
+    if len(steps) < 2:
+        return []
+    letters = sorted({str(row["letter"]) for row in sae.letters})
+    columns = [tick(tokens) for _, tokens in steps]
+    maps = []
+    for key, noun in (("fraction", "Absorption fraction"), ("full", "Full absorption")):
+        found = {(str(row["letter"]), row["step"]): number(row.get(key)) for row in sae.letters if row.get("counts")}
+        most = max((value for value in found.values() if value is not None), default=0)
+        values = [[found.get((letter, step)) for step, _ in steps] for letter in letters]
+        title = f"{noun} by letter and tokens (darkest: {most:.2f})"
+        maps.append((title, heat_map(letters, columns, values, most, noun)))
+    return maps
+
+
+def legend(saes: list[TrainedSAE], css: list[str]) -> str:
+    """Buttons that show each SAE's style and, pressed, bring its lines forward."""
+    sample = '<svg viewBox="0 0 26 8" aria-hidden="true"><g class="line {}"><path d="M1,4 25,4"/></g></svg>'
+    buttons = [
+        f'<button type="button" class="chip" data-sae="{i}" aria-pressed="false">{sample.format(css[i])}'
+        f"{escape(sae.label)}</button>"
+        for i, sae in enumerate(saes)
+    ]
+    return f'<div class="legend">{"".join(buttons)}</div>'
+
+
+def grid(saes: list[TrainedSAE], metric: str) -> dict[str, tuple[list[str], list[str], list[list[float | None]]]]:
+    """Width × L0 tables of one metric (mean over seeds) by architecture; empty unless width or L0 varies."""
+    usable = [sae for sae in saes if sae.width and sae.l0 and not (sae.invalid and metric.startswith("absorption"))]
+    widths, targets = (_levels([getattr(sae, trait) for sae in usable]) for trait in ("width", "l0"))
+    if len(widths) * len(targets) < 2:
+        return {}
+    several = len({sae.run for sae in usable}) > 1
+    tables = {}
+    for run, arch in sorted({(sae.run, sae.arch) for sae in usable}):
+        part = [sae for sae in usable if (sae.run, sae.arch) == (run, arch)]
+        values = [[_mean([s.get(metric) for s in part if (s.width, s.l0) == (w, t)]) for t in targets] for w in widths]
+        if any(value is not None for row in values for value in row):
+            name = f"{run} · {arch}" if several else arch
+            tables[name] = ([width_label(w) for w in widths], [f"{t:g}" for t in targets], values)
+    return tables
+
+
+def _line(index: int, css: str, sae: TrainedSAE, metric: str, log: bool) -> Line | None:
+    x, y = sae.series(metric)
+    if sae.invalid and metric.startswith("absorption"):
+        return None
+    if metric == "sparsity/dead_features":
+        y = [count / sae.width for count in y] if sae.width else []
+        x = x[: len(y)]
+    kept = [(a, b) for a, b in zip(x, y, strict=True) if b > 0 or not log]
+    if not kept:
+        return None
+    x, y = [a for a, _ in kept], [b for _, b in kept]
+    lows, highs = (dict(zip(*sae.series(f"{metric}_{end}"), strict=True)) for end in ("low", "high"))
+    if not all(a in lows and a in highs for a in x):
+        return Line(index, css, x, y)
+    return Line(index, css, x, y, [lows[a] for a in x], [highs[a] for a in x])
+
+
+def _levels(values: list) -> list:
+    return sorted({value for value in values if value is not None})
+
+
+def _mean(values: list[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None

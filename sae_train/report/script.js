@@ -1,0 +1,153 @@
+"use strict";
+// Sorting, choosing an SAE, the table of words, highlighting and hovering. Page text goes in through textContent only.
+const $ = (query, root = document) => root.querySelector(query);
+const $$ = (query, root = document) => [...root.querySelectorAll(query)];
+const make = (tag, text, parent) => {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  if (parent) parent.append(node);
+  return node;
+};
+
+// --- sortable tables made by the writer
+const keyOf = (row, column) => {
+  const text = row.cells[column] ? row.cells[column].textContent.trim() : "";
+  const value = parseFloat(text);
+  return Number.isNaN(value) ? text : value;
+};
+const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b
+  : typeof a === "number" ? -1 : typeof b === "number" ? 1 : String(a ?? "").localeCompare(String(b ?? "")));
+const turn = (head, heads) => {
+  const down = head.getAttribute("aria-sort") !== "descending";
+  heads.forEach((other) => other.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  return down ? -1 : 1;
+};
+$$("table.sortable").forEach((table) => {
+  const heads = $$("thead th", table);
+  heads.forEach((head, column) => head.addEventListener("click", () => {
+    const sign = turn(head, heads);
+    const rows = $$("tbody tr", table).sort((a, b) => sign * compare(keyOf(a, column), keyOf(b, column)));
+    $("tbody", table).append(...rows);
+  }));
+});
+
+// --- words: [word, letter, main latents, activation, absorber, cosine, share, fraction, full]
+const words = JSON.parse($("#words").textContent);
+const names = $$("#sae option").map((option) => option.textContent);
+const wordTable = $("table.words");
+const PAGE = 50;
+let current = $("#sae") ? Number($("#sae").value) : 0;
+let limit = PAGE;
+let order = null;
+
+function others(row, family) {
+  const rest = (family.get(row[4]) || []).filter((word) => word !== row[0]);
+  return rest.slice(0, 8).map((word) => word.trim()).join(", ") + (rest.length > 8 ? ` and ${rest.length - 8} more` : "");
+}
+
+function showWords() {
+  if (!wordTable) return;
+  const all = words[current] || [];
+  const family = new Map();
+  all.forEach((row) => row[4] !== null && family.set(row[4], [...(family.get(row[4]) || []), row[0]]));
+  const sought = $("#search").value.trim().toLowerCase();
+  const full = $("#only-full").checked;
+  const fits = (row) => !sought || row[0].toLowerCase().includes(sought) || row[1].toLowerCase() === sought
+    || String(row[4]) === sought || row[2].map(String).includes(sought);
+  let rows = all.filter((row) => (!full || row[8]) && fits(row));
+  if (order) {
+    const cell = (row) => (order.column === 2 ? row[2][0] : order.column === 3 ? row[3] ?? 0
+      : order.column === 9 ? (family.get(row[4]) || []).length : row[order.column]);
+    rows = rows.slice().sort((a, b) => order.sign * compare(cell(a), cell(b)));
+  }
+  const body = $("tbody", wordTable);
+  body.textContent = "";
+  const text = (value, digits) => (value === null ? "–" : value.toFixed(digits));
+  rows.slice(0, limit).forEach((row) => {
+    const line = make("tr", undefined, body);
+    make("th", row[0].trim(), line).scope = "row";
+    const cells = [row[1].toUpperCase(), row[2].join(", "), row[3] === null ? "silent" : text(row[3], 2), row[4] ?? "–",
+      text(row[5], 2), row[6] === null ? "–" : `${(100 * row[6]).toFixed(0)} %`, text(row[7], 2), row[8] ? "yes" : "no",
+      others(row, family)];
+    cells.forEach((cell) => make("td", cell, line));
+  });
+  $("#more").hidden = rows.length <= limit;
+  $("#count").textContent = all.length ? `${Math.min(limit, rows.length)} of ${rows.length} words` : "no absorbed word for this SAE";
+  $("#words-of").textContent = names.length > 1 ? names[current] : "";
+}
+if (wordTable) {
+  const heads = $$("thead th", wordTable);
+  heads.forEach((head, column) => head.addEventListener("click", () => {
+    order = { column, sign: turn(head, heads) };
+    showWords();
+  }));
+  const restart = () => { limit = PAGE; showWords(); };
+  $("#search").addEventListener("input", restart);
+  $("#only-full").addEventListener("change", restart);
+  $("#more").addEventListener("click", () => { limit += 4 * PAGE; showWords(); });
+  showWords();
+}
+if ($("#sae")) $("#sae").addEventListener("change", (event) => {
+  current = Number(event.target.value);
+  limit = PAGE;
+  $$(".panel").forEach((panel) => { panel.hidden = Number(panel.dataset.sae) !== current; });
+  showWords();
+});
+
+// --- pressed names bring their curves forward
+const picked = new Set();
+$$(".chip").forEach((chip) => chip.addEventListener("click", () => {
+  const on = picked.has(chip.dataset.sae);
+  on ? picked.delete(chip.dataset.sae) : picked.add(chip.dataset.sae);
+  chip.setAttribute("aria-pressed", String(!on));
+  const section = chip.closest("section");
+  section.classList.toggle("picked", picked.size > 0);
+  $$(".plots [data-sae]", section).forEach((line) => {
+    line.classList.toggle("on", picked.has(line.dataset.sae));
+    line.classList.toggle("dim", picked.size > 0 && !picked.has(line.dataset.sae));
+  });
+}));
+
+// --- values at the pointer
+const tip = $("#tip");
+const chips = $$(".chip");
+const numbers = (text) => (text ? text.split(" ").map(Number) : null);
+const brief = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4))));
+const tokens = (value) => (value >= 1e9 ? `${+(value / 1e9).toPrecision(4)}B` : value >= 1e6 ? `${+(value / 1e6).toPrecision(4)}M` : value >= 1e3 ? `${+(value / 1e3).toPrecision(4)}k` : value);
+function values(plot, at) {
+  return $$(".line:not(.dim)", plot).map((line) => {
+    const x = numbers(line.dataset.x);
+    const i = x.reduce((best, value, j) => (Math.abs(value - at) < Math.abs(x[best] - at) ? j : best), 0);
+    const low = numbers(line.dataset.low), high = numbers(line.dataset.high);
+    const band = low ? ` (${brief(low[i])} to ${brief(high[i])})` : "";
+    return { x: x[i], y: numbers(line.dataset.y)[i], band, css: line.getAttribute("class"), sae: Number(line.dataset.sae) };
+  });
+}
+function hover(event) {
+  const plot = event.currentTarget, box = plot.getBoundingClientRect(), data = plot.dataset;
+  const left = Number(data.left), right = Number(data.right), end = Number(data.end);
+  const px = (event.clientX - box.left) / box.width * plot.viewBox.baseVal.width;
+  const found = values(plot, Math.min(Math.max((px - left) / (right - left), 0), 1) * end).sort((a, b) => b.y - a.y);
+  if (!found.length) return;
+  const nearest = found.reduce((a, b) => (Math.abs(a.x / end * (right - left) + left - px) <= Math.abs(b.x / end * (right - left) + left - px) ? a : b));
+  const guide = $(".guide", plot), x = left + nearest.x / end * (right - left);
+  guide.setAttribute("x1", x); guide.setAttribute("x2", x); guide.setAttribute("visibility", "visible");
+  tip.textContent = "";
+  make("div", `${tokens(nearest.x)} tokens`, tip);
+  found.slice(0, 14).forEach((item) => {
+    const row = make("div", undefined, tip);
+    make("i", undefined, row).className = item.css.replace("line", "");
+    const name = chips[item.sae] ? `${chips[item.sae].textContent.trim()}: ` : "";
+    row.append(`${name}${brief(item.y)}${item.band}`);
+  });
+  if (found.length > 14) make("div", `and ${found.length - 14} more`, tip);
+  tip.hidden = false;
+  const wide = tip.offsetWidth, tall = tip.offsetHeight;
+  tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - wide - 6))}px`;
+  tip.style.top = `${event.clientY + 18 + tall > innerHeight ? Math.max(4, event.clientY - tall - 12) : event.clientY + 18}px`;
+}
+$$("svg.plot").forEach((plot) => {
+  ["pointermove", "pointerdown"].forEach((kind) => plot.addEventListener(kind, hover));
+  plot.addEventListener("pointerleave", () => { tip.hidden = true; $(".guide", plot).setAttribute("visibility", "hidden"); });
+});

@@ -1,0 +1,84 @@
+"""Numbers and strings as the report prints them: finite values in, short escaped text out."""
+
+from __future__ import annotations
+
+import html
+import math
+
+ABSENT = "–"
+
+
+def number(value: object) -> float | None:
+    """Read a finite number; None for everything else (null, NaN, text, lists)."""
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def escape(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def fixed(value: object, digits: int = 3) -> str:
+    """Write 0.1239 as '0.124', a missing value as a dash; never '-0.000'."""
+    found = number(value)
+    if found is None:
+        return ABSENT
+    text = f"{found:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def short(value: object) -> str:
+    """Write with about three significant digits: 50.0, 7.98, 0.0031, 1.2e-7."""
+    found = number(value)
+    if found is None:
+        return ABSENT
+    if found == 0 or 0.001 <= abs(found) < 10_000:
+        digits = 0 if abs(found) >= 1000 else 1 if abs(found) >= 20 else 2 if abs(found) >= 1 else 3
+        return fixed(found, digits)
+    return f"{found:.1e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def tick(value: float) -> str:
+    """Write an axis number: 250k, 1.5M, 0.02."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def percent(value: object, digits: int = 1) -> str:
+    found = number(value)
+    return ABSENT if found is None else f"{fixed(100 * found, digits)}\u00a0%"
+
+
+def interval(low: object, high: object, digits: int = 3) -> str:
+    return "" if number(low) is None or number(high) is None else f"{fixed(low, digits)} to {fixed(high, digits)}"
+
+
+def duration(seconds: object) -> str:
+    """Write 250 as '4 min 10 s'."""
+    found = number(seconds)
+    if found is None:
+        return ABSENT
+    whole = round(found)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{found:.3g} s"
+
+
+def listed(items: list[str], most: int = 6) -> str:
+    """Join names: 'a, b and c', with a count for what is left out."""
+    shown = items[:most] + ([f"{len(items) - most} more"] if len(items) > most else [])
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]])) if shown else ""
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def target(value: float | None) -> str:
+    """Write an L0 that was asked for as it was given: 50, 7.5."""
+    return ABSENT if value is None else f"{value:g}"

@@ -1,0 +1,336 @@
+"""The HTML report, on made-up run folders: what it says, what it survives, and that it is one safe page."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from sae_train.config import SAESpec
+from sae_train.errors import UserError
+from sae_train.report import write_report
+
+STEPS = (0, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 245)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+BATCH = 4096
+VOID = {"meta", "br", "hr", "input", "img", "link"}
+
+
+def fake_run(folder: Path, archs=("topk",), widths=(16384,), l0s=(50.0,), words: int = 900, **facts) -> Path:
+    """Write a plausible run: curves that saturate, absorption that rises with width and falls with L0."""
+    import numpy as np
+    import pandas as pd
+
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    rows, tables, saes = [], [], []
+    for spec in (SAESpec(arch=a, width=w, l0=t) for a in archs for w in widths for t in l0s):
+        level = min(0.9, 0.06 * math.log2(spec.width / 256) / math.log2(spec.l0 + 2) * 2)
+        history = [_row(spec, step, level * (1 - math.exp(-step / 50)), rng) for step in STEPS]
+        tables += [_letters(spec, step, level * (1 - math.exp(-step / 50)), rng) for step in STEPS]
+        tables.append(_words(spec, level, rng, words))
+        rows += history
+        random = {"mean_fraction": 0.002, "mean_full": 0.0}
+        sae = spec.model_dump() | {"name": spec.name, "failed": None, "baseline": {"random": random}}
+        saes.append(sae | {"final": {k: v for k, v in history[-1].items() if "/" in k}})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pd.concat(tables, ignore_index=True).to_parquet(folder / "absorption.parquet")
+    write_facts(folder, saes, **facts)
+    return folder
+
+
+def write_facts(folder: Path, saes: list[dict], **facts) -> None:
+    content = {
+        "settings": {
+            "sae": {"width": [16384], "l0": [50.0], "arch": ["topk"], "seed": [0]},
+            "lm": {"model": "speller", "hook": "blocks.1.hook_resid_post"},
+            "train": {"tokens": 1_003_520, "batch_tokens": BATCH},
+            "eval": {"preset": "saebench", "eval_words": None},
+        },
+        "versions": {"python": "3.11.2", "torch": "2.13.0"},
+        "hardware": {"cpu": "x86_64", "cores": 2, "gpus": []},
+        "git_commit": "0123456789ab",
+        "command": "sae-train --width 16k --l0 50",
+        "saes": saes,
+        "notes": [],
+        "seconds": 250.0,
+        "tokens": STEPS[-1] * BATCH,
+        "status": "finished",
+    }
+    (folder / "run.json").write_text(json.dumps(content | facts))
+
+
+def _row(spec: SAESpec, step: int, level: float, rng) -> dict:
+    done = 1 - math.exp(-step / 40)
+    ev = done * (1 - 0.5 / spec.l0**0.5 - 0.2 / math.log2(spec.width))
+    figures = {
+        "losses/loss": 1 - ev + 0.02 * rng.random(),
+        "metrics/l0": spec.l0
+        if spec.arch == "topk"
+        else spec.l0 * (1 + 6 * math.exp(-step / 15) + 0.02 * rng.random()),
+        "metrics/explained_variance": ev,
+        "metrics/ce_loss_score": min(1, 1.05 * ev),
+        "sparsity/dead_features": int(spec.width * 0.12 * done),
+        "absorption/mean_f1": 0.1 + 0.7 * done,
+        "absorption/n_letters": 25,
+        "absorption/valid": True,
+        "absorption/seconds": 1.3,
+    }
+    for name, value in (("mean_fraction", level), ("mean_full", 0.8 * level)):
+        low, high = max(0, value - 0.02), value + 0.025
+        figures |= {
+            f"absorption/{name}": value,
+            f"absorption/{name}_low": low,
+            f"absorption/{name}_high": high,
+        }
+    if spec.arch != "topk":
+        figures["details/l0_coefficient"] = 0.01 * (1 + 3 * done)
+    if spec.arch == "jumprelu":
+        figures["details/threshold"] = 0.05 + 0.2 * done
+    return {"sae": spec.name, "step": step, "tokens": step * BATCH, "seconds": step * 0.9} | figures
+
+
+def _letters(spec: SAESpec, step: int, level: float, rng):
+    import pandas as pd
+
+    rows = []
+    for i, letter in enumerate(LETTERS):
+        fraction = float(min(1, max(0, level * rng.gamma(4, 0.25))))
+        n_tp = int(rng.integers(5, 60))
+        rows.append(
+            {
+                "letter": letter,
+                "counts": letter != "x",
+                "n_tp": n_tp,
+                "fraction": fraction,
+                "full": 0.8 * fraction,
+            }
+            | {
+                "n_full": int(0.8 * fraction * n_tp),
+                "n_split": 1 + i % 3,
+                "main_latents": list(range(i, i + 1 + i % 3)),
+            }
+            | {"probe_f1": 0.4 if letter == "x" else 0.93, "f1_k1": 0.6, "f1_split": 0.7, "recall_main": 0.65}
+        )
+    return pd.DataFrame(rows).assign(level="letter", sae=spec.name, step=step, tokens=step * BATCH)
+
+
+def _words(spec: SAESpec, level: float, rng, count: int):
+    import pandas as pd
+
+    rows = []
+    for i in range(count):
+        word = " " + LETTERS[i % 26] + "".join(rng.choice(list("aeiourstln"), size=1 + i % 7))
+        absorbed, full = rng.random() < level, rng.random() < 0.8
+        proj = [2.0 + rng.random(), 0.4] if absorbed else []
+        rows.append(
+            {
+                "letter": LETTERS[i % 26],
+                "word": word,
+                "token_id": i,
+                "a": 4.0,
+                "main_latents": [i % 26, 90 + i % 26],
+            }
+            | {"fraction": (1.0 if full else 0.55) if absorbed else 0.0, "full": bool(absorbed and full)}
+            | {"main_act": 0.0 if absorbed and full else 1.3, "absorber_proj": proj}
+            | {"absorbers": [4000 + i // 40, 17][: len(proj)], "absorber_cos": [0.41, 0.12][: len(proj)]}
+        )
+    return pd.DataFrame(rows).assign(level="word", sae=spec.name, step=STEPS[-1], tokens=STEPS[-1] * BATCH)
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about, and fails on tags that do not nest."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.pieces: list[str] = []
+        self.words: list = []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["script"]:
+            self.words = self.words or (json.loads(data) if data.startswith("[") else [])
+        elif self.open[-1:] != ["style"]:
+            self.pieces.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.pieces))
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_one_run_gives_a_page_with_its_numbers_intervals_and_an_example(tmp_path):
+    page = read(write_report(fake_run(tmp_path / "run")))
+    for sentence in (
+        "was trained on 1M tokens in 4 min 10 s. It was asked for L0 50 and reached 50.0 (0.0 % off).",
+        "12.0 % dead latents among its 16,384",
+        "Absorption is 0.125 (fraction; 95 % interval 0.105 to 0.150)",
+        " and 0.100 (full; 95 % interval 0.080 to 0.125)",
+        "over the 25 letters that count. A random SAE of the same width and L0",
+        "scores 0.002 (fraction) and 0.000 (full)",
+        "both scores are above that",
+        "fires instead (cosine 0.41 with the letter’s probe, and carries",
+        "The letter latents have mean F1 0.80",
+        "sae-train --width 16k --l0 50",
+    ):
+        assert sentence in page.text, sentence
+    assert page.tags.count("select") == 0
+    assert len(page.words[0]) > 50 and all(row[7] > 0 for row in page.words[0])
+    assert [row[8] for row in page.words[0]] == [int(row[7] == 1) for row in page.words[0]]
+
+
+def test_grid_shows_every_sae_a_chooser_and_heat_maps_with_numbers(tmp_path):
+    run = fake_run(tmp_path / "grid", ("relu", "topk", "jumprelu"), (1024, 4096), (8.0, 32.0))
+    page = read(write_report(run))
+    names = [f"{a}-{w}-l0_{t}" for a in ("relu", "topk", "jumprelu") for w in ("1k", "4k") for t in (8, 32)]
+    assert all(name in page.text for name in names)
+    assert "12 of 12 reached their L0 within 2 %" in page.text
+    assert "Distinguishable from 0: 12 of 12" in page.text
+    assert page.tags.count("option") == 12
+    text = (run / "report.html").read_text()
+    cells = re.findall(r'<td style="--share:\d+%">([\d.]+)</td>', text)
+    assert len(cells) == 3 * 12
+    assert "0.143" in cells
+
+
+def test_page_loads_nothing_and_stays_small(tmp_path):
+    run = fake_run(tmp_path / "grid", ("relu", "topk"), (1024, 4096), (8.0, 32.0))
+    path = write_report(run)
+    assert read(path).loads == []
+    text = path.read_text()
+    assert not re.search(r"@import|url\((?!#)|https?://|import\s*\(|fetch\(", text)
+    assert path.stat().st_size < 1_000_000
+
+
+def test_large_grids_stay_under_ten_megabytes(tmp_path):
+    run = fake_run(
+        tmp_path / "big", ("relu", "topk", "jumprelu"), (1024, 4096, 16384, 65536), (8.0, 16.0, 32.0, 64.0), 300
+    )
+    assert write_report(run).stat().st_size < 10_000_000
+
+
+def test_strings_from_the_run_never_become_markup(tmp_path):
+    import pandas as pd
+
+    run = fake_run(tmp_path / "run", words=30, notes=["a <b>note</b> & more"], command="x <script>alert(1)</script>")
+    table = pd.read_parquet(run / "absorption.parquet")
+    evil = '</script><img src=x onerror=alert(1)>"&'
+    table.loc[table["level"].eq("word"), ["word", "fraction", "full"]] = [evil, 1.0, 1.0]
+    filled = table["level"].eq("word") & table["absorbers"].map(lambda a: a is not None and len(a) == 0)
+    for column, value in (("absorbers", [1]), ("absorber_cos", [0.3]), ("absorber_proj", [3.0])):
+        table[column] = table[column].where(~filled, pd.Series([value] * len(table)))
+    table.to_parquet(run / "absorption.parquet")
+    path = write_report(run)
+    page = read(path)
+    assert "img" not in page.tags and page.tags.count("script") == 2
+    assert page.words[0][0][0] == evil and f"on “{evil}”" in page.text
+    assert "a <b>note</b> & more" in page.text and "x <script>alert(1)</script>" in page.text
+
+
+def test_interval_that_includes_zero_is_not_distinguishable(tmp_path):
+    run = fake_run(tmp_path / "run")
+    _edit_final(run, **{"absorption/mean_full_low": 0.0, "absorption/mean_fraction_low": 0.001})
+    text = read(write_report(run)).text
+    assert "(full; 95 % interval 0.000 to 0.125, not distinguishable from 0)" in text
+    assert "it is not distinguishable from that" in text
+
+
+def test_invalid_absorption_shows_its_reason_instead_of_a_score(tmp_path):
+    run = fake_run(tmp_path / "run")
+    _edit_final(run, **{"absorption/valid": False, "absorption/reason": "only 7 letters count, 20 are needed"})
+    page = read(write_report(run))
+    assert "There is no valid absorption score: only 7 letters count, 20 are needed." in page.text
+    assert "0.125" not in page.text.split("Absorption by letter")[0]
+
+
+def _edit_final(run: Path, **figures) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    facts["saes"][0]["final"] |= figures
+    (run / "run.json").write_text(json.dumps(facts))
+
+
+def test_runs_are_compared_on_one_page(tmp_path):
+    runs = [fake_run(tmp_path / "first"), fake_run(tmp_path / "second", l0s=(20.0,))]
+    path = write_report(runs)
+    page = read(path)
+    assert path == tmp_path / "first" / "comparison.html"
+    assert "first · topk-16k-l0_50" in page.text and "second · topk-16k-l0_20" in page.text
+    assert "2 SAEs of 2 runs" in page.text
+    assert not (tmp_path / "first" / "report.html").exists()
+
+
+def test_a_run_without_absorption_or_with_one_row_or_none_gets_sentences(tmp_path):
+    run = fake_run(tmp_path / "run", status="running", tokens=8192)
+    (run / "absorption.parquet").unlink()
+    first = (run / "metrics.jsonl").read_text().splitlines()[0]
+    (run / "metrics.jsonl").write_text(first + '\n{"sae": "topk-16k-l0')
+    text = read(write_report(run)).text
+    assert "Still running: run was at work after 8.19k of 1M tokens" in text
+    assert "absorption.parquet is absent" in text and "1 unreadable row(s)" in text
+    (run / "metrics.jsonl").unlink()
+    write_facts(run, [{"name": "topk-16k-l0_50"}])
+    text = read(write_report(run)).text
+    assert "no curves" in text and "Absorption was not evaluated." in text
+    write_facts(run, [], settings=None, versions=None, hardware="a box", seconds=None, tokens=None, notes=None)
+    assert "No SAE has left anything yet." in read(write_report(run)).text
+    (run / "absorption.parquet").write_bytes(b"PAR1 and then nothing")
+    assert "absorption.parquet cannot be read" in read(write_report(run)).text
+
+
+def test_a_failed_sae_is_named_with_its_reason_beside_the_others(tmp_path):
+    run = fake_run(tmp_path / "run", l0s=(50.0, 20.0))
+    facts = json.loads((run / "run.json").read_text())
+    facts["saes"][1] |= {"failed": "step 12: loss is nan", "final": {"losses/loss": None}}
+    (run / "run.json").write_text(json.dumps(facts))
+    text = read(write_report(run)).text
+    assert "1 failed: topk-16k-l0_20 (step 12: loss is nan)" in text
+    assert "topk-16k-l0_20 failed and was left out from then on" in text
+
+
+def test_nan_and_infinity_in_the_metrics_are_left_out(tmp_path):
+    run = fake_run(tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text()
+    rows = text + '{"sae":"topk-16k-l0_50","step":300,"tokens":1228800,"losses/loss":NaN,"metrics/l0":Infinity}\n'
+    (run / "metrics.jsonl").write_text(rows)
+    svg = "".join(re.findall(r"<svg.*?</svg>", write_report(run).read_text(), re.S))
+    assert "nan" not in svg and "inf" not in svg
+
+
+@pytest.mark.parametrize("content", [None, "", "{half", "[]", '{"name": "another tool"}'])
+def test_a_folder_that_is_no_run_is_a_user_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError):
+        write_report(tmp_path)
+
+
+def test_a_missing_folder_and_an_unwritable_page_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match="not a folder"):
+        write_report(tmp_path / "absent")
+    run = fake_run(tmp_path / "run", words=30)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(run, out=run / "run.json" / "report.html")
+    assert write_report(run, out=tmp_path / "new" / "page.html").is_file()
