@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_train.errors import UserError
 from sae_train.kernels import reference
+from sae_train.kernels.reference import Pattern
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -23,9 +24,7 @@ IMPLEMENTATIONS = ("reference",)
 def choose(impl: str | None) -> str:
     """Return the implementation to run; None means the best one present, and an absent one is refused."""
     if impl == "triton":
-        raise UserError(
-            "impl='triton': this version has no fused kernels; use impl='reference' or leave it out."
-        )
+        raise UserError("impl='triton': this version has no fused kernels; use impl='reference' or leave it out.")
     if impl not in (None, *IMPLEMENTATIONS):
         raise UserError(f"impl={impl!r} is unknown; allowed: {', '.join(IMPLEMENTATIONS)}.")
     return impl or "reference"
@@ -85,19 +84,24 @@ def decode(
     return reference.decode_pattern(values.reshape(-1), pattern, W_dec, b_dec)
 
 
-def active_topk(x, W_enc, b_enc, b_dec, k: int, impl: str | None = None) -> tuple[Tensor, reference.Pattern]:
+def active_topk(x, W_enc, b_enc, b_dec, k: int, impl: str | None = None) -> tuple[Tensor, Pattern]:
     """Return the k largest pre-activations of each token, flat and before relu, and their pattern (for training)."""
     choose(impl)
     return reference.pre_topk(x, W_enc, b_enc, b_dec, k)
 
 
-def active_above(x, W_enc, b_enc, b_dec, floor, impl: str | None = None) -> tuple[Tensor, reference.Pattern]:
+def active_above(x, W_enc, b_enc, b_dec, floor, impl: str | None = None) -> tuple[Tensor, Pattern]:
     """Return the pre-activations above floor (a number or (d_sae,)), flat, and their pattern (for training)."""
     choose(impl)
     return reference.pre_above(x, W_enc, b_enc, b_dec, floor)
 
 
-def decode_active(values, pattern: reference.Pattern, W_dec, b_dec, impl: str | None = None) -> Tensor:
+def decode_active(values, pattern: Pattern, W_dec, b_dec, impl: str | None = None) -> Tensor:
     """Return reconstructions from flat values at a pattern's entries (for training)."""
     choose(impl)
     return reference.decode_pattern(values, pattern, W_dec, b_dec)
+
+
+def jumprelu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """Return pre·1[pre > threshold], elementwise, with the straight-through gradient to the threshold."""
+    return reference.JumpReLU.apply(pre, threshold, bandwidth)

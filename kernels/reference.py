@@ -49,9 +49,7 @@ class Pattern:
 
 def _bag(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """Sum, for each bag, of weights · table[rows]; deterministic: one bag is summed by one thread, in order."""
-    return nnf.embedding_bag(
-        rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+    return nnf.embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def _dots(a: Tensor, b: Tensor, pattern: Pattern) -> Tensor:

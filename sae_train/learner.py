@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sae_train import losses
+from sae_train import losses, objectives
 from sae_train.config import SAESpec, TrainSettings
-from sae_train.kernels import ops
+from sae_train.l0 import L0Controller, bisect, level_for
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm, fold_scale
 
 if TYPE_CHECKING:
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 DEAD_REFRESH = 8
 MAX_DEAD_TOKENS = 10_000_000
 DEAD_SHARE = 0.05
+
+
+# Decoder rows of these architectures have norm 1 throughout; the others start at FREE_NORM and are free.
+UNIT_ROWS = ("topk",)
+FREE_NORM = 0.1
+# Where L0 starts, in targets, and how many pre-activations are looked at to find that level.
+START_L0 = 2.0
+QUANTILE_ELEMENTS = 2**24
+FIRST_COEFFICIENT = {"relu": 1.0, "jumprelu": 1.0}
+THRESHOLD_LR_FACTOR = 1.0
+BETAS = {"topk": (0.9, 0.999), "relu": (0.9, 0.999), "jumprelu": (0.0, 0.999)}
 
 
 class Learner:
@@ -43,10 +54,14 @@ class Learner:
         self.sae = SAE(SAEConfig(spec.arch, d_in, spec.width, k=k), device=device)
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.lr = settings.lr or default_lr(spec, n_steps)
-        self.dead_tokens = settings.dead_tokens or min(
-            MAX_DEAD_TOKENS, math.ceil(DEAD_SHARE * settings.tokens)
-        )
-        self.optimiser = torch.optim.Adam(list(self.sae.parameters()), lr=self.lr, eps=6.25e-10, fused=True)
+        share = math.ceil(DEAD_SHARE * settings.tokens)
+        self.dead_tokens = settings.dead_tokens or min(MAX_DEAD_TOKENS, share)
+        self.trained = self._trained()
+        self.optimiser = self._optimiser()
+        self.control = None
+        if spec.arch != "topk":
+            first = round(settings.lr_warm_up * n_steps)
+            self.control = L0Controller(spec.l0, FIRST_COEFFICIENT[spec.arch], first, device)
         self.step_count = 0
         self.failed: str | None = None
         new = {"device": self.device, "dtype": torch.int64}
@@ -56,27 +71,43 @@ class Learner:
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "n d_in"]) -> None:
-        """Set random decoder rows of norm 1, W_enc to their transpose, b_dec to the sample's geometric median."""
+        """Set random decoder rows, W_enc to their transpose, b_dec to the sample's geometric median.
+
+        relu and jumprelu start at the quantile of pre where L0 is START_L0 times the target.
+        """
         sae = self.sae
         rows = torch.randn(sae.W_dec.shape, generator=self.generator)
-        sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+        rows *= (1.0 if self._unit_rows else FREE_NORM) / rows.norm(dim=1, keepdim=True)
+        sae.W_dec.copy_(rows)
         sae.W_enc.copy_(sae.W_dec.t())
         sae.b_dec.copy_(geometric_median(sample))
+        if self.control:
+            n = max(1, QUANTILE_ELEMENTS // sae.cfg.d_sae)
+            pre = (sample[:n] - sae.b_dec) @ sae.W_enc
+            level = level_for(pre, min(START_L0 * self.spec.l0, sae.cfg.d_sae / 2))
+            self._set_level(level.clamp_min(1e-3))
 
     def step(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Tensor]:
         """Take one optimiser step; the returned tensors stay on the device."""
-        lr = self._set_lr()
-        self.optimiser.zero_grad(set_to_none=True)
-        terms, l0, fired = self._objective(x)
+        self._set_lr()
+        for p in (*self.sae.parameters(), *self.trained.values()):
+            p.grad = None
+        threshold = self._threshold()
+        run = objectives.forward(self.sae, x, threshold, self.settings.jumprelu_bandwidth)
+        terms = self._terms(x, run, threshold)
         sum(terms.values()).backward()
-        self._remove_parallel_gradient()
-        norms = torch.stack([p.grad.norm() for p in self._parameters().values()])
+        norms = self._gradients()
         finite = torch.stack([x.isfinite().all(), *(t.isfinite() for t in terms.values()), *norms.isfinite()])
         bad = self._note_failure(finite)
         self._apply(norms, bad)
-        self._count_dead(fired, len(x))
+        fired = run.fired()
+        l0 = fired.sum() / len(x)
+        self.idle_tokens = torch.where(fired > 0, 0, self.idle_tokens + len(x))
+        metrics = self._metrics(terms, l0, norms)
+        if self.control:
+            self.control.update(l0, self.step_count, ~bad)
         self.step_count += 1
-        return self._metrics(terms, l0, lr, norms)
+        return metrics
 
     def check(self) -> str | None:
         """Read the failure flag (waits for the device); return and keep in `failed` what happened, or None."""
@@ -85,8 +116,19 @@ class Learner:
             self.failed = f"step {step}: {self._watched()[what]} is not finite"
         return self.failed
 
+    @torch.no_grad()
     def calibrate(self, held_out: Float[Tensor, "n d_in"]) -> None:
-        """Bring L0 on held-out activations to the target exactly where the architecture allows it."""
+        """Bring L0 on held-out activations to the target by one offset of log θ (jumprelu); topk needs none."""
+        if self.spec.arch == "jumprelu":
+            pre = [(x - self.sae.b_dec) @ self.sae.W_enc + self.sae.b_enc for x in held_out.split(2048)]
+            theta = self.sae.threshold
+
+            def l0_at(offset: float) -> float:
+                return sum((p > theta * math.exp(offset)).sum().item() for p in pre) / len(held_out)
+
+            offset = bisect(l0_at, self.spec.l0, -2.0, 2.0)
+            self.log_threshold += offset
+            theta.copy_(self.log_threshold.exp())
 
     @torch.no_grad()
     def export(self, scale: float) -> SAE:
@@ -96,8 +138,9 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-equal resume needs: nested dictionaries of tensors and JSON values."""
         return {
-            "weights": {name: p.detach() for name, p in self._parameters().items()},
-            "adam": {name: dict(self.optimiser.state[p]) for name, p in self._parameters().items()},
+            "weights": {name: p.detach() for name, p in self.trained.items()},
+            "adam": {name: dict(self.optimiser.state[p]) for name, p in self.trained.items()},
+            "control": self.control.state_dict() if self.control else {},
             "idle_tokens": self.idle_tokens,
             "dead": self.dead,
             "failure": self.failure,
@@ -109,59 +152,97 @@ class Learner:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict returned."""
-        for name, p in self._parameters().items():
+        for name, p in self.trained.items():
             p.copy_(state["weights"][name])
             saved = state["adam"].get(name, {})
-            layout = {
-                key: torch.zeros_like(p) if v.ndim else torch.zeros((), device=p.device)
-                for key, v in saved.items()
-            }
-            self.optimiser.state[p] = {key: layout[key].copy_(value) for key, value in saved.items()}
+            self.optimiser.state[p] = {key: value.to(p.device).clone() for key, value in saved.items()}
+        if self.spec.arch == "jumprelu":
+            self.sae.threshold.copy_(self.log_threshold.exp())
+        if self.control:
+            self.control.load_state_dict(state["control"])
         for name in ("idle_tokens", "dead", "failure"):
             setattr(self, name, state[name].to(self.device).clone())
         self.generator.set_state(state["generator"])
         self.step_count, self.failed = state["step_count"], state["failed"]
 
-    def _parameters(self) -> dict[str, Tensor]:
-        return dict(self.sae.named_parameters())
+    @property
+    def _unit_rows(self) -> bool:
+        return self.spec.arch in UNIT_ROWS
 
-    def _watched(self) -> list[str]:
-        gradients = [f"the gradient of {name}" for name in self._parameters()]
-        return ["the input", "mse_loss", "aux_loss", "sparsity_loss", *gradients]
-
-    def _objective(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Return the terms of the loss, the batch's L0, and how often each latent fired."""
+    def _trained(self) -> dict[str, Tensor]:
+        """Return what the optimiser updates: views of the weights, contiguous, and log θ in place of θ."""
         sae = self.sae
-        pre, pattern = ops.active_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, sae.cfg.k)
-        values = pre.relu()
-        recon = ops.decode_active(values, pattern, sae.W_dec, sae.b_dec)
-        zero = torch.zeros((), device=self.device)
-        terms = {"mse_loss": losses.mse(x, recon), "aux_loss": zero, "sparsity_loss": zero}
-        if self._refreshed_dead().numel() and self.settings.aux_coefficient:
-            weights = sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec
-            terms["aux_loss"] = self.settings.aux_coefficient * losses.aux_k(x, recon, *weights, self.dead)
-        active = (values.detach() > 0).to(values.dtype)
-        fired = torch.zeros_like(sae.b_enc).index_add_(0, pattern.latents, active)
-        return terms, active.sum() / len(x), fired
+        views = {"W_enc": sae.W_enc.detach().t(), "W_dec": sae.W_dec.detach()}
+        views |= {"b_enc": sae.b_enc.detach(), "b_dec": sae.b_dec.detach()}
+        if self.spec.arch == "jumprelu":
+            self.log_threshold = torch.zeros_like(sae.b_enc, requires_grad=False)
+            views["log_threshold"] = self.log_threshold
+        return views
 
-    def _set_lr(self) -> float:
-        lr = self.lr * lr_factor(
-            self.step_count, self.n_steps, self.settings.lr_warm_up, self.settings.lr_decay
-        )
+    def _optimiser(self) -> torch.optim.Adam:
+        main = [p for name, p in self.trained.items() if name != "log_threshold"]
+        groups = [{"params": main, "factor": 1.0}]
+        if self.spec.arch == "jumprelu":
+            groups.append({"params": [self.log_threshold], "factor": THRESHOLD_LR_FACTOR})
+        return torch.optim.Adam(groups, lr=self.lr, betas=BETAS[self.spec.arch], eps=6.25e-10, fused=True)
+
+    def _set_lr(self) -> None:
+        s = self.settings
+        self.lr_now = self.lr * lr_factor(self.step_count, self.n_steps, s.lr_warm_up, s.lr_decay)
         for group in self.optimiser.param_groups:
-            group["lr"] = lr
-        return lr
+            group["lr"] = self.lr_now * group["factor"]
+
+    def _threshold(self) -> Tensor | None:
+        if self.spec.arch != "jumprelu":
+            return None
+        self._leaf = self.log_threshold.detach().requires_grad_()
+        return self._leaf.exp()
 
     @torch.no_grad()
-    def _remove_parallel_gradient(self) -> None:
-        """Keep of each decoder row's gradient what turns the row: its norm is fixed at 1 (Gao et al. 2024)."""
-        W_dec = self.sae.W_dec
-        along = torch.linalg.vecdot(W_dec.grad, W_dec)
-        W_dec.grad.addcmul_(along[:, None], W_dec, value=-1)
+    def _set_level(self, level: Tensor) -> None:
+        if self.spec.arch == "jumprelu":
+            self.log_threshold.fill_(level.log())
+            self.sae.threshold.copy_(self.log_threshold.exp())
+        else:
+            self.sae.b_enc.fill_(-level)
+
+    def _terms(self, x: Tensor, run: objectives.Forward, threshold: Tensor | None) -> dict[str, Tensor]:
+        zero = torch.zeros((), device=self.device)
+        terms = {"mse_loss": losses.mse(x, run.recon), "aux_loss": zero, "sparsity_loss": zero}
+        if self.step_count % DEAD_REFRESH == 0:
+            self.dead = (self.idle_tokens >= self.dead_tokens).nonzero().view(-1)
+        if self.dead.numel() and self.settings.aux_coefficient:
+            aux = objectives.revival(self.sae, x, run.recon, self.dead, threshold)
+            terms["aux_loss"] = aux * (self.settings.aux_coefficient if self.spec.arch == "topk" else 1.0)
+        if self.control:
+            terms["sparsity_loss"] = self.control.coefficient * run.sparsity
+        return terms
+
+    def _watched(self) -> list[str]:
+        gradients = [f"the gradient of {name}" for name in self.trained]
+        return ["the input", "mse_loss", "aux_loss", "sparsity_loss", *gradients]
+
+    @torch.no_grad()
+    def _gradients(self) -> Tensor:
+        """Hand the gradients to the optimiser's views and return their norms.
+
+        Unit decoder rows keep only what turns them: the component along the row is removed (Gao et al. 2024).
+        """
+        sae = self.sae
+        if self._unit_rows:
+            along = torch.linalg.vecdot(sae.W_dec.grad, sae.W_dec)
+            sae.W_dec.grad.addcmul_(along[:, None], sae.W_dec, value=-1)
+        grads = {"W_enc": sae.W_enc.grad.t(), "W_dec": sae.W_dec.grad}
+        grads |= {"b_enc": sae.b_enc.grad, "b_dec": sae.b_dec.grad}
+        if self.spec.arch == "jumprelu":
+            grads["log_threshold"] = self._leaf.grad
+        for name, p in self.trained.items():
+            p.grad = grads[name]
+        return torch.stack([p.grad.norm() for p in self.trained.values()])
 
     @torch.no_grad()
     def _note_failure(self, finite: Tensor) -> Tensor:
-        """Remember step and tensor of the first value that is not finite; return whether this learner has failed."""
+        """Remember step and tensor of the first value that is not finite; return whether there was one ever."""
         now = torch.stack([torch.tensor(self.step_count, device=self.device), finite.long().argmin()])
         self.failure = torch.where((self.failure[0] < 0) & ~finite.all(), now, self.failure)
         return self.failure[0] >= 0
@@ -172,27 +253,26 @@ class Learner:
         self.optimiser.grad_scale = (norms.norm() / self.settings.grad_clip).clamp_min(1.0)
         self.optimiser.found_inf = bad.to(torch.float32)
         self.optimiser.step()
-        length = self.sae.W_dec.norm(dim=1, keepdim=True)
-        self.sae.W_dec.div_(torch.where(bad, 1.0, length))
+        if self._unit_rows:
+            length = self.sae.W_dec.norm(dim=1, keepdim=True)
+            self.sae.W_dec.div_(torch.where(bad, 1.0, length))
+        if self.spec.arch == "jumprelu":
+            self.sae.threshold.copy_(self.log_threshold.exp())
 
     @torch.no_grad()
-    def _count_dead(self, fired: Tensor, batch: int) -> None:
-        self.idle_tokens = torch.where(fired > 0, 0, self.idle_tokens + batch)
-
-    def _refreshed_dead(self) -> Tensor:
-        if self.step_count % DEAD_REFRESH == 0:
-            self.dead = (self.idle_tokens >= self.dead_tokens).nonzero().view(-1)
-        return self.dead
-
-    def _metrics(self, terms: dict[str, Tensor], l0: Tensor, lr: float, norms: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, terms: dict[str, Tensor], l0: Tensor, norms: Tensor) -> dict[str, Tensor]:
         terms = {name: term.detach() for name, term in terms.items()}
+        extra = {"details/l0_coefficient": self.control.coefficient} if self.control else {}
+        if self.spec.arch == "jumprelu":
+            extra["details/threshold"] = self.sae.threshold.mean()
         return {
             "losses/loss": sum(terms.values()),
             **{f"losses/{name}": term for name, term in terms.items()},
             "metrics/l0": l0,
             "sparsity/dead_features": (self.idle_tokens >= self.dead_tokens).sum(),
-            "details/lr": torch.tensor(lr),
+            "details/lr": torch.tensor(self.lr_now),
             "details/grad_norm": norms.norm(),
+            **extra,
         }
 
 

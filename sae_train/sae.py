@@ -49,9 +49,7 @@ class SAE(nn.Module):
     def __init__(self, cfg: SAEConfig, device: str | torch.device = "cpu"):
         super().__init__()
         if cfg.architecture not in ARCHITECTURES:
-            raise UserError(
-                f"architecture {cfg.architecture!r} is unknown; allowed: {', '.join(ARCHITECTURES)}."
-            )
+            raise UserError(f"architecture {cfg.architecture!r} is unknown; allowed: {', '.join(ARCHITECTURES)}.")
         self.cfg = cfg
         new = {"dtype": getattr(torch, cfg.dtype), "device": device}
         self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in, **new).t())
@@ -65,22 +63,16 @@ class SAE(nn.Module):
         """Return dense latents."""
         if self.cfg.architecture == "topk":
             values, indices = self.encode_sparse(x)
-            return torch.zeros(len(x), self.cfg.d_sae, dtype=x.dtype, device=x.device).scatter(
-                1, indices, values
-            )
+            return torch.zeros(len(x), self.cfg.d_sae, dtype=x.dtype, device=x.device).scatter(1, indices, values)
         weights = self.W_enc, self.b_enc, self._input_bias()
         if self.cfg.architecture == "relu":
             return ops.encode_relu(x, *weights)
         return ops.encode_jumprelu(x, *weights, self.threshold, 1.0)
 
-    def encode_sparse(
-        self, x: Float[Tensor, "batch d_in"]
-    ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
         """Return values and indices of the k active latents of each token (topk only)."""
         if self.cfg.architecture != "topk":
-            raise UserError(
-                f"encode_sparse needs a topk SAE; this one is {self.cfg.architecture}: use encode."
-            )
+            raise UserError(f"encode_sparse needs a topk SAE; this one is {self.cfg.architecture}: use encode.")
         return ops.encode_topk(x, self.W_enc, self.b_enc, self._input_bias(), self.cfg.k)
 
     def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:

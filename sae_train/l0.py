@@ -1,0 +1,80 @@
+"""Steering of L0 for relu and jumprelu: measured L0 in, the sparsity coefficient out; and the offsets that set L0.
+
+Everything lives in device tensors, so that an update costs no wait; `state_dict` is all a resumed run needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class L0Controller:
+    """A PI controller in log space: log λ = I + K_p·e, I ← I + K_i·clip(e, ±1), e = log(L0_ema / L0*).
+
+    I stays within a factor MAX_FACTOR of where it began, so that it cannot wind up while λ has no grip on L0.
+    """
+
+    PROPORTIONAL = 1.0
+    INTEGRAL = 0.02
+    SMOOTHING = 0.8
+    MAX_FACTOR = 1e4
+
+    def __init__(self, target: float, start: float, first_step: int, device: torch.device | str = "cpu"):
+        self.target, self.start, self.first_step = target, math.log(start), first_step
+        self.integral = torch.tensor(self.start, device=device)
+        self.ema = torch.tensor(float("nan"), device=device)
+
+    @property
+    def coefficient(self) -> Tensor:
+        """λ now."""
+        return (self.integral + self.PROPORTIONAL * self._error()).exp()
+
+    @torch.no_grad()
+    def update(self, l0: Tensor, step: int, keep: Tensor | bool = True) -> None:
+        """Take in the L0 of one batch; `keep` false leaves everything as it was."""
+        ema = torch.where(self.ema.isnan(), l0, self.SMOOTHING * self.ema + (1 - self.SMOOTHING) * l0)
+        self.ema = torch.where(torch.as_tensor(keep), ema, self.ema)
+        if step >= self.first_step:
+            limit = math.log(self.MAX_FACTOR)
+            moved = self.integral + self.INTEGRAL * self._error()
+            moved = moved.clamp(self.start - limit, self.start + limit)
+            self.integral = torch.where(torch.as_tensor(keep), moved, self.integral)
+
+    def _error(self) -> Tensor:
+        return (self.ema.clamp_min(1e-3) / self.target).log().nan_to_num(0.0).clamp(-1, 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the controller's memory."""
+        return {"integral": self.integral, "ema": self.ema}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what state_dict returned."""
+        self.integral = state["integral"].to(self.integral.device).clone()
+        self.ema = state["ema"].to(self.ema.device).clone()
+
+
+def level_for(pre: Float[Tensor, "n d_sae"], l0: float) -> Float[Tensor, ""]:
+    """Return the level that on average l0 pre-activations of a token exceed."""
+    count = min(max(1, round(l0 * pre.shape[0])), pre.numel())
+    return pre.flatten().kthvalue(pre.numel() - count + 1).values
+
+
+def bisect(l0_at: Callable[[float], float], target: float, low: float, high: float, n_steps: int = 30) -> float:
+    """Return the offset in [low, high] at which l0_at, non-increasing, comes closest to the target."""
+    best = min((low, high), key=lambda offset: abs(l0_at(offset) - target))
+    error = abs(l0_at(best) - target)
+    for _ in range(n_steps):
+        middle = (low + high) / 2
+        l0 = l0_at(middle)
+        if abs(l0 - target) < error:
+            best, error = middle, abs(l0 - target)
+        low, high = (middle, high) if l0 > target else (low, middle)
+    return best
