@@ -184,6 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code (0 done, 2 a mistake of the caller, 130 interrupted)."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except cyclopts.UnusedCliTokensError as error:
+        words = " ".join(error.unused_tokens)
+        print(f"sae-train: {words!r} is no command (eval, report, resume) and no option", file=sys.stderr)
+        return 2
     except (UserError, cyclopts.CycloptsError) as error:
         for line in str(error).strip().splitlines():
             print(f"sae-train: {line}", file=sys.stderr)

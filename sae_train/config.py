@@ -195,7 +195,7 @@ class Settings(_Group):
 
     @property
     def n_steps(self) -> int:
-        return self.train.tokens // self.train.batch_tokens
+        return -(-self.train.tokens // self.train.batch_tokens)
 
     @property
     def specs(self) -> list[SAESpec]:
