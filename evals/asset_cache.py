@@ -1,0 +1,77 @@
+"""Assets on disk: a folder per content key holds assets.safetensors, words.parquet and assets.json; what is stale,
+truncated or not ours is ignored, so that it gets rebuilt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_train.evals import assets as assets_module
+from sae_train.evals.assets import Assets
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PLAIN = ("settings", "counts", "model_accuracy", "sampled_from", "seconds", "hash")
+_FILES = ("assets.safetensors", "words.parquet")
+
+
+def folder_of(cache_dir: Path, key: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir / digest
+
+
+def read(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor) -> Assets | None:
+    """Return the cached assets, or None if there are none that are whole and of this very model."""
+    from pandas import read_parquet
+    from safetensors.torch import load_file
+
+    folder = folder_of(cache_dir, key)
+    try:
+        plain = json.loads((folder / "assets.json").read_text())
+        if any(_digest(folder / name) != plain["digests"][name] for name in _FILES):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    tensors = load_file(folder / "assets.safetensors")
+    seen = tensors.pop("fingerprint")
+    # Thread counts change the last bits of an activation; other weights change far more.
+    if seen.shape != fingerprint.shape or not torch.allclose(seen, fingerprint, rtol=1e-3, atol=1e-4):
+        return None
+    words = read_parquet(folder / "words.parquet")["word"].tolist()
+    return Assets(words=words, **tensors, **{name: plain[name] for name in _PLAIN})
+
+
+def write(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor, assets: Assets) -> None:
+    """Write to a folder beside the final one, then rename: readers see all or nothing."""
+    import pandas as pd
+    from safetensors.torch import save_file
+
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(cache_dir, key)
+    temporary = Path(tempfile.mkdtemp(prefix=".assets-", dir=cache_dir))
+    tensors = {name: getattr(assets, name).contiguous() for name in assets_module._TENSORS}
+    save_file({**tensors, "fingerprint": fingerprint.contiguous()}, temporary / "assets.safetensors")
+    columns = {name: getattr(assets, name).numpy() for name in ("token_ids", "labels", "is_test")}
+    pd.DataFrame({"word": assets.words, **columns}).to_parquet(temporary / "words.parquet", index=False)
+    plain = {name: getattr(assets, name) for name in _PLAIN}
+    plain["digests"] = {name: _digest(temporary / name) for name in _FILES}
+    (temporary / "assets.json").write_text(json.dumps(plain, indent=2))
+    temporary.chmod(0o755)  # mkdtemp makes it private
+    if folder.exists():
+        shutil.rmtree(folder)
+    try:
+        os.replace(temporary, folder)
+    except OSError:  # another process put the same assets there first
+        shutil.rmtree(temporary)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

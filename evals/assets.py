@@ -1,0 +1,254 @@
+"""What every evaluation of a model shares: a language model comes in; words, their activations at the hook, and the
+ground-truth probe go out. Built once per (model, hook, template, seed, preset), kept on disk if asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import zlib
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_train.errors import UserError
+from sae_train.evals import prompts, vocab
+from sae_train.evals.figures import auroc, f1_precision_recall
+from sae_train.evals.presets import Preset, get_preset
+from sae_train.evals.probes import N_LETTERS, Probe, Schedule, fit_dense
+from sae_train.evals.vocab import Vocabulary
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+_BATCH_TOKENS = 8192
+_LOGIT_ELEMENTS = 2**26  # of one (batch, position, vocabulary) block: 256 MB in float32
+_TENSORS = ("token_ids", "labels", "is_test", "x", "tp_rows", "tp_x", "probe_weight", "probe_bias", "probe_figures")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Words with their activations x; the rows tp_rows are the test words that the probe gets right, and tp_x their
+    activations under fresh prompts. probe_figures columns: F1, precision, recall, AUROC on test words."""
+
+    words: list[str]
+    token_ids: Int[Tensor, " n"]
+    labels: Int[Tensor, " n"]
+    is_test: Bool[Tensor, " n"]
+    x: Float[Tensor, "n d_in"]
+    tp_rows: Int[Tensor, " t"]
+    tp_x: Float[Tensor, "t d_in"]
+    probe_weight: Float[Tensor, "d_in 26"]
+    probe_bias: Float[Tensor, " 26"]
+    probe_figures: Float[Tensor, "26 4"]
+    settings: dict[str, Any]
+    """everything they depend on: model, hook, template, seed, preset, number of in-context examples, word position"""
+    counts: dict[str, int]
+    """what became of the tokenizer's entries"""
+    model_accuracy: float | None = None
+    """how often the model itself names the true positives' first letter; None if the template asks for none"""
+    sampled_from: int | None = None
+    """number of words before sampling; None if all were taken"""
+    seconds: dict[str, float] = field(default_factory=dict)
+    hash: str = ""
+
+    @property
+    def probe(self) -> Probe:
+        probe = Probe(len(self.probe_weight), self.probe_weight.device)
+        probe.weight, probe.bias = self.probe_weight, self.probe_bias
+        return probe
+
+    @property
+    def tp_labels(self) -> Int[Tensor, " t"]:
+        return self.labels[self.tp_rows]
+
+    @property
+    def letters_that_count(self) -> Bool[Tensor, " 26"]:
+        return self.probe_figures[:, 0] > self.settings["preset"]["min_probe_f1"]
+
+
+def build(
+    lm: Any,
+    hook_name: str | None = None,
+    *,
+    template: str = prompts.DEFAULT_TEMPLATE,
+    seed: int = 0,
+    preset: str | Preset = "saebench",
+    cache_dir: str | Path | None = None,
+    n_words: int | None = None,
+) -> Assets:
+    """Collect the assets, or read them from cache_dir if the same ones are there.
+
+    n_words takes a sample stratified by letter instead of the whole vocabulary. A tokenizer that cannot write the
+    template raises UserError.
+    """
+    from sae_train.evals import asset_cache
+
+    if hook_name not in (None, lm.hook_name):
+        raise UserError(f"the model is hooked at {lm.hook_name}, not at {hook_name}: load it with that hook.")
+    if n_words is not None and n_words < N_LETTERS:
+        raise UserError(f"the eval needs at least {N_LETTERS} words, one per letter; got {n_words}.")
+    chosen = get_preset(preset)
+    key = _key(lm, template, seed, chosen, n_words)
+    fingerprint = _fingerprint(lm)
+    if cache_dir is not None and (cached := asset_cache.read(Path(cache_dir), key, fingerprint)):
+        return cached
+    assets = _collect(lm, template, seed, chosen, n_words, key)
+    if cache_dir is not None:
+        asset_cache.write(Path(cache_dir), key, fingerprint, assets)
+    return assets
+
+
+def _collect(lm: Any, template: str, seed: int, preset: Preset, n_words: int | None, key: dict) -> Assets:
+    start = time.perf_counter()
+    seconds = {}
+
+    def lap(name: str) -> None:
+        seconds[name] = round(time.perf_counter() - start - sum(seconds.values()), 3)
+
+    fmt, words, sampled_from = _vocabulary(lm, template, seed, preset, n_words)
+    lap("vocabulary")
+    is_test = vocab.split(words, preset.test_share, _generator(seed, "split"))
+    x = _activations(lm, fmt, _own_split_prompts(lm, fmt, words, is_test, seed))
+    lap("activations")
+    labels = torch.tensor(words.labels)
+    probe, figures = _ground_truth(x, labels, is_test, preset, seed)
+    lap("probe")
+    right = probe.logits(x).gather(1, labels[:, None]).squeeze(1) > 0
+    tp_rows = (is_test & right).nonzero().squeeze(1)
+    rows = _fresh_prompts(lm, fmt, words, tp_rows, seed)
+    tp_x = _activations(lm, fmt, rows)
+    lap("true positives")
+    accuracy = _model_accuracy(lm, fmt, rows, labels[tp_rows])
+    lap("model accuracy")
+    settings = {**key, "preset": asdict(preset), "n_examples": fmt.n_examples, "word_position": fmt.word_position}
+    assets = Assets(
+        words.words, torch.tensor(words.token_ids), labels, is_test, x, tp_rows, tp_x, probe.weight, probe.bias,
+        figures, settings, words.counts, accuracy, sampled_from, seconds,
+    )  # fmt: skip
+    return replace(assets, hash=content_hash(assets))
+
+
+def _vocabulary(
+    lm: Any, template: str, seed: int, preset: Preset, n_words: int | None
+) -> tuple[prompts.PromptFormat, Vocabulary, int | None]:
+    found, dropped = vocab.entries(lm.tokenizer, lm.special_ids)
+    fmt = prompts.fit_format(lm, template, found, preset)
+    words = vocab.keep_single_tokens(found, dropped, lambda v: prompts.single_token_words(lm, fmt, v))
+    if len(words) < N_LETTERS:
+        raise UserError(
+            f"only {len(words)} words are one token of {lm.name} in the template {template!r}; the eval needs more."
+        )
+    if n_words is None or n_words >= len(words):
+        return fmt, words, None
+    return fmt, vocab.sample(words, n_words, _generator(seed, "sample")), len(words)
+
+
+def _own_split_prompts(lm: Any, fmt: Any, words: Vocabulary, is_test: Tensor, seed: int) -> list[list[int]]:
+    """A prompt per word, its examples drawn from the word's own side of the split."""
+    g = _generator(seed, "prompts")
+    examples: list[list[str]] = [[] for _ in words.words]
+    for side in (~is_test, is_test):
+        rows = side.nonzero().squeeze(1)
+        drawn = rows[prompts.draw_examples(torch.arange(len(rows)), len(rows), fmt.n_examples, g)]
+        for row, others in zip(rows.tolist(), drawn.tolist(), strict=True):
+            examples[row] = [words.words[o] for o in others]
+    return _checked(lm, fmt, words, prompts.token_rows(lm, fmt, words.words, examples))
+
+
+def _fresh_prompts(lm: Any, fmt: Any, words: Vocabulary, tp_rows: Tensor, seed: int) -> list[list[int]]:
+    """New prompts for the true positives, with examples from the whole vocabulary."""
+    drawn = prompts.draw_examples(tp_rows, len(words), fmt.n_examples, _generator(seed, "true positives"))
+    examples = [[words.words[o] for o in others] for others in drawn.tolist()]
+    chosen = words.subset(tp_rows.tolist())
+    return _checked(lm, fmt, chosen, prompts.token_rows(lm, fmt, chosen.words, examples))
+
+
+def _checked(lm: Any, fmt: Any, words: Vocabulary, rows: list[list[int]]) -> list[list[int]]:
+    for ids, token_id, word in zip(rows, words.token_ids, words.words, strict=True):
+        if ids[fmt.word_position] != token_id:
+            raise UserError(
+                f"the tokenizer of {lm.name} does not keep {word!r} as one token at position {fmt.word_position} of "
+                f"the template {fmt.template!r} once examples stand before it; give another template."
+            )
+        if len(ids) > lm.context:
+            raise UserError(f"a prompt of {len(ids)} tokens does not fit the {lm.context} positions of {lm.name}.")
+    return rows
+
+
+@torch.no_grad()
+def _activations(lm: Any, fmt: Any, rows: list[list[int]]) -> Float[Tensor, "n d_in"]:
+    out = torch.zeros(len(rows), lm.d_in)
+    for numbers, tokens in prompts.batches(rows, _BATCH_TOKENS):
+        out[numbers] = lm.activations(tokens.to(lm.device))[:, fmt.word_position].float().cpu()
+    return out
+
+
+@torch.no_grad()
+def _model_accuracy(lm: Any, fmt: Any, rows: list[list[int]], labels: Tensor) -> float | None:
+    if fmt.answer_ids is None or not rows:
+        return None
+    right, answers = 0, torch.tensor(fmt.answer_ids)[labels]
+    for numbers, tokens in prompts.batches(rows, min(_BATCH_TOKENS, _LOGIT_ELEMENTS // len(lm.tokenizer))):
+        said = lm.logits(tokens.to(lm.device))[:, -1].argmax(-1).cpu()
+        right += int((said == answers[numbers]).sum())
+    return right / len(rows)
+
+
+def _ground_truth(x: Tensor, labels: Tensor, is_test: Tensor, preset: Preset, seed: int) -> tuple[Probe, Tensor]:
+    schedule = Schedule(
+        preset.probe_lr, preset.probe_end_lr, preset.probe_weight_decay, preset.probe_epochs, preset.probe_batch
+    )
+    with torch.no_grad():
+        probe = fit_dense(x[~is_test], labels[~is_test], schedule, _generator(seed, "probe"))
+        logits = probe.logits(x[is_test])
+        truth = labels[is_test][:, None] == torch.arange(N_LETTERS)
+        figures = [*f1_precision_recall(logits > 0, truth), auroc(logits, truth)]
+    return probe, torch.stack([f.double() for f in figures], 1)
+
+
+def _key(lm: Any, template: str, seed: int, preset: Preset, n_words: int | None) -> dict[str, Any]:
+    """What decides the assets' content, apart from the model's weights."""
+    vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return {
+        "version": 1,
+        "model": lm.name,
+        "hook_name": lm.hook_name,
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+        "template": template,
+        "seed": seed,
+        "n_words": n_words,
+        "context": lm.context,
+        "bos_id": lm.bos_id,
+        "preset": {k: v for k, v in asdict(preset).items() if k in _PRESET_FIELDS},
+    }
+
+
+# The scoring fields of a preset do not enter the assets, so presets that only score otherwise share them.
+_PRESET_FIELDS = ("n_examples", "leading_newline", "test_share", "min_probe_f1") + tuple(
+    f"probe_{name}" for name in ("lr", "end_lr", "weight_decay", "epochs", "batch")
+)
+
+
+@torch.no_grad()
+def _fingerprint(lm: Any) -> Float[Tensor, "16 d_in"]:
+    """Activations of 16 entries spread over the vocabulary: they tell when a model's weights changed under its name."""
+    tokens = (torch.arange(16) * len(lm.tokenizer) // 16)[None]
+    return lm.activations(tokens.to(lm.device))[0].float().cpu()
+
+
+def content_hash(assets: Assets) -> str:
+    """Hash of the settings and of every number that an evaluation reads."""
+    h = hashlib.sha256(json.dumps([assets.settings, assets.words], sort_keys=True).encode())
+    for name in _TENSORS:
+        h.update(getattr(assets, name).contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    """A stream of its own for every draw, so that one more draw somewhere shifts no other."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{purpose}/{seed}".encode()))

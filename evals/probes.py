@@ -1,0 +1,159 @@
+"""Linear one-vs-rest probes: activations or latents with a class per row come in, weights and figures per class go out.
+
+Both probes minimise mean over rows and classes of BCE with pos_weight_c = (N − n_c)/n_c, plus an L1 term for latents;
+mini-batch Adam with gradients written out, so that neither autograd nor a global random state is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import embedding_bag, one_hot
+
+from sae_train.evals.latents import Latents
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+N_LETTERS = 26
+# rows of a batch, W ↦ X·W, and (into, G) ↦ into += Xᵀ·G
+_Batch = tuple["Tensor", Callable[["Tensor"], "Tensor"], Callable[["Tensor", "Tensor"], object]]
+_DENSE_SHARE = 0.1  # above this share of non-zeros two dense products beat two embedding bags (measured)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Adam's schedule: the rate decays exponentially from lr towards end_lr, once per epoch."""
+
+    lr: float
+    end_lr: float
+    weight_decay: float
+    epochs: int
+    batch: int
+    l1: float = 0.0
+
+    def rate(self, epoch: int) -> float:
+        return self.lr * (self.end_lr / self.lr) ** (epoch / self.epochs)
+
+
+class Probe:
+    """logits = x·weight + bias, with weight (n_inputs, 26): input-major, so that a sparse row gathers whole rows."""
+
+    def __init__(self, n_inputs: int, device: torch.device):
+        # The problem is convex: starting at zero adds nothing random, unlike the usual uniform start.
+        self.weight = torch.zeros(n_inputs, N_LETTERS, device=device)
+        self.bias = torch.zeros(N_LETTERS, device=device)
+
+    def logits(self, x: Float[Tensor, "n n_inputs"]) -> Float[Tensor, "n 26"]:
+        return x @ self.weight + self.bias
+
+
+def fit_dense(x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], s: Schedule, g: torch.Generator) -> Probe:
+    """Fit a probe on dense rows."""
+
+    def batches() -> Iterator[_Batch]:
+        for order in _shuffled(len(x), s, g, x.device):
+            for rows in order.split(s.batch):
+                block = x[rows]
+                yield rows, block.matmul, lambda into, d_logits, block=block: into.addmm_(block.T, d_logits)
+
+    return _descend(Probe(x.shape[1], x.device), batches(), labels, s)
+
+
+def fit_sparse(latents: Latents, labels: Int[Tensor, " n"], s: Schedule, g: torch.Generator) -> Probe:
+    """Fit a probe on latents; inputs are the columns of the table, which should all fire somewhere."""
+    if len(latents.values) > _DENSE_SHARE * latents.n_rows * latents.d_sae:
+        return fit_dense(latents.dense(), labels, s, g)
+
+    def batches() -> Iterator[_Batch]:
+        for order in _shuffled(latents.n_rows, s, g, labels.device):
+            yield from _sparse_batches(latents, order, s.batch)
+
+    return _descend(Probe(latents.d_sae, labels.device), batches(), labels, s)
+
+
+def rank_latents(latents: Latents, labels: Tensor, s: Schedule, g: torch.Generator, k: int) -> Int[Tensor, "26 k"]:
+    """Latents with the largest signed weight per class, best first; fewer than k where fewer ever fire.
+
+    A latent that fires on no training word gets no gradient from the data: only L1 and weight decay act on it, which
+    hold it at zero, and no k-sparse probe can use it. Leaving those columns out changes no other weight.
+    """
+    fires = latents.fires()
+    probe = fit_sparse(latents.restrict(fires), labels, s, g)
+    kept = fires.nonzero().squeeze(1)
+    top = probe.weight.topk(min(k, len(kept)), dim=0).indices
+    return kept[top].T
+
+
+def ranking_schedule(n_rows: int, *, epochs: int, max_batch: int, min_steps: int, **rest: float) -> Schedule:
+    """Batches of min(max_batch, N/30), and as many epochs as min_steps asks for."""
+    batch = max(1, min(max_batch, n_rows // 30))
+    steps_per_epoch = math.ceil(n_rows / batch)
+    return Schedule(epochs=max(epochs, math.ceil(min_steps / steps_per_epoch)), batch=batch, **rest)
+
+
+@dataclass(frozen=True)
+class _Targets:
+    labels: Tensor
+
+    def __post_init__(self):
+        positive = one_hot(self.labels, N_LETTERS).float()
+        n = positive.sum(0)
+        # A class without rows has no positive term to weight; any finite number will do.
+        weight = (len(self.labels) - n) / n.clamp(min=1)
+        # BCE's gradient is (1 − y)·σ(z) + w·y·(σ(z) − 1) = σ(z)·a − b, with a and b fixed per row and class.
+        object.__setattr__(self, "a", 1 - positive + weight * positive)
+        object.__setattr__(self, "b", weight * positive)
+
+    def gradient(self, logits: Float[Tensor, "batch 26"], rows: Tensor) -> Float[Tensor, "batch 26"]:
+        """Gradient of the mean loss over this batch's rows and classes."""
+        return logits.sigmoid_().mul_(self.a[rows]).sub_(self.b[rows]).div_(logits.numel())
+
+
+def _shuffled(n: int, s: Schedule, g: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+    for _ in range(s.epochs):
+        yield torch.randperm(n, generator=g).to(device)
+
+
+def _descend(probe: Probe, batches: Iterator[_Batch], labels: Tensor, s: Schedule) -> Probe:
+    targets, steps_per_epoch = _Targets(labels), math.ceil(len(labels) / s.batch)
+    adam = torch.optim.Adam([probe.weight, probe.bias], lr=s.lr, weight_decay=s.weight_decay, fused=True)
+    probe.weight.grad = torch.zeros_like(probe.weight)  # one buffer: a fresh one each step costs page faults
+    for step, (rows, times, add_transposed) in enumerate(batches):
+        if step % steps_per_epoch == 0:
+            adam.param_groups[0]["lr"] = s.rate(step // steps_per_epoch)
+        d_logits = targets.gradient(times(probe.weight).add_(probe.bias), rows)
+        torch.sign(probe.weight, out=probe.weight.grad).mul_(s.l1 / N_LETTERS)
+        add_transposed(probe.weight.grad, d_logits)
+        probe.bias.grad = d_logits.sum(0)
+        adam.step()
+    probe.weight.grad = probe.bias.grad = None
+    return probe
+
+
+def _sparse_batches(latents: Latents, order: Tensor, batch: int) -> Iterator[_Batch]:
+    """Each batch of an epoch; X·W is an embedding bag over the rows, Xᵀ·G is added entry by entry."""
+    counts = latents.counts[order]
+    ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    row = torch.arange(len(order), device=order.device).repeat_interleave(counts)
+    entries = torch.arange(len(row), device=row.device) + (latents.row_ptr[order] - ptr[:-1])[row]
+    columns, values, edges = latents.columns[entries], latents.values[entries], ptr.tolist()
+    for start in range(0, len(order), batch):
+        stop = min(start + batch, len(order))
+        span, offsets = slice(edges[start], edges[stop]), ptr[start : stop + 1] - edges[start]
+        yield order[start:stop], *_products(columns[span], values[span], offsets, row[span] - start)
+
+
+def _products(columns: Tensor, values: Tensor, offsets: Tensor, row: Tensor) -> tuple[Callable, Callable]:
+    def times(table: Tensor) -> Tensor:
+        return embedding_bag(columns, table, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+
+    def add_transposed(into: Tensor, d_logits: Tensor) -> None:
+        into.index_add_(0, columns, d_logits[row].mul_(values[:, None]))
+
+    return times, add_transposed

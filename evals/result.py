@@ -1,0 +1,152 @@
+"""What one evaluation says: tables by letter and by word come in, means, intervals and SAEBench's JSON go out."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_train.errors import UserError
+from sae_train.evals.presets import Preset, get_preset
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_WORD_COLUMN = {"mean_fraction": "fraction", "mean_full": "full", "mean_recall_main": "main_act"}
+
+
+@dataclass(frozen=True)
+class AbsorptionResult:
+    """Absorption of one SAE. If not valid, reason says why in a sentence and the means are NaN; by_letter and words
+    hold whatever could be measured. Means and standard deviations (n − 1) are over the letters that count."""
+
+    preset: str
+    seed: int
+    asset_hash: str
+    valid: bool
+    reason: str
+    by_letter: pd.DataFrame
+    words: pd.DataFrame
+    l0: float = float("nan")
+    """active latents per test word; on the corpus it differs"""
+    ev: float = float("nan")
+    """explained variance on test words"""
+    details: dict[str, Any] = field(default_factory=dict)
+    """settings and sizes worth keeping: steps and batch of the ranking, firing latents, asset settings, sampling"""
+    seconds: float = 0.0
+    timings: dict[str, float] = field(default_factory=dict)
+    thresholds: Preset | None = None
+
+    @property
+    def n_letters(self) -> int:
+        return int(self.by_letter["counts"].sum()) if len(self.by_letter) else 0
+
+    mean_fraction = property(lambda self: self._mean("fraction"))
+    mean_full = property(lambda self: self._mean("full"))
+    mean_f1 = property(lambda self: self._mean("f1_k1"))
+    mean_n_split = property(lambda self: self._mean("n_split"))
+    mean_recall_main = property(lambda self: self._mean("recall_main"))
+    std_fraction = property(lambda self: self._std("fraction"))
+    std_full = property(lambda self: self._std("full"))
+    std_n_split = property(lambda self: self._std("n_split"))
+
+    def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
+        """Bootstrap interval over words, resampled within each letter, of mean_fraction, mean_full or
+        mean_recall_main: it says what other words of these letters might give, with this SAE and these letters."""
+        if name not in _WORD_COLUMN:
+            raise UserError(f"there is no interval for {name!r}; there are {', '.join(_WORD_COLUMN)}.")
+        if not self.valid:
+            return float("nan"), float("nan")
+        values = self._resampled(_WORD_COLUMN[name])
+        tail = (1 - level) / 2
+        low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
+        return low, high
+
+    def to_saebench_json(self, **eval_fields: Any) -> dict[str, Any]:
+        """The result in SAEBench's output layout; eval_fields fill its other top-level entries."""
+        counting = self.by_letter[self.by_letter["counts"]] if len(self.by_letter) else self.by_letter
+        return {
+            "eval_type_id": "absorption_first_letter",
+            "eval_config": self._saebench_config(),
+            "eval_id": str(uuid.uuid4()),
+            "datetime_epoch_millis": int(time.time() * 1000),
+            "eval_result_metrics": {"mean": self._saebench_means()},
+            "eval_result_details": [_saebench_letter(row) for row in counting.to_dict("records")],
+            "sae_bench_commit_hash": "",
+            "sae_lens_id": "",
+            "sae_lens_release_id": "",
+            "sae_lens_version": "",
+            "sae_cfg_dict": {},
+            "eval_result_unstructured": {
+                "preset": self.preset, "seed": self.seed, "asset_hash": self.asset_hash, "valid": self.valid,
+                "reason": self.reason, **{n: list(self.interval(n)) for n in ("mean_fraction", "mean_full")},
+                **self.details,
+            },
+            **eval_fields,
+        }  # fmt: skip
+
+    def _saebench_config(self) -> dict[str, Any]:
+        preset = self.thresholds or get_preset(self.preset)
+        assets = self.details.get("assets", {})
+        return {
+            "model_name": assets.get("model", ""),
+            "random_seed": self.seed,
+            "f1_jump_threshold": preset.f1_jump,
+            "max_k_value": preset.max_k,
+            "prompt_template": assets.get("template", "").split("{letter}")[0].rstrip(" "),
+            "prompt_token_pos": assets.get("word_position", 0),
+            "llm_batch_size": 1,
+            "llm_dtype": "float32",
+            "k_sparse_probe_l1_decay": preset.l1_coefficient,
+            "k_sparse_probe_batch_size": preset.l1_max_batch,
+            "k_sparse_probe_num_epochs": preset.l1_epochs,
+            "min_GT_probe_f1": preset.min_probe_f1,
+            "min_feats_for_eval": preset.min_letters,
+        }
+
+    def _saebench_means(self) -> dict[str, float]:
+        return {
+            "mean_absorption_fraction_score": self.mean_fraction,
+            "mean_full_absorption_score": self.mean_full,
+            "mean_num_split_features": self.mean_n_split,
+            "std_dev_absorption_fraction_score": self.std_fraction,
+            "std_dev_full_absorption_score": self.std_full,
+            "std_dev_num_split_features": self.std_n_split,
+        }
+
+    def _counting(self, column: str) -> pd.Series:
+        return self.by_letter.loc[self.by_letter["counts"], column].astype(float)
+
+    def _mean(self, column: str) -> float:
+        return float(self._counting(column).mean()) if self.valid else float("nan")
+
+    def _std(self, column: str) -> float:
+        return float(self._counting(column).std(ddof=1)) if self.valid else float("nan")
+
+    def _resampled(self, column: str) -> torch.Tensor:
+        """The mean over letters in each of n_bootstrap resamples."""
+        preset = self.thresholds or get_preset(self.preset)
+        g = torch.Generator().manual_seed(self.seed)
+        counting = set(self.by_letter.loc[self.by_letter["counts"], "letter"])
+        means = []
+        for letter, group in self.words.groupby("letter"):
+            if letter in counting:
+                values = torch.tensor(group[column].to_numpy(dtype=float))
+                values = (values > 0).double() if column == "main_act" else values
+                drawn = torch.randint(0, len(values), (preset.n_bootstrap, len(values)), generator=g)
+                means.append(values[drawn].mean(1))
+        return torch.stack(means).mean(0)
+
+
+def _saebench_letter(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "first_letter": row["letter"],
+        "mean_absorption_fraction": row["fraction"],
+        "full_absorption_rate": row["full"],
+        "num_full_absorption": int(row["n_full"]),
+        "num_probe_true_positives": int(row["n_tp"]),
+        "num_split_features": int(row["n_split"]),
+    }
