@@ -49,8 +49,7 @@ class TrainedSAE:
     @property
     def dead(self) -> float | None:
         """Dead latents as a fraction of the width."""
-        count = self.get("sparsity/dead_features")
-        return count / self.width if count is not None and self.width else None
+        return self.get("sparsity/dead_fraction")
 
     @property
     def l0_error(self) -> float | None:
@@ -183,11 +182,13 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sae(entry: dict, run: str, prefixed: bool, history: list, letters: list, words: list) -> TrainedSAE:
-    final = {key: value for row in history for key, value in row.items() if value is not None}
-    final |= {key: value for key, value in (entry.get("final") or {}).items() if value is not None}
+    width, seed = number(entry.get("width")), number(entry.get("seed"))
+    history = [_with_dead_fraction(row, width) for row in history]
     tokens = {row.get("step"): row.get("tokens") for row in history}
     letters = [{"tokens": tokens.get(row["step"])} | row for row in letters]
-    width, seed = number(entry.get("width")), number(entry.get("seed"))
+    final = {key: value for row in history for key, value in row.items() if value is not None}
+    final |= {key: value for key, value in (entry.get("final") or {}).items() if value is not None}
+    final = _with_dead_fraction(final, width)
     random = (entry.get("baseline") or {}).get("random") or {}
     return TrainedSAE(
         name=str(entry["name"]),
@@ -205,6 +206,12 @@ def _sae(entry: dict, run: str, prefixed: bool, history: list, letters: list, wo
         letters=letters,
         words=words,
     )
+
+
+def _with_dead_fraction(row: dict[str, Any], width: float | None) -> dict[str, Any]:
+    """Add dead latents as a fraction of the width, where only their number was logged."""
+    count = number(row.get("sparsity/dead_features"))
+    return {"sparsity/dead_fraction": count / width} | row if count is not None and width else row
 
 
 def _invalid(entry: dict, final: dict) -> str | None:

@@ -17,7 +17,7 @@ CURVES = (  # key, title, note, metric, logarithmic, from zero
     ("loss", "Loss", "training loss, log scale", "losses/loss", True, False),
     ("l0", "L0", "active latents per token, log scale; dashed: target", "metrics/l0", True, False),
     ("ev", "Explained variance", "1 is perfect reconstruction", "metrics/explained_variance", False, False),
-    ("dead", "Dead latents", "share of all latents", "sparsity/dead_features", False, True),
+    ("dead", "Dead latents", "share of all latents", "sparsity/dead_fraction", False, True),
     (
         "fraction",
         "Absorption, fraction",
@@ -117,9 +117,6 @@ def _line(index: int, css: str, sae: TrainedSAE, metric: str, log: bool) -> Line
     x, y = sae.series(metric)
     if sae.invalid and metric.startswith("absorption"):
         return None
-    if metric == "sparsity/dead_features":
-        y = [count / sae.width for count in y] if sae.width else []
-        x = x[: len(y)]
     kept = [(a, b) for a, b in zip(x, y, strict=True) if b > 0 or not log]
     if not kept:
         return None

@@ -171,7 +171,6 @@ def _words(saes: list[TrainedSAE], cut: list[str]) -> str:
         "word",
         "letter",
         "main latents",
-        "their activation",
         "taken over by",
         "cosine",
         "share",

@@ -57,8 +57,9 @@ function showWords() {
     || String(row[4]) === sought || row[2].map(String).includes(sought);
   let rows = all.filter((row) => (!full || row[8]) && fits(row));
   if (order) {
-    const cell = (row) => (order.column === 2 ? row[2][0] : order.column === 3 ? row[3] ?? 0
-      : order.column === 9 ? (family.get(row[4]) || []).length : row[order.column]);
+    const keys = [0, 1, 2, 4, 5, 6, 7, 8];
+    const cell = (row) => (order.column === 2 ? row[2][0] : order.column === keys.length
+      ? (family.get(row[4]) || []).length : row[keys[order.column]]);
     rows = rows.slice().sort((a, b) => order.sign * compare(cell(a), cell(b)));
   }
   const body = $("tbody", wordTable);
@@ -67,8 +68,8 @@ function showWords() {
   rows.slice(0, limit).forEach((row) => {
     const line = make("tr", undefined, body);
     make("th", row[0].trim(), line).scope = "row";
-    const cells = [row[1].toUpperCase(), row[2].join(", "), row[3] === null ? "silent" : text(row[3], 2), row[4] ?? "–",
-      text(row[5], 2), row[6] === null ? "–" : `${(100 * row[6]).toFixed(0)} %`, text(row[7], 2), row[8] ? "yes" : "no",
+    const activation = row[3] === null ? "silent" : `at ${text(row[3], 2)}`;
+    const cells = [row[1].toUpperCase(), `${row[2].join(", ")} ${activation}`, row[4] ?? "–", text(row[5], 2), row[6] === null ? "–" : `${(100 * row[6]).toFixed(0)} %`, text(row[7], 2), row[8] ? "yes" : "no",
       others(row, family)];
     cells.forEach((cell) => make("td", cell, line));
   });
