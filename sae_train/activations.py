@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_CONTEXT = 2048
 KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
@@ -39,6 +40,19 @@ class HookPoint:
     name: str
     module: str
     side: str  # "in" or "out"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan needs to know of a language model before its weights are loaded."""
+
+    architecture: str
+    n_layers: int
+    d_model: int
+    context: int
+    hook_name: str
+    n_parameters: int
+    n_parameters_to_hook: int
 
 
 class _Stop(Exception):
@@ -66,7 +80,7 @@ class LanguageModel:
         caught: list[Tensor] = []
 
         def catch(x: Tensor) -> Tensor:
-            caught.append(x)
+            caught.append(x.reshape(*tokens.shape, -1))  # OPT flattens (batch, position) inside its blocks
             raise _Stop
 
         with torch.no_grad(), self._hooked(catch), suppress(_Stop):
@@ -86,16 +100,15 @@ class LanguageModel:
             return self._forward(tokens).logits.float()
 
         def replace(x: Tensor) -> Tensor:
-            return edit(x.float()).to(x.dtype)
+            edited = edit(x.reshape(*tokens.shape, -1).float())
+            return edited.to(x.dtype).reshape(x.shape)
 
         with self._hooked(replace):
             return self._forward(tokens).logits.float()
 
     def _forward(self, tokens: Tensor) -> Any:
         if tokens.shape[1] > self.context:
-            raise UserError(
-                f"{tokens.shape[1]} tokens do not fit the {self.context} positions of {self.name}."
-            )
+            raise UserError(f"{tokens.shape[1]} tokens do not fit the {self.context} positions of {self.name}.")
         return self._model(input_ids=tokens.to(self.device), use_cache=False)
 
     @contextmanager
@@ -147,11 +160,46 @@ def load_language_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # The default attention is sdpa wherever the architecture supports it; sdpa has no soft cap (Gemma 2).
         eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **eager, **options)
+        lm, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], output_loading_info=True, **eager, **options
+        )
+    if found["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(f"the weights of {model} lack {min(found['missing_keys'])}: the files are incomplete.")
     _check_fit(lm, tokenizer, points, point, str(model))
     text = config.get_text_config()
     return LanguageModel(
-        str(model), lm.to(device), tokenizer, point, getattr(text, "max_position_embeddings", None) or 2048
+        str(model), lm.to(device), tokenizer, point, getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    )
+
+
+def describe_language_model(model: str, hook: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
+    """Return size and hook of a model from its configuration alone; an unknown model or hook is a UserError.
+
+    Counted to the hook: the blocks up to the hooked one, whose share of a forward pass harvesting pays for.
+    """
+    _quiet()
+    source, options = _locate(model)
+    options["trust_remote_code"] = trust_remote_code
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _load_errors(model):
+        config = AutoConfig.from_pretrained(source, **options)
+        points = hook_points(config, model)
+    point = _choose(points, hook or _default_hook(config, points), model)
+    with _load_errors(model), torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    n_layers = text.num_hidden_layers
+    blocks = empty.get_submodule(re.sub(r"\.\d+(\..*)?$", "", point.module))
+    per_block = sum(p.numel() for p in blocks.parameters()) // n_layers
+    return ModelFacts(
+        architecture=type(empty).__name__,
+        n_layers=n_layers,
+        d_model=text.hidden_size,
+        context=getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT,
+        hook_name=point.name,
+        n_parameters=sum(p.numel() for p in empty.parameters()),
+        n_parameters_to_hook=per_block * (1 + int(point.name.split(".")[1])),
     )
 
 
@@ -233,18 +281,18 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
             raise UserError(f"the folder {name} has no config.json: it is not a Hugging Face model folder.")
         return str(folder), {"local_files_only": True}
     if name == "speller" or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise UserError(
-            f"there is no model folder {name!r}; give a Hugging Face folder, a hub id or speller."
-        )
+        raise UserError(f"there is no model folder {name!r}; give a Hugging Face folder, a hub id or speller.")
     return name, {"local_files_only": not hub_answers(name, "model")}
 
 
 @contextmanager
 def _load_errors(name: str) -> Iterator[None]:
     """Turn what loading raises for bad input into one sentence."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         if Path(name).expanduser().is_dir() or name == "speller":
             reason = str(error).strip().split("\n")[0][:300]
             raise UserError(f"cannot load the model in {name}: {reason}") from error

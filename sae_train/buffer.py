@@ -62,6 +62,11 @@ class ActivationBuffer:
             self._block = None
         return x
 
+    @property
+    def epoch(self) -> int:
+        """How often the data began anew, up to the end of the current block."""
+        return self.tokens.epoch
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain JSON values: where the block starts, how much of it is handed out."""
         return {**self._start, "offset": self._offset}
@@ -103,9 +108,7 @@ class ActivationBuffer:
             if len(self._rest):
                 return
             skip = 0
-        raise UserError(
-            f"all tokens of {self.tokens.name} are special or dropped: there is nothing to train on."
-        )
+        raise UserError(f"all tokens of {self.tokens.name} are special or dropped: there is nothing to train on.")
 
 
 def held_out_activations(
@@ -152,9 +155,7 @@ def estimate_scale(x: Float[Tensor, "tokens d_in"]) -> float:
 def check_activations(x: Float[Tensor, "tokens d_in"], lm: LanguageModel) -> None:
     """Refuse activations from which nothing can be learned."""
     if not torch.isfinite(x).all():
-        raise UserError(
-            f"the activations of {lm.name} at {lm.hook_name} are not finite; try float32, or another hook."
-        )
+        raise UserError(f"the activations of {lm.name} at {lm.hook_name} are not finite; try float32, or another hook.")
     if bool((x == x[0]).all()):
         raise UserError(
             f"the activations of {lm.name} at {lm.hook_name} are the same vector for every token: "

