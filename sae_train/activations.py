@@ -150,14 +150,14 @@ def load_language_model(
     _quiet()
     source, options = _locate(str(model))
     options["trust_remote_code"] = trust_remote_code
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with _load_errors(str(model)):
         config = AutoConfig.from_pretrained(source, **options)
         points = hook_points(config, str(model))
     point = _choose(points, hook or _default_hook(config, points), str(model))
     with _load_errors(str(model)):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = _load_tokenizer(source, options)
         # The default attention is sdpa wherever the architecture supports it; sdpa has no soft cap (Gemma 2).
         eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
         lm, found = AutoModelForCausalLM.from_pretrained(
@@ -255,6 +255,19 @@ def _choose(points: dict[str, HookPoint], hook: str, name: str) -> HookPoint:
             f"({last} blocks, counted from 0)."
         )
     return points[hook]
+
+
+def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+    """Load the tokenizer, taking a tokenizer.json as it is where the folder declares no class of its own.
+
+    AutoTokenizer would put the family's rules in its place for some model types (Qwen 2, Phi 3).
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    declared = get_tokenizer_config(source, **options).get("tokenizer_class")
+    plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(source, **options)
 
 
 def _check_fit(lm: nn.Module, tokenizer: Any, points: dict, point: HookPoint, name: str) -> None:

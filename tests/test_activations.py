@@ -84,6 +84,13 @@ def test_attributes_come_from_the_model_and_its_tokenizer(tmp_path: Path) -> Non
     assert no_bos.bos_id is None and no_bos.special_ids == {1, 2}
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "phi3", "gemma2"])
+def test_the_tokenizer_is_the_one_in_the_folder(family: str, tmp_path: Path) -> None:
+    tokenizer = load_language_model(save_tiny_model(tmp_path, family)).tokenizer
+    assert tokenizer("w0 w59 nothing", add_special_tokens=False)["input_ids"] == [3, 62, 2]
+    assert len(tokenizer) == 63
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations_are_float32_whatever_the_model_runs_in(dtype: str, tmp_path: Path) -> None:
     lm = load_language_model(save_tiny_model(tmp_path), dtype=dtype)
