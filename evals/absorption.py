@@ -71,14 +71,7 @@ class _Evaluation:
             return self.invalid(broken)
         ranking = self.rank(latents.train)
         self.lap("rank latents")
-        chosen = k_sparse.fit(
-            latents.train,
-            self.truth(~self.is_test),
-            latents.test,
-            self.truth(self.is_test),
-            ranking,
-            self.preset.f1_jump,
-        )
+        chosen = self.probe_latents(latents, ranking)
         self.lap("k-sparse probes")
         scores, cos, a, columns = self.score(latents.tp, chosen)
         words = self.word_table(scores, cos, a, columns, chosen)
@@ -104,6 +97,10 @@ class _Evaluation:
         g = torch.Generator().manual_seed(self.seed)
         schedule = self.schedule(train.n_rows)
         return rank_latents(train, self.labels[~self.is_test], schedule, g, self.preset.max_k)
+
+    def probe_latents(self, latents: _Encoded, ranking: Tensor) -> k_sparse.KSparse:
+        y_train, y_test = self.truth(~self.is_test), self.truth(self.is_test)
+        return k_sparse.fit(latents.train, y_train, latents.test, y_test, ranking, self.preset.f1_jump)
 
     def schedule(self, n_rows: int) -> Any:
         p = self.preset

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -68,7 +67,7 @@ def write(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor, assets: Ass
     if folder.exists():
         shutil.rmtree(folder)
     try:
-        os.replace(temporary, folder)
+        temporary.replace(folder)
     except OSError:  # another process put the same assets there first
         shutil.rmtree(temporary)
 

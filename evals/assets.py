@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BATCH_TOKENS = 8192
+_N_ACCURACY = 256  # prompts for the model's own accuracy, a sanity figure that takes whole forward passes
 _LOGIT_ELEMENTS = 2**26  # of one (batch, position, vocabulary) block: 256 MB in float32
 _TENSORS = ("token_ids", "labels", "is_test", "x", "tp_rows", "tp_x", "probe_weight", "probe_bias", "probe_figures")
 
@@ -50,7 +51,7 @@ class Assets:
     counts: dict[str, int]
     """what became of the tokenizer's entries"""
     model_accuracy: float | None = None
-    """how often the model itself names the true positives' first letter; None if the template asks for none"""
+    """how often the model itself names a true positive's first letter; None if the template asks for none"""
     sampled_from: int | None = None
     """number of words before sampling; None if all were taken"""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -123,9 +124,10 @@ def _collect(lm: Any, template: str, seed: int, preset: Preset, n_words: int | N
     rows = _fresh_prompts(lm, fmt, words, tp_rows, seed)
     tp_x = _activations(lm, fmt, rows)
     lap("true positives")
-    accuracy = _model_accuracy(lm, fmt, rows, labels[tp_rows])
+    every = max(1, len(rows) // _N_ACCURACY)
+    accuracy = _model_accuracy(lm, fmt, rows[::every], labels[tp_rows][::every])
     lap("model accuracy")
-    settings = {**key, "preset": asdict(preset), "n_examples": fmt.n_examples, "word_position": fmt.word_position}
+    settings = {**key, "n_examples": fmt.n_examples, "word_position": fmt.word_position}
     assets = Assets(
         words.words, torch.tensor(words.token_ids), labels, is_test, x, tp_rows, tp_x, probe.weight, probe.bias,
         figures, settings, words.counts, accuracy, sampled_from, seconds,
@@ -229,9 +231,10 @@ def _key(lm: Any, template: str, seed: int, preset: Preset, n_words: int | None)
 
 
 # The scoring fields of a preset do not enter the assets, so presets that only score otherwise share them.
-_PRESET_FIELDS = ("n_examples", "leading_newline", "test_share", "min_probe_f1") + tuple(
-    f"probe_{name}" for name in ("lr", "end_lr", "weight_decay", "epochs", "batch")
-)
+_PRESET_FIELDS = (
+    "n_examples", "leading_newline", "test_share", "min_probe_f1", "probe_lr", "probe_end_lr", "probe_weight_decay",
+    "probe_epochs", "probe_batch",
+)  # fmt: skip
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Figures of a binary read-out per letter: predictions or scores and labels come in, F1, precision, recall, AUROC go out."""
+"""Figures of read-outs: predictions or scores and truth come in; F1, precision, recall and AUROC per column go out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def f1_precision_recall(
-    predicted: Bool[Tensor, "n *c"], truth: Bool[Tensor, "n *c"]
-) -> tuple[Float[Tensor, "*c"], Float[Tensor, "*c"], Float[Tensor, "*c"]]:
+    predicted: Bool[Tensor, "n c"], truth: Bool[Tensor, "n c"]
+) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Per column; 0 where nothing is predicted or nothing is true, as scikit-learn has it."""
     tp = (predicted & truth).sum(0).double()
     n_predicted, n_true = predicted.sum(0), truth.sum(0)

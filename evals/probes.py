@@ -17,7 +17,7 @@ from torch.nn.functional import embedding_bag, one_hot
 from sae_train.evals.latents import Latents
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 N_LETTERS = 26

@@ -50,7 +50,7 @@ def fit_format(lm: Any, template: str, found: Vocabulary, preset: Preset) -> Pro
     example = found.words[len(found) // 2]
     newline = _has_newline(lm.tokenizer, example)
     if "{letter}" in template:
-        _check_answerable(lm, template, newline)
+        _check_answerable(lm, template, example, newline)
     separator = "\n" if newline else " "
     prefix = "\n" if newline and preset.leading_newline else ""
     before = _line(template, example) + separator
@@ -137,19 +137,26 @@ def _has_newline(tokenizer: Any, word: str) -> bool:
     return line != space and tokenizer.unk_token_id not in line
 
 
-def _check_answerable(lm: Any, template: str, newline: bool) -> None:
-    parts = [*template.replace("{word}", " ").replace("{letter}", " ").replace(":", " : ").split()]
-    parts += [f" {letter}" for letter in LETTERS]
-    unk = lm.tokenizer.unk_token_id
-    encoded = _encode(lm.tokenizer, parts)
-    missing = [p.strip() for p, ids in zip(parts, encoded, strict=True) if not ids or unk in ids]
-    missing = ["newline"] * (not newline) + [repr(m) for m in dict.fromkeys(missing)]
+def _check_answerable(lm: Any, template: str, example: str, newline: bool) -> None:
+    texts = [f"{_line(template, example)} {_query(template, example)} {letter}" for letter in LETTERS]
+    missing = dict.fromkeys(piece for text in texts for piece in _unwritten(lm.tokenizer, text))
+    missing = ["newline"] * (not newline) + [repr(piece) for piece in missing]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise UserError(
             f"the tokenizer of {lm.name} has no token for {shown}, which the template {template!r} needs; "
             "give a template that it can write, such as 'the word is {word}'."
         )
+
+
+def _unwritten(tokenizer: Any, text: str) -> list[str]:
+    """Pieces of a text that become the unknown token or no token at all."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    lost = set(range(len(text)))
+    for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token_id != tokenizer.unk_token_id:
+            lost -= set(range(start, end))
+    return "".join(c if i in lost else " " for i, c in enumerate(text)).split()
 
 
 def _answers(lm: Any, template: str, before: str, example: str) -> tuple[int, ...]:

@@ -1,0 +1,115 @@
+"""Loss recovered: a language model, tokens and an SAE come in; cross-entropies and their ratio go out.
+
+Cross-entropy is over real next tokens: positions whose next token is special (BOS, padding, document ends) are left
+out. The SAE, or zero, replaces the activation only where the token itself is not special: SAEs never see those in
+training, so there the clean activation stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_train.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+_LOGIT_ELEMENTS = 2**25  # of one (batch, position, vocabulary) block: 128 MB in float32
+_KEEP_ELEMENTS = 2**27  # clean log-probabilities are kept up to 512 MB, or else computed again for each SAE
+
+
+@dataclass(frozen=True)
+class FidelityData:
+    """The passes that every SAE shares: tokens, and the cross-entropies without an SAE and with zeros in its place."""
+
+    tokens: Int[Tensor, "batch position"]
+    special_ids: tuple[int, ...]
+    clean_loss: float
+    ablated_loss: float
+    clean_log_probs: list[Tensor] | None
+
+    @classmethod
+    @torch.no_grad()
+    def build(cls, lm: Any, tokens: Int[Tensor, "batch position"]) -> FidelityData:
+        special = tuple(sorted(lm.special_ids))
+        n_real = int(_scored(tokens, special).sum())
+        if not n_real:
+            raise UserError("loss recovered needs sequences with at least two tokens that are not special.")
+        keep = n_real * len(lm.tokenizer) <= _KEEP_ELEMENTS
+        clean = [_log_probs(lm, part, special) for part in _batches(lm, tokens)] if keep else None
+        clean_loss = _mean_loss(lm, tokens, special, clean)
+        ablated_loss = _mean_loss(lm, tokens, special, edit=torch.zeros_like)
+        return cls(tokens, special, clean_loss, ablated_loss, clean)
+
+
+@torch.no_grad()
+def loss_recovered(lm: Any, sae: Any, tokens: Tensor | FidelityData) -> dict[str, float]:
+    """Cross-entropy with the SAE's reconstruction in place, as a share of what zero-ablation loses.
+
+    1 is as good as clean, 0 as bad as zeros; the KL divergence is from clean to spliced, in nats.
+    """
+    data = tokens if isinstance(tokens, FidelityData) else FidelityData.build(lm, tokens)
+    special, total, divergence, n = data.special_ids, 0.0, 0.0, 0
+    for number, part in enumerate(_batches(lm, data.tokens)):
+        clean = data.clean_log_probs[number] if data.clean_log_probs else _log_probs(lm, part, special)
+        spliced = _log_probs(lm, part, special, lambda x: _reconstruct(sae, x))
+        total += float(-spliced.gather(1, _targets(part, special).to(spliced.device)).double().sum())
+        divergence += float((clean.exp() * (clean - spliced)).double().sum())
+        n += len(spliced)
+    lost = data.ablated_loss - data.clean_loss
+    return {
+        "metrics/ce_loss_score": (data.ablated_loss - total / n) / lost if lost else float("nan"),
+        "metrics/ce_loss_with_sae": total / n,
+        "metrics/ce_loss_without_sae": data.clean_loss,
+        "metrics/ce_loss_with_ablation": data.ablated_loss,
+        "metrics/kl_div_with_sae": divergence / n,
+    }
+
+
+def _batches(lm: Any, tokens: Tensor) -> Iterator[Tensor]:
+    per_sequence = tokens.shape[1] * len(lm.tokenizer)
+    yield from tokens.split(max(1, _LOGIT_ELEMENTS // per_sequence))
+
+
+def _is_special(tokens: Tensor, special: tuple[int, ...]) -> Bool[Tensor, "batch position"]:
+    return torch.isin(tokens, torch.tensor(special, dtype=tokens.dtype, device=tokens.device))
+
+
+def _scored(tokens: Tensor, special: tuple[int, ...]) -> Bool[Tensor, "batch position-1"]:
+    return ~_is_special(tokens[:, 1:], special)
+
+
+def _targets(tokens: Tensor, special: tuple[int, ...]) -> Int[Tensor, "n 1"]:
+    return tokens[:, 1:][_scored(tokens, special)][:, None]
+
+
+def _log_probs(
+    lm: Any, tokens: Tensor, special: tuple[int, ...], replace: Callable[[Tensor], Tensor] | None = None
+) -> Float[Tensor, "n vocab"]:
+    tokens = tokens.to(lm.device)
+    keep = _is_special(tokens, special)[..., None]
+    edit = None if replace is None else lambda x: torch.where(keep, x, replace(x))
+    return lm.logits(tokens, edit)[:, :-1][_scored(tokens, special)].log_softmax(-1)
+
+
+def _mean_loss(
+    lm: Any, tokens: Tensor, special: tuple[int, ...], log_probs: list[Tensor] | None = None,
+    edit: Callable[[Tensor], Tensor] | None = None,
+) -> float:  # fmt: skip
+    total, n = 0.0, 0
+    for number, part in enumerate(_batches(lm, tokens)):
+        found = log_probs[number] if log_probs else _log_probs(lm, part, special, edit)
+        total += float(-found.gather(1, _targets(part, special).to(found.device)).double().sum())
+        n += len(found)
+    return total / n
+
+
+def _reconstruct(sae: Any, x: Float[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+    rows = x.flatten(0, 1).to(sae.W_dec.dtype)
+    parts = [sae(part) if callable(sae) else sae.decode(sae.encode(part)) for part in rows.split(1024)]
+    return torch.cat(parts).to(x.dtype).view_as(x)
