@@ -1,13 +1,13 @@
 """Loss recovered: a language model, tokens and an SAE come in; cross-entropies and their ratio go out.
 
 Cross-entropy is over real next tokens: positions whose next token is special (BOS, padding, document ends) are left
-out. The SAE, or zero, replaces the activation only where the token itself is not special: SAEs never see those in
-training, so there the clean activation stays.
+out. The SAE, or zero, replaces the activation only where the token itself is neither special nor dropped: SAEs never
+see those in training, so there the clean activation stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,22 +29,25 @@ class FidelityData:
 
     tokens: Int[Tensor, "batch position"]
     special_ids: tuple[int, ...]
+    """never predicted"""
+    kept_ids: tuple[int, ...]
+    """special and dropped: their activations stay clean"""
     clean_loss: float
     ablated_loss: float
     clean_log_probs: list[Tensor] | None
 
     @classmethod
     @torch.no_grad()
-    def build(cls, lm: Any, tokens: Int[Tensor, "batch position"]) -> FidelityData:
-        special = tuple(sorted(lm.special_ids))
+    def build(cls, lm: Any, tokens: Int[Tensor, "batch position"], drop_ids: Collection[int] = ()) -> FidelityData:
+        special, kept = tuple(sorted(lm.special_ids)), tuple(sorted({*lm.special_ids, *drop_ids}))
         n_real = int(_scored(tokens, special).sum())
         if not n_real:
             raise UserError("loss recovered needs sequences with at least two tokens that are not special.")
         keep = n_real * len(lm.tokenizer) <= _KEEP_ELEMENTS
         clean = [_log_probs(lm, part, special) for part in _batches(lm, tokens)] if keep else None
         clean_loss = _mean_loss(lm, tokens, special, clean)
-        ablated_loss = _mean_loss(lm, tokens, special, edit=torch.zeros_like)
-        return cls(tokens, special, clean_loss, ablated_loss, clean)
+        ablated_loss = _mean_loss(lm, tokens, special, edit=_edit(kept, torch.zeros_like))
+        return cls(tokens, special, kept, clean_loss, ablated_loss, clean)
 
 
 @torch.no_grad()
@@ -55,9 +58,10 @@ def loss_recovered(lm: Any, sae: Any, tokens: Tensor | FidelityData) -> dict[str
     """
     data = tokens if isinstance(tokens, FidelityData) else FidelityData.build(lm, tokens)
     special, total, divergence, n = data.special_ids, 0.0, 0.0, 0
+    edit = _edit(data.kept_ids, lambda x: _reconstruct(sae, x))
     for number, part in enumerate(_batches(lm, data.tokens)):
         clean = data.clean_log_probs[number] if data.clean_log_probs else _log_probs(lm, part, special)
-        spliced = _log_probs(lm, part, special, lambda x: _reconstruct(sae, x))
+        spliced = _log_probs(lm, part, special, edit)
         total += float(-spliced.gather(1, _targets(part, special).to(spliced.device)).double().sum())
         divergence += float((clean.exp() * (clean - spliced)).double().sum())
         n += len(spliced)
@@ -76,30 +80,42 @@ def _batches(lm: Any, tokens: Tensor) -> Iterator[Tensor]:
     yield from tokens.split(max(1, _LOGIT_ELEMENTS // per_sequence))
 
 
-def _is_special(tokens: Tensor, special: tuple[int, ...]) -> Bool[Tensor, "batch position"]:
-    return torch.isin(tokens, torch.tensor(special, dtype=tokens.dtype, device=tokens.device))
+def _is_in(tokens: Tensor, ids: tuple[int, ...]) -> Bool[Tensor, "batch position"]:
+    return torch.isin(tokens, torch.tensor(ids, dtype=tokens.dtype, device=tokens.device))
 
 
 def _scored(tokens: Tensor, special: tuple[int, ...]) -> Bool[Tensor, "batch position-1"]:
-    return ~_is_special(tokens[:, 1:], special)
+    return ~_is_in(tokens[:, 1:], special)
 
 
 def _targets(tokens: Tensor, special: tuple[int, ...]) -> Int[Tensor, "n 1"]:
     return tokens[:, 1:][_scored(tokens, special)][:, None]
 
 
+_Edit = Callable[["Tensor"], Callable[["Tensor"], "Tensor"]]
+
+
+def _edit(kept_ids: tuple[int, ...], replace: Callable[[Tensor], Tensor]) -> _Edit:
+    """For given tokens, the edit that replaces activations except at kept ids."""
+
+    def for_tokens(tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        keep = _is_in(tokens, kept_ids)[..., None]
+        return lambda x: torch.where(keep, x, replace(x))
+
+    return for_tokens
+
+
 def _log_probs(
-    lm: Any, tokens: Tensor, special: tuple[int, ...], replace: Callable[[Tensor], Tensor] | None = None
+    lm: Any, tokens: Tensor, special: tuple[int, ...], edit: _Edit | None = None
 ) -> Float[Tensor, "n vocab"]:
     tokens = tokens.to(lm.device)
-    keep = _is_special(tokens, special)[..., None]
-    edit = None if replace is None else lambda x: torch.where(keep, x, replace(x))
-    return lm.logits(tokens, edit)[:, :-1][_scored(tokens, special)].log_softmax(-1)
+    logits = lm.logits(tokens, edit and edit(tokens))
+    return logits[:, :-1][_scored(tokens, special)].log_softmax(-1)
 
 
 def _mean_loss(
     lm: Any, tokens: Tensor, special: tuple[int, ...], log_probs: list[Tensor] | None = None,
-    edit: Callable[[Tensor], Tensor] | None = None,
+    edit: _Edit | None = None,
 ) -> float:  # fmt: skip
     total, n = 0.0, 0
     for number, part in enumerate(_batches(lm, tokens)):
