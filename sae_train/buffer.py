@@ -117,8 +117,12 @@ def held_out_activations(
     drop_ids: Collection[int] = (),
     n_tokens: int | None = None,
     sequences: int = 32,
+    at_least: int = 1,
 ) -> Float[Tensor, "tokens d_in"]:
-    """Return the activations of the kept tokens of held-out rows in order, at most `n_tokens` of them."""
+    """Return the activations of the kept tokens of held-out rows in order, at most `n_tokens` of them.
+
+    Fewer than `at_least` of them is a UserError.
+    """
     drop = dropped(lm, drop_ids)
     kept = []
     n_kept = 0
@@ -127,8 +131,11 @@ def held_out_activations(
         n_kept += len(kept[-1])
         if n_tokens is not None and n_kept >= n_tokens:
             break
-    if n_kept == 0:
-        raise UserError("no held-out token is left once special and dropped tokens are taken out.")
+    if n_kept < max(1, at_least):
+        raise UserError(
+            f"{n_kept} of {rows.numel()} tokens are left once special and dropped ones are taken out, but "
+            f"{max(1, at_least)} are needed: drop fewer tokens or take other text."
+        )
     x = torch.cat(kept)[:n_tokens]
     check_activations(x, lm)
     return x

@@ -9,6 +9,7 @@ small Llama on stories at context 128; 4.72, 4.73, 5.67 for a small GPT-2 on sin
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,6 +76,7 @@ class TokenStream:
         self._n_skipped = n_held_out_documents
         self._documents = documents
         self._packer = packer
+        self._leave: weakref.finalize | None = None
         self.load_state_dict({"epoch": 0, "document": 0, "source": None, "used": 0})
 
     def __iter__(self) -> TokenStream:
@@ -99,7 +101,7 @@ class TokenStream:
         self._document = state["document"]
         self._source = state["source"]
         self._used = state["used"]
-        self._reads = self._documents.reads(self._source)
+        self._enter(self._source)
         self._n_read = 0
         self._ids: np.ndarray | None = None
 
@@ -115,6 +117,14 @@ class TokenStream:
             apart = f" besides the {self.held_out.numel()} held out" if self.held_out.numel() else ""
             _refuse_small(self.name, found, f"one batch takes {needed}{apart}")
         self.load_state_dict(start)
+
+    def _enter(self, source: dict | None) -> None:
+        """Begin to read at a state of the reader, or at the start."""
+        if self._leave is not None:
+            self._leave()
+        self._reads = self._documents.reads(source)
+        # Before the interpreter shuts down: a reader that is torn down later complains on stderr.
+        self._leave = weakref.finalize(self, self._reads.close)
 
     def _take(self, wanted: int) -> np.ndarray:
         """Return at most `wanted` of the next ids, none where a read has no text."""
@@ -138,7 +148,7 @@ class TokenStream:
         if read is None:
             self.epoch += 1
             self._document = 0
-            self._reads = self._documents.reads()
+            self._enter(None)
             read = next(self._reads)
         self._source, texts = read
         self._n_read = len(texts)
