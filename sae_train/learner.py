@@ -27,14 +27,14 @@ DEAD_SHARE = 0.05
 
 
 # Decoder rows of these architectures have norm 1 throughout; the others start at FREE_NORM and are free.
-UNIT_ROWS = ("topk",)
+UNIT_ROWS = ("topk", "relu", "jumprelu")
 FREE_NORM = 0.1
 # Where L0 starts, in targets, and how many pre-activations are looked at to find that level.
 START_L0 = 2.0
 QUANTILE_ELEMENTS = 2**24
-FIRST_COEFFICIENT = {"relu": 1.0, "jumprelu": 1.0}
-THRESHOLD_LR_FACTOR = 1.0
-BETAS = {"topk": (0.9, 0.999), "relu": (0.9, 0.999), "jumprelu": (0.0, 0.999)}
+FIRST_COEFFICIENT = {"relu": 5.0, "jumprelu": 0.3}
+LR_FACTORS = {"topk": {}, "relu": {"b_enc": 10.0}, "jumprelu": {"log_threshold": 10.0}}
+BETAS = {"topk": (0.9, 0.999), "relu": (0.9, 0.999), "jumprelu": (0.9, 0.999)}
 
 
 class Learner:
@@ -180,10 +180,8 @@ class Learner:
         return views
 
     def _optimiser(self) -> torch.optim.Adam:
-        main = [p for name, p in self.trained.items() if name != "log_threshold"]
-        groups = [{"params": main, "factor": 1.0}]
-        if self.spec.arch == "jumprelu":
-            groups.append({"params": [self.log_threshold], "factor": THRESHOLD_LR_FACTOR})
+        factors = LR_FACTORS[self.spec.arch]
+        groups = [{"params": [p], "factor": factors.get(name, 1.0)} for name, p in self.trained.items()]
         return torch.optim.Adam(groups, lr=self.lr, betas=BETAS[self.spec.arch], eps=6.25e-10, fused=True)
 
     def _set_lr(self) -> None:

@@ -1,0 +1,50 @@
+"""Quality of an SAE on held-out activations: activations in the SAE's own scale in, L0, EV, error and density out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae_train.kernels import ops
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from sae_train.sae import SAE
+
+# A chunk of dense latents takes 64 MB in float32.
+CHUNK_ELEMENTS = 2**24
+
+
+@torch.no_grad()
+def held_out_metrics(sae: SAE, x: Float[Tensor, "n d_in"]) -> dict[str, float | Tensor]:
+    """Return metrics/l0, metrics/explained_variance, metrics/mse and density, the share of tokens per latent (d_sae).
+
+    EV = 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²; mse = Σ‖x − x̂‖² / Σ‖x‖² (1 for a reconstruction of 0).
+    """
+    error = torch.zeros((), dtype=torch.float64, device=x.device)
+    counts = torch.zeros(sae.cfg.d_sae, device=x.device)
+    for chunk in x.split(max(1, CHUNK_ELEMENTS // sae.cfg.d_sae)):
+        recon, fired = _run(sae, chunk)
+        error += (chunk - recon).square().sum(dtype=torch.float64)
+        counts += fired
+    spread = (x - x.mean(0)).square().sum(dtype=torch.float64)
+    energy = x.square().sum(dtype=torch.float64)
+    return {
+        "metrics/l0": (counts.sum(dtype=torch.float64) / len(x)).item(),
+        "metrics/explained_variance": (1 - error / spread).item(),
+        "metrics/mse": (error / energy).item(),
+        "density": counts / len(x),
+    }
+
+
+def _run(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the reconstruction, and on how many rows each latent is active."""
+    if sae.cfg.architecture == "topk":
+        values, indices = sae.encode_sparse(x)
+        fired = x.new_zeros(sae.cfg.d_sae).index_add_(0, indices.view(-1), (values > 0).to(x.dtype).view(-1))
+        return ops.decode(values, indices, sae.W_dec, sae.b_dec), fired
+    latents = sae.encode(x)
+    return sae.decode(latents), (latents > 0).sum(0)
