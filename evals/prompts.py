@@ -140,6 +140,7 @@ def _has_newline(tokenizer: Any, word: str) -> bool:
 def _check_answerable(lm: Any, template: str, example: str, newline: bool) -> None:
     texts = [f"{_line(template, example)} {_query(template, example)} {letter}" for letter in LETTERS]
     missing = dict.fromkeys(piece for text in texts for piece in _unwritten(lm.tokenizer, text))
+    missing.pop(example.strip(), None)
     missing = ["newline"] * (not newline) + [repr(piece) for piece in missing]
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")

@@ -66,9 +66,9 @@ class AbsorptionResult:
         return low, high
 
     def to_saebench_json(self, **eval_fields: Any) -> dict[str, Any]:
-        """The result in SAEBench's output layout; eval_fields fill its other top-level entries."""
+        """The result in SAEBench's output layout; eval_fields fill its other top-level entries, NaN becomes null."""
         counting = self.by_letter[self.by_letter["counts"]] if len(self.by_letter) else self.by_letter
-        return {
+        out = {
             "eval_type_id": "absorption_first_letter",
             "eval_config": self._saebench_config(),
             "eval_id": str(uuid.uuid4()),
@@ -87,6 +87,7 @@ class AbsorptionResult:
             },
             **eval_fields,
         }  # fmt: skip
+        return _without_nan(out)
 
     def _saebench_config(self) -> dict[str, Any]:
         preset = self.thresholds or get_preset(self.preset)
@@ -150,3 +151,11 @@ def _saebench_letter(row: dict[str, Any]) -> dict[str, Any]:
         "num_probe_true_positives": int(row["n_tp"]),
         "num_split_features": int(row["n_split"]),
     }
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,160 @@
+"""Words, prompts, the ground-truth probe and the cache, on a tiny model with a real tokenizer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from eval_fakes import FakeLM, fake_words, word_tokenizer
+
+from sae_train.errors import UserError
+from sae_train.evals import assets, prompts, vocab
+from sae_train.evals.presets import get_preset
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return FakeLM(word_tokenizer([*fake_words(), "word2", " Élan", "<tag>"]))
+
+
+@pytest.fixture(scope="module")
+def built(lm):
+    return assets.build(lm)
+
+
+def test_words_and_what_was_dropped(lm, built):
+    assert built.token_ids.tolist() == sorted(built.token_ids.tolist())
+    assert set(fake_words()) <= set(built.words)
+    assert all(w.removeprefix(" ").isalpha() and w.isascii() for w in built.words)
+    assert built.counts["kept"] == len(built.words)
+    assert sum(built.counts.values()) == len(lm.tokenizer)
+    assert built.counts["dropped: special token"] == 2
+    assert built.sampled_from is None
+
+
+def test_split_is_stratified_and_seeded(built):
+    for letter in range(26):
+        side = built.is_test[built.labels == letter]
+        assert int(side.sum()) == round(0.2 * len(side))
+    words = vocab.Vocabulary(built.words, built.token_ids.tolist())
+    again = vocab.split(words, 0.2, assets._generator(0, "split"))
+    assert torch.equal(again, built.is_test)
+    assert not torch.equal(vocab.split(words, 0.2, assets._generator(1, "split")), built.is_test)
+
+
+def test_position_and_prompt_are_as_the_eval_says(lm):
+    found, _ = vocab.entries(lm.tokenizer, lm.special_ids)
+    fmt = prompts.fit_format(lm, prompts.DEFAULT_TEMPLATE, found, get_preset("saebench"))
+    assert (fmt.word_position, fmt.n_examples, fmt.prefix) == (-6, 10, "\n")
+    text = fmt.text(" dog", ["cat", " Egg"])
+    assert text == "\ncat has the first letter: C\n Egg has the first letter: E\n dog has the first letter:"
+    answers = lm.tokenizer.convert_ids_to_tokens(list(fmt.answer_ids))
+    assert answers == [f" {letter}" for letter in vocab.LETTERS]
+
+
+def test_examples_are_distinct_and_never_the_word_itself():
+    g = torch.Generator().manual_seed(0)
+    own = torch.arange(40)
+    drawn = prompts.draw_examples(own, 40, 10, g)
+    rows = torch.cat([own[:, None], drawn], 1)
+    assert all(len(set(row)) == 11 for row in rows.tolist()) and set(drawn.flatten().tolist()) <= set(range(40))
+    assert prompts.draw_examples(torch.arange(3), 3, 10, g).sort(1).values.tolist() == [[1, 2], [0, 2], [0, 1]]
+    many = prompts.draw_examples(torch.zeros(20_000, dtype=torch.long), 5, 1, g).flatten().bincount(minlength=5)
+    assert many[0] == 0 and int(many[1:].min()) > 4_700
+
+
+def test_examples_come_from_the_words_own_split(lm, built):
+    words = vocab.Vocabulary(built.words, built.token_ids.tolist())
+    found, _ = vocab.entries(lm.tokenizer, lm.special_ids)
+    fmt = prompts.fit_format(lm, prompts.DEFAULT_TEMPLATE, found, get_preset("saebench"))
+    side = dict(zip(built.token_ids.tolist(), built.is_test.tolist(), strict=True))
+    skip = set(fmt.answer_ids)
+    for ids, is_test in zip(
+        assets._own_split_prompts(lm, fmt, words, built.is_test, 0), built.is_test.tolist(), strict=True
+    ):
+        # every third word-like token of a line is its word: template words are in the vocabulary too
+        shown = [t for i, t in enumerate(ids) if i > 1 and ids[i - 1] == 2 and t not in skip]
+        assert {side[t] for t in shown} == {is_test}
+
+
+def test_probe_and_true_positives(built):
+    assert int(built.letters_that_count.sum()) == 26
+    assert built.probe_figures[:, 0].mean() > 0.9 and built.probe_figures[:, 3].min() > 0.9
+    assert built.is_test[built.tp_rows].all() and built.tp_x.shape == (len(built.tp_rows), built.x.shape[1])
+    logits = built.probe.logits(built.x[built.tp_rows])
+    assert (logits.gather(1, built.tp_labels[:, None]) > 0).all()
+    assert 0 <= built.model_accuracy <= 1
+
+
+def test_same_seed_same_assets_and_global_generator_untouched(lm, built):
+    before = torch.get_rng_state()
+    assert assets.build(lm).hash == built.hash
+    assert assets.build(lm, seed=1).hash != built.hash
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_sample_of_words_is_stratified_and_says_so(lm, built):
+    small = assets.build(lm, n_words=130)
+    assert small.sampled_from == len(built.words)
+    assert abs(len(small.words) - 130) < 15 and len(set(small.labels.tolist())) == 26
+
+
+def test_cache_is_reused_and_rebuilt_when_stale_or_truncated(lm, built, tmp_path, monkeypatch):
+    first = assets.build(lm, cache_dir=tmp_path)
+    monkeypatch.setattr(assets, "_collect", lambda *a: pytest.fail("the cache was not used"))
+    cached = assets.build(lm, cache_dir=tmp_path)
+    monkeypatch.undo()
+    assert cached.hash == first.hash == built.hash == assets.content_hash(cached)
+    assert cached.words == built.words and torch.equal(cached.tp_x, built.tp_x)
+
+    (folder,) = tmp_path.iterdir()
+    whole = (folder / "assets.safetensors").read_bytes()
+    (folder / "assets.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert assets.build(lm, cache_dir=tmp_path).hash == built.hash
+    (folder / "assets.json").write_text(json.dumps({"digests": 3}))
+    assert assets.build(lm, cache_dir=tmp_path).hash == built.hash
+
+    other = FakeLM(lm.tokenizer, seed=5)  # other weights under the same name
+    assert assets.build(other, cache_dir=tmp_path).hash != built.hash
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+
+
+def test_tokenizer_that_cannot_write_the_template_says_what_is_missing():
+    poor = FakeLM(word_tokenizer([w.lower() for w in fake_words()], (" has", " the", " first", " word", " is")))
+    with pytest.raises(UserError, match=r"no token for newline, 'letter:', which"):
+        assets.build(poor)
+    built = assets.build(poor, template="the word is {word}")
+    assert built.model_accuracy is None and built.settings["word_position"] == -1
+
+
+def test_short_context_shrinks_the_examples(lm):
+    short = FakeLM(lm.tokenizer, context=30)
+    assert assets.build(short).settings["n_examples"] == 2
+    with pytest.raises(UserError, match="does not fit"):
+        assets.build(FakeLM(lm.tokenizer, context=5))
+
+
+def test_user_mistakes_are_sentences(lm):
+    with pytest.raises(UserError, match="must contain"):
+        assets.build(lm, template="no word here")
+    with pytest.raises(UserError, match="hooked at"):
+        assets.build(lm, "blocks.9.hook_resid_post")
+    with pytest.raises(UserError, match="did you mean 'saebench'"):
+        assets.build(lm, preset="saebnch")
+    with pytest.raises(UserError, match="at least 26"):
+        assets.build(lm, n_words=3)
+
+
+def test_real_tokenizers(shared_data):
+    from transformers import PreTrainedTokenizerFast
+
+    folder = shared_data / "models" / "craftgpt-5m"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    craft = FakeLM(tokenizer, letter_scale=0.0, context=64)
+    with pytest.raises(UserError, match="newline"):
+        assets.build(craft)
+    found, dropped = vocab.entries(tokenizer, craft.special_ids)
+    fmt = prompts.fit_format(craft, "the word is {word}", found, get_preset("saebench"))
+    words = vocab.keep_single_tokens(found, dropped, lambda v: prompts.single_token_words(craft, fmt, v))
+    assert len(words) > 1500 and fmt.n_examples == 10

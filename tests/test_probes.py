@@ -1,0 +1,171 @@
+"""Probes, rankings and figures against autograd, torch.optim and scikit-learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+
+from sae_train.evals import k_sparse
+from sae_train.evals.figures import auroc, f1_precision_recall
+from sae_train.evals.latents import Latents, encode, from_dense
+from sae_train.evals.probes import Schedule, fit_dense, fit_sparse, rank_latents, ranking_schedule
+
+
+def _data(n=200, d=40, share=0.06, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 26, (n,), generator=g)
+    x = torch.rand(n, d, generator=g) * (torch.rand(n, d, generator=g) < share)
+    x[torch.arange(n), labels] += 0.5
+    return x, labels
+
+
+def _by_autograd(x, labels, s, g):
+    """The definition, with autograd and the plain optimiser."""
+    weight, bias = (torch.zeros(x.shape[1], 26, requires_grad=True), torch.zeros(26, requires_grad=True))
+    y = one_hot(labels, 26).float()
+    n = y.sum(0)
+    pos_weight = (len(x) - n) / n.clamp(min=1)
+    adam = torch.optim.Adam([weight, bias], lr=s.lr, weight_decay=s.weight_decay)
+    for epoch in range(s.epochs):
+        adam.param_groups[0]["lr"] = s.lr * (s.end_lr / s.lr) ** (epoch / s.epochs)
+        for rows in torch.randperm(len(x), generator=g).split(s.batch):
+            loss = binary_cross_entropy_with_logits(x[rows] @ weight + bias, y[rows], pos_weight=pos_weight)
+            loss = loss + s.l1 * weight.abs().sum(0).mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    return weight.detach(), bias.detach()
+
+
+@pytest.mark.parametrize("fit", ["dense", "sparse"])
+def test_probe_follows_its_definition(fit):
+    x, labels = _data(share=0.02)
+    s = Schedule(1e-2, 1e-5, 1e-4, epochs=6, batch=17, l1=0.01)
+    weight, bias = _by_autograd(x, labels, s, torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    probe = fit_dense(x, labels, s, g) if fit == "dense" else fit_sparse(from_dense(x), labels, s, g)
+    assert torch.allclose(probe.weight, weight, atol=2e-5)
+    assert torch.allclose(probe.bias, bias, atol=2e-5)
+
+
+def test_probe_leaves_the_global_generator_alone():
+    x, labels = _data()
+    before = torch.get_rng_state()
+    fit_dense(x, labels, Schedule(1e-2, 1e-5, 0.0, 2, 16), torch.Generator().manual_seed(0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_ranking_schedule_takes_enough_steps():
+    few = ranking_schedule(600, epochs=50, max_batch=4096, min_steps=1500, lr=1, end_lr=1, weight_decay=0)
+    assert few.batch == 20 and few.epochs * 30 >= 1500
+    many = ranking_schedule(400_000, epochs=50, max_batch=4096, min_steps=1500, lr=1, end_lr=1, weight_decay=0)
+    assert many.batch == 4096 and many.epochs == 50
+    tiny = ranking_schedule(7, epochs=50, max_batch=4096, min_steps=1500, lr=1, end_lr=1, weight_decay=0)
+    assert tiny.batch == 1 and tiny.epochs * 7 >= 1500
+
+
+def test_ranking_finds_the_letter_latents_and_skips_silent_ones():
+    x, labels = _data(n=600, d=60, share=0.02)
+    x[:, 50:] = 0
+    s = ranking_schedule(
+        600, epochs=50, max_batch=4096, min_steps=300, lr=1e-2, end_lr=1e-5, weight_decay=1e-6, l1=0.01
+    )
+    ranking = rank_latents(from_dense(x), labels, s, torch.Generator().manual_seed(0), 10)
+    assert ranking.shape == (26, 10)
+    assert torch.equal(ranking[:, 0], torch.arange(26))
+    assert int(ranking.max()) < 50
+    assert rank_latents(from_dense(x[:, :3]), labels, s, torch.Generator(), 10).shape == (26, 3)
+
+
+def test_newton_agrees_with_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    x, labels = _data(n=400, d=40, share=0.1)
+    y = one_hot(labels, 26).bool()
+    ranking = torch.stack([torch.tensor([c, (c + 3) % 40, 30, 31, 32]) for c in range(26)])
+    latents = from_dense(x)
+    found = k_sparse.fit(latents, y, latents, y, ranking, 0.03)
+    for c in (0, 7, 25):
+        for k in (1, 3, 5):
+            part = x[:, ranking[c, :k]].double().numpy()
+            model = LogisticRegression(C=1, class_weight="balanced", tol=1e-8, max_iter=1000).fit(part, y[:, c].numpy())
+            predicted = torch.tensor(model.predict(part))
+            assert found.f1[c, k - 1] == pytest.approx(float(f1_precision_recall(predicted, y[:, c])[0]), abs=1e-9)
+
+
+def test_newton_weights_match_scikit_learn_and_folding_is_exact():
+    from sklearn.linear_model import LogisticRegression
+
+    g = torch.Generator().manual_seed(3)
+    x = torch.rand(300, 1, 4, generator=g, dtype=torch.float64) * 20
+    x[torch.rand(300, generator=g) < 0.7] = 0
+    y = (x[:, :, 0] > 2) ^ (torch.rand(300, 1, generator=g) < 0.1)
+    rows, targets, weight = k_sparse._fold_silent_rows(x, y)
+    assert rows.shape[1] < 300
+    w = k_sparse.newton(rows, targets, weight, torch.zeros(1, 5, dtype=torch.float64))[0]
+    model = LogisticRegression(C=1, class_weight="balanced", tol=1e-10, max_iter=5000)
+    model.fit(x[:, 0].numpy(), y[:, 0].numpy())
+    assert np.allclose(w[:4], model.coef_[0], atol=1e-4) and np.allclose(w[4], model.intercept_[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("f1", "n_main"),
+    [
+        ([0.50, 0.54, 0.56, 0.60], 2), ([0.50, 0.53, 0.90], 1), ([0.50, 0.5301, 0.5602], 3), ([0.60, 0.50, 0.90], 1),
+        ([0.05 * i for i in range(1, 11)], 10), ([0.0, 0.0], 1), ([float("nan"), 0.5], 0),
+    ],
+)  # fmt: skip
+def test_splitting_rule(f1, n_main):
+    assert k_sparse.split_features(f1) == n_main
+
+
+def test_figures_agree_with_scikit_learn():
+    from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
+
+    g = torch.Generator().manual_seed(0)
+    scores = (torch.randn(300, 3, generator=g) * 3).round()  # rounded: ties
+    truth = torch.rand(300, 3, generator=g) < 0.2
+    f1, precision, recall = f1_precision_recall(scores > 0, truth)
+    area = auroc(scores, truth)
+    for c in range(3):
+        y, z = truth[:, c].numpy(), (scores[:, c] > 0).numpy()
+        assert f1[c] == pytest.approx(f1_score(y, z)) and precision[c] == pytest.approx(precision_score(y, z))
+        assert recall[c] == pytest.approx(recall_score(y, z))
+        assert area[c] == pytest.approx(roc_auc_score(y, scores[:, c].numpy()))
+    nothing = torch.zeros(5, 1, dtype=torch.bool)
+    assert f1_precision_recall(nothing, nothing)[0].item() == 0
+    assert auroc(torch.zeros(5, 1), nothing).isnan().all()
+
+
+def test_latents_table_round_trips():
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(30, 12, generator=g) * (torch.rand(30, 12, generator=g) < 0.3)
+    x[4] = 0
+    table = from_dense(x)
+    assert torch.equal(table.dense(), x) and table.l0 == pytest.approx(float((x != 0).sum(1).float().mean()))
+    columns = torch.tensor([3, 3, 11, 0])
+    assert torch.equal(table.take(columns), x[:, columns])
+    values, where = table.padded()
+    assert torch.equal(torch.zeros_like(x).scatter_add_(1, where, values), x)
+    assert torch.equal(table.head(7).dense(), x[:7])
+    assert torch.equal(table.fires(), (x != 0).any(0))
+
+
+def test_encoding_is_the_same_sparse_and_dense():
+    class Sparse:
+        W_dec = torch.zeros(12, 5)
+
+        def encode(self, x):
+            return (x @ torch.arange(60.0).view(5, 12).cos()).relu()
+
+        def encode_sparse(self, x):
+            return self.encode(x).topk(12)
+
+    class Dense:
+        W_dec, encode = Sparse.W_dec, Sparse.encode
+
+    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+    sparse, dense = encode(Sparse(), x), encode(Dense(), x)
+    assert isinstance(sparse, Latents) and torch.equal(sparse.dense(), dense.dense())
