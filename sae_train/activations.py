@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_train.errors import UserError
-from sae_train.hub import hub_answers
+from sae_train.hub import load_errors, load_tokenizer, locate, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor, nn
 
-EMBEDDED = Path(__file__).resolve().parent / "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONTEXT = 2048
 # Tokens in one forward pass on a CPU: more of them leave its caches (37k tokens/s at 1,024; 24k at 4,096).
@@ -153,17 +152,17 @@ def load_language_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
-    _quiet()
-    source, options = _locate(str(model))
+    quiet()
+    source, options = locate(str(model))
     options["trust_remote_code"] = trust_remote_code
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _load_errors(str(model)):
+    with load_errors(str(model)):
         config = AutoConfig.from_pretrained(source, **options)
     points = hook_points(config, str(model))
     point = _choose(points, hook or _default_hook(config, points), str(model))
-    with _load_errors(str(model)):
-        tokenizer = _load_tokenizer(source, options)
+    with load_errors(str(model)):
+        tokenizer = load_tokenizer(source, options)
         # The default attention is sdpa wherever the architecture supports it; sdpa has no soft cap (Gemma 2).
         eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
         lm, found = AutoModelForCausalLM.from_pretrained(
@@ -183,16 +182,16 @@ def describe_language_model(model: str, hook: str | None = None, trust_remote_co
 
     Counted to the hook: the blocks up to the hooked one, whose share of a forward pass harvesting pays for.
     """
-    _quiet()
-    source, options = _locate(model)
+    quiet()
+    source, options = locate(model)
     options["trust_remote_code"] = trust_remote_code
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _load_errors(model):
+    with load_errors(model):
         config = AutoConfig.from_pretrained(source, **options)
-        points = hook_points(config, model)
+    points = hook_points(config, model)
     point = _choose(points, hook or _default_hook(config, points), model)
-    with _load_errors(model), torch.device("meta"):
+    with load_errors(model), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     n_layers = text.num_hidden_layers
@@ -263,19 +262,6 @@ def _choose(points: dict[str, HookPoint], hook: str, name: str) -> HookPoint:
     return points[hook]
 
 
-def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
-    """Load the tokenizer, taking a tokenizer.json as it is where the folder declares no class of its own.
-
-    AutoTokenizer would put the family's rules in its place for some model types (Qwen 2, Phi 3).
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    declared = get_tokenizer_config(source, **options).get("tokenizer_class")
-    plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(source, **options)
-
-
 def _check_fit(lm: nn.Module, tokenizer: Any, points: dict, point: HookPoint, name: str) -> None:
     """Refuse a hook whose module this model lacks, and a tokenizer with ids that the model cannot embed."""
     modules = dict(lm.named_modules())
@@ -290,40 +276,3 @@ def _check_fit(lm: nn.Module, tokenizer: Any, points: dict, point: HookPoint, na
             f"the tokenizer of {name} has id {largest}, but the model embeds only {n_embedded} ids: "
             "they do not belong together."
         )
-
-
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Find what to load: the embedded folder, a local folder, or a hub id."""
-    folder = EMBEDDED if name == "speller" else Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"the folder {name} has no config.json: it is not a Hugging Face model folder.")
-        return str(folder), {"local_files_only": True}
-    if name == "speller" or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise UserError(f"there is no model folder {name!r}; give a Hugging Face folder, a hub id or speller.")
-    return name, {"local_files_only": not hub_answers(name, "model")}
-
-
-@contextmanager
-def _load_errors(name: str) -> Iterator[None]:
-    """Turn what loading raises for bad input into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # what transformers, safetensors and the hub's client raise has no common base
-        if Path(name).expanduser().is_dir() or name == "speller":
-            reason = str(error).strip().split("\n")[0][:300]
-            raise UserError(f"cannot load the model in {name}: {reason}") from error
-        raise UserError(
-            f"cannot load {name!r}: no folder of this name is here, and the hub does not give it (no "
-            "network, not in the local cache, gated, or no such model); give a local model folder or speller."
-        ) from error
-
-
-def _quiet() -> None:
-    """Silence progress bars and advice on stderr; errors still raise."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.errors import UserError
-from sae_train.hub import hub_answers
+from sae_train.hub import EMBEDDED, hub_answers
 
-EMBEDDED_TEXT = Path(__file__).resolve().parent / "embedded" / "text"
+EMBEDDED_TEXT = EMBEDDED / "text"
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 DOCUMENTS_PER_READ = 512
 
