@@ -7,6 +7,7 @@ the selection. Derivations: kernels/README.md.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -56,7 +57,9 @@ def _dots(a: Tensor, b: Tensor, pattern: Pattern) -> Tensor:
     """a[token] · b[latent] for every entry of the pattern."""
     shape = (a.shape[0], b.shape[0])
     zeros = torch.zeros_like(pattern.latents, dtype=a.dtype)
-    grid = torch.sparse_csr_tensor(pattern.offsets, pattern.latents, zeros, shape, check_invariants=False)
+    with warnings.catch_warnings():  # CSR tensors announce that they are in beta, once a process
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        grid = torch.sparse_csr_tensor(pattern.offsets, pattern.latents, zeros, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(grid, a.contiguous(), b.t(), beta=0.0).values()
 
 

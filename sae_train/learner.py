@@ -275,8 +275,13 @@ class Learner:
 
 
 def default_lr(spec: SAESpec, n_steps: int) -> float:
-    """2e-4·√(2^14/width) (Gao et al. 2024)."""
-    return 2e-4 * math.sqrt(2**14 / spec.width)
+    """base·√(2^14/width)·min(8, max(1, √(30,000/n_steps))), base 2e-4 for topk (Gao et al. 2024), else 1e-4.
+
+    The last factor is for short runs and measured at 500 steps, where it is 7.7.
+    """
+    base = 2e-4 if spec.arch == "topk" else 1e-4
+    short = min(8.0, max(1.0, math.sqrt(30_000 / n_steps)))
+    return base * math.sqrt(2**14 / spec.width) * short
 
 
 def lr_factor(step: int, n_steps: int, warm_up: float, decay: float) -> float:

@@ -1,4 +1,4 @@
-"""What each architecture computes on a training batch: activations in; reconstruction, active latents, loss terms out."""
+"""Each architecture on a training batch: activations in; reconstruction, active latents and loss terms out."""
 
 from __future__ import annotations
 

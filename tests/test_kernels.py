@@ -1,0 +1,111 @@
+"""The sparse kernels against dense autograd in float64, where both differ by rounding only (1e-12 relative)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sae_train.errors import UserError
+from sae_train.kernels import ops, reference
+
+SHAPES = [(7, 5, 64, 1), (9, 8, 1024, 8), (5, 3, 16, 16), (1, 2, 3, 2), (6, 4, 40, 40)]
+
+
+def weights(batch: int, d_in: int, d_sae: int, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(batch, d_in), (d_in, d_sae), (d_sae,), (d_in,), (d_sae, d_in)]
+    return [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+def dense_topk(x, W_enc, b_enc, b_dec, W_dec, k):
+    pre = torch.relu((x - b_dec) @ W_enc + b_enc)
+    values, indices = pre.topk(k, dim=-1)
+    return torch.zeros_like(pre).scatter(1, indices, values) @ W_dec + b_dec
+
+
+def sparse_topk(x, W_enc, b_enc, b_dec, W_dec, k):
+    return ops.decode(*ops.encode_topk(x, W_enc, b_enc, b_dec, k), W_dec, b_dec)
+
+
+def assert_same(ours, theirs, inputs):
+    probe = torch.linspace(-1, 1, ours.numel(), dtype=ours.dtype).view(ours.shape)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad((ours * probe).sum(), inputs),
+        torch.autograd.grad((theirs * probe).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("batch", "d_in", "d_sae", "k"), SHAPES)
+def test_topk_and_decode_have_the_gradients_of_dense_autograd(batch, d_in, d_sae, k):
+    inputs = weights(batch, d_in, d_sae)
+    assert_same(sparse_topk(*inputs, k), dense_topk(*inputs, k), inputs)
+
+
+def test_gradients_survive_several_slabs(monkeypatch):
+    monkeypatch.setattr(reference, "SLAB_ELEMENTS", 3 * 64)
+    inputs = weights(10, 4, 64)
+    assert_same(sparse_topk(*inputs, 5), dense_topk(*inputs, 5), inputs)
+
+
+def test_all_negative_pre_activations_give_zero_values_and_zero_encoder_gradient():
+    inputs = weights(6, 4, 32)
+    with torch.no_grad():
+        inputs[2].fill_(-1e3)
+    recon = sparse_topk(*inputs, 3)
+    torch.testing.assert_close(recon, inputs[3].expand_as(recon))
+    grads = torch.autograd.grad(recon.sum(), inputs)
+    assert not grads[0].any() and not grads[1].any() and not grads[2].any() and not grads[4].any()
+
+
+def test_duplicate_columns_and_ties_keep_exactly_the_k_largest_values():
+    x, W_enc, b_enc, b_dec, _ = weights(8, 4, 128)
+    with torch.no_grad():
+        W_enc[:, 64:] = W_enc[:, :64]
+        b_enc[64:] = b_enc[:64]
+    values, indices = ops.encode_topk(x, W_enc, b_enc, b_dec, 7)
+    pre = torch.relu((x - b_dec) @ W_enc + b_enc)
+    torch.testing.assert_close(values.sort(1).values, pre.topk(7).values.sort(1).values)
+    torch.testing.assert_close(pre.gather(1, indices), values)
+    assert all(len(set(row.tolist())) == 7 for row in indices)
+
+
+def test_two_stage_top_k_equals_the_plain_one():
+    pre = torch.randn(33, 4096, generator=torch.Generator().manual_seed(1))
+    values, indices = reference.top_k(pre, 50)
+    assert torch.equal(values.sort(1).values, pre.topk(50).values.sort(1).values)
+    assert torch.equal(pre.gather(1, indices), values)
+
+
+def test_entries_above_a_floor_have_the_gradients_of_dense_relu():
+    x, W_enc, b_enc, b_dec, W_dec = inputs = weights(9, 5, 48)
+    pre, pattern = ops.active_above(x, W_enc, b_enc, b_dec, 0.0)
+    ours = ops.decode_active(pre.square(), pattern, W_dec, b_dec)
+    assert_same(ours, ops.encode_relu(x, W_enc, b_enc, b_dec).square() @ W_dec + b_dec, inputs)
+
+
+def test_a_batch_without_active_latents_reconstructs_the_bias_and_has_finite_gradients():
+    x, W_enc, b_enc, b_dec, W_dec = inputs = weights(4, 3, 16)
+    pre, pattern = ops.active_above(x, W_enc, b_enc, b_dec, 1e6)
+    recon = ops.decode_active(pre, pattern, W_dec, b_dec)
+    torch.testing.assert_close(recon, b_dec.expand_as(recon))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(recon.sum(), inputs, allow_unused=True) if g is not None)
+
+
+def test_jumprelu_gradients_equal_the_hand_formula():
+    pre = torch.tensor([[0.2, 0.45, 0.55, 0.9]], dtype=torch.float64, requires_grad=True)
+    theta = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
+    out = ops.jumprelu(pre, theta, 0.2)
+    assert out.tolist() == [[0.0, 0.0, 0.55, 0.9]]
+    d_pre, d_theta = torch.autograd.grad(out.sum(), (pre, theta))
+    assert d_pre.tolist() == [[0.0, 0.0, 1.0, 1.0]]
+    # −(θ/ε) inside |pre − θ| < ε/2, below the threshold too: the kernel sees pre, not the masked output.
+    torch.testing.assert_close(d_theta, torch.tensor([0.0, -2.5, -2.5, 0.0], dtype=torch.float64))
+
+
+def test_an_absent_implementation_is_refused_in_one_sentence():
+    x, W_enc, b_enc, b_dec, _ = weights(2, 2, 4)
+    with pytest.raises(UserError, match="no fused kernels"):
+        ops.encode_topk(x, W_enc, b_enc, b_dec, 1, impl="triton")
