@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, fidelity
 from sae_train.metrics import held_out_metrics
@@ -38,6 +40,8 @@ class TrainingFigures:
     def __call__(self, learner: Learner, step: int) -> Pairs:
         for name, value in learner.last.items():
             yield name, float(value)
+        if "sparsity/dead_features" in learner.last:
+            yield "sparsity/dead_fraction", float(learner.last["sparsity/dead_features"]) / learner.spec.width
         seconds = self.clock.training - self._seconds_before
         if step > self.start and seconds > 0:
             yield "details/tokens_per_second", (step - self.start) * self.batch_tokens / seconds
@@ -50,7 +54,17 @@ class HeldOut:
         self.x = x
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
-        yield from held_out_metrics(learner.sae, self.x).items()
+        figures = held_out_metrics(learner.sae, self.x)
+        density = figures.pop("density")
+        yield from figures.items()
+        yield "sparsity/silent_fraction", (density == 0).float().mean().item()
+        yield "sparsity/log10_density_histogram", density_histogram(density)
+
+
+def density_histogram(density: Float[Tensor, " d_sae"]) -> list[int]:
+    """Count latents by log10 of their frequency: half-decade bins from 1e-5 to 1, rarer ones in the first bin."""
+    fired = density[density > 0].log10().clamp(-5, 0)
+    return torch.histc(fired.float().cpu(), bins=10, min=-5, max=0).int().tolist()
 
 
 class Fidelity:

@@ -171,7 +171,7 @@ def report(*runs: Path, out: Path | None = None) -> None:
     runs:
         Folders of runs.
     out:
-        The page to write; default: report.html in the (first) run's folder.
+        The page to write; default: report.html in the run's folder (comparison.html for several).
     """
     from sae_train.report import write_report
 

@@ -63,6 +63,7 @@ class Learner:
             first = round(settings.lr_warm_up * n_steps)
             self.control = L0Controller(spec.l0, FIRST_COEFFICIENT[spec.arch], first, device)
         self.step_count = 0
+        self.last: dict[str, Tensor] = {}
         self.failed: str | None = None
         new = {"device": self.device, "dtype": torch.int64}
         self.idle_tokens = torch.zeros(spec.width, **new)
