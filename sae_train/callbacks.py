@@ -5,8 +5,10 @@ Each class is called with (learner, step) and yields (name, value) pairs for met
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,6 +127,11 @@ def figures_of(result: AbsorptionResult) -> Pairs:
     yield "absorption/mean_f1", result.mean_f1
 
 
+def cache_folder() -> Path:
+    """Where eval assets are kept between runs: $XDG_CACHE_HOME/sae-train, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae-train"
+
+
 TEMPLATES = ("{word} has the first letter: {letter}", "the word is {word}")
 
 
@@ -144,6 +151,7 @@ def build_assets(lm: LanguageModel, settings: EvalSettings) -> tuple[Assets | No
                 seed=settings.eval_seed,
                 preset=settings.preset,
                 n_words=settings.eval_words,
+                cache_dir=cache_folder(),
             )
         except UserError as error:
             if settings.template:

@@ -1,9 +1,11 @@
 """Shared fixtures: no network, poisoned allocations, and the optional folder of real models and text."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sae-train-tests-")
 
 import pytest
 import torch
