@@ -45,7 +45,7 @@ def test_help_imports_nothing_heavy():
         (["--template", "{word} nothing here {letter}{letter}"], "template"),
         (["frobnicate"], "frobnicate"),
         (["resume", "nowhere"], "nowhere"),
-        (["resume"], "RUN"),
+        (["resume"], "--run"),
         (["eval", "nowhere"], "nowhere"),
         (["report"], "no run"),
         (["report", "nowhere"], "nowhere"),
