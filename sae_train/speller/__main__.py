@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--words", type=Path, nargs="*", default=[], help="word lists, a word a line, best first")
     out.add_argument("--folder", type=Path, default=FOLDER, help="where the model is or will be")
     out.add_argument("--steps", type=int, help="optimiser steps")
-    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("--seed", type=int, default=0, help="of the language, the weights and the text")
     out.add_argument("--overwrite", action="store_true", help="replace the model that is in the folder")
     return out
 
