@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+# Rows whose dense margins are held at a time while a level is looked for.
+CHUNK_ROWS = 1024
+
+
 class L0Controller:
     """A PI controller in log space: log λ = I + K_p·e, I ← I + K_i·clip(e, ±1), e = log(L0_ema / L0*).
 
@@ -67,14 +71,17 @@ def level_for(pre: Float[Tensor, "n d_sae"], l0: float) -> Float[Tensor, ""]:
     return pre.flatten().kthvalue(pre.numel() - count + 1).values
 
 
-def bisect(l0_at: Callable[[float], float], target: float, low: float, high: float, n_steps: int = 30) -> float:
-    """Return the offset in [low, high] at which l0_at, non-increasing, comes closest to the target."""
-    best = min((low, high), key=lambda offset: abs(l0_at(offset) - target))
-    error = abs(l0_at(best) - target)
-    for _ in range(n_steps):
-        middle = (low + high) / 2
-        l0 = l0_at(middle)
-        if abs(l0 - target) < error:
-            best, error = middle, abs(l0 - target)
-        low, high = (middle, high) if l0 > target else (low, middle)
-    return best
+def level_on(
+    margin: Callable[[Tensor], Tensor], x: Float[Tensor, "n d_in"], l0: float, floors: tuple[float, ...]
+) -> float:
+    """Return the level that exactly n·l0 of the margins (rows, d_sae) of x's rows exceed.
+
+    Only margins above a floor are kept in memory: the first floor that leaves enough of them, else the last.
+    """
+    count = round(l0 * len(x))
+    for floor in floors:
+        kept = torch.cat([m[m > floor] for m in map(margin, x.split(CHUNK_ROWS))])
+        if kept.numel() > count:
+            lowest = kept.numel() - count
+            return (kept.kthvalue(lowest).values + kept.kthvalue(lowest + 1).values).item() / 2
+    return floors[-1]

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from sae_train import losses, objectives
 from sae_train.config import SAESpec, TrainSettings
-from sae_train.l0 import L0Controller, bisect, level_for
+from sae_train.l0 import L0Controller, level_for, level_on
+from sae_train.metrics import held_out_metrics
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm, fold_scale
+from sae_train.schedule import default_lr, lr_factor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,15 +28,15 @@ MAX_DEAD_TOKENS = 10_000_000
 DEAD_SHARE = 0.05
 
 
-# Decoder rows of these architectures have norm 1 throughout; the others start at FREE_NORM and are free.
-UNIT_ROWS = ("topk", "relu", "jumprelu")
-FREE_NORM = 0.1
 # Where L0 starts, in targets, and how many pre-activations are looked at to find that level.
 START_L0 = 2.0
 QUANTILE_ELEMENTS = 2**24
+# λ at the start; the controller takes it from there.
 FIRST_COEFFICIENT = {"relu": 5.0, "jumprelu": 0.3}
-LR_FACTORS = {"topk": {}, "relu": {"b_enc": 10.0}, "jumprelu": {"log_threshold": 10.0}}
-BETAS = {"topk": (0.9, 0.999), "relu": (0.9, 0.999), "jumprelu": (0.9, 0.999)}
+# With Adam a parameter moves by at most lr a step: levels, of the size of x, need more than the weights do.
+LR_FACTORS = {"b_enc": {"relu": 10.0}, "log_threshold": {"jumprelu": 10.0}}
+# ReLU's bias is offset at the end only if the controller left L0 further than this from its target.
+RELU_TOLERANCE = 0.02
 
 
 class Learner:
@@ -78,8 +80,7 @@ class Learner:
         """
         sae = self.sae
         rows = torch.randn(sae.W_dec.shape, generator=self.generator)
-        rows *= (1.0 if self._unit_rows else FREE_NORM) / rows.norm(dim=1, keepdim=True)
-        sae.W_dec.copy_(rows)
+        sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
         sae.W_enc.copy_(sae.W_dec.t())
         sae.b_dec.copy_(geometric_median(sample))
         if self.control:
@@ -119,17 +120,20 @@ class Learner:
 
     @torch.no_grad()
     def calibrate(self, held_out: Float[Tensor, "n d_in"]) -> None:
-        """Bring L0 on held-out activations to the target by one offset of log θ (jumprelu); topk needs none."""
+        """Bring L0 on held-out activations to the target: one offset of log θ (jumprelu) or of b_enc (relu).
+
+        relu is moved only if its controller left it more than RELU_TOLERANCE off, which very short runs do (300
+        steps: 9 %); the offset shrinks or grows every latent a little. topk needs nothing.
+        """
+        sae, target = self.sae, self.spec.l0
         if self.spec.arch == "jumprelu":
-            pre = [(x - self.sae.b_dec) @ self.sae.W_enc + self.sae.b_enc for x in held_out.split(2048)]
-            theta = self.sae.threshold
-
-            def l0_at(offset: float) -> float:
-                return sum((p > theta * math.exp(offset)).sum().item() for p in pre) / len(held_out)
-
-            offset = bisect(l0_at, self.spec.l0, -2.0, 2.0)
-            self.log_threshold += offset
-            theta.copy_(self.log_threshold.exp())
+            share = level_on(lambda x: self._pre(x) / sae.threshold, held_out, target, (0.7, 0.3, 1e-3))
+            self.log_threshold += math.log(share)
+            sae.threshold.copy_(self.log_threshold.exp())
+        elif self.spec.arch == "relu":
+            l0 = held_out_metrics(sae, held_out)["metrics/l0"]
+            if abs(l0 / target - 1) > RELU_TOLERANCE:
+                sae.b_enc -= level_on(self._pre, held_out, target, (0.0, -0.5, -4.0))
 
     @torch.no_grad()
     def export(self, scale: float) -> SAE:
@@ -166,9 +170,8 @@ class Learner:
         self.generator.set_state(state["generator"])
         self.step_count, self.failed = state["step_count"], state["failed"]
 
-    @property
-    def _unit_rows(self) -> bool:
-        return self.spec.arch in UNIT_ROWS
+    def _pre(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.sae.b_enc, x - self.sae.b_dec, self.sae.W_enc)
 
     def _trained(self) -> dict[str, Tensor]:
         """Return what the optimiser updates: views of the weights, contiguous, and log θ in place of θ."""
@@ -176,14 +179,16 @@ class Learner:
         views = {"W_enc": sae.W_enc.detach().t(), "W_dec": sae.W_dec.detach()}
         views |= {"b_enc": sae.b_enc.detach(), "b_dec": sae.b_dec.detach()}
         if self.spec.arch == "jumprelu":
-            self.log_threshold = torch.zeros_like(sae.b_enc, requires_grad=False)
+            self.log_threshold = torch.zeros_like(sae.b_enc.detach())
             views["log_threshold"] = self.log_threshold
         return views
 
     def _optimiser(self) -> torch.optim.Adam:
-        factors = LR_FACTORS[self.spec.arch]
-        groups = [{"params": [p], "factor": factors.get(name, 1.0)} for name, p in self.trained.items()]
-        return torch.optim.Adam(groups, lr=self.lr, betas=BETAS[self.spec.arch], eps=6.25e-10, fused=True)
+        arch = self.spec.arch
+        groups = [
+            {"params": [p], "factor": LR_FACTORS.get(name, {}).get(arch, 1.0)} for name, p in self.trained.items()
+        ]
+        return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
 
     def _set_lr(self) -> None:
         s = self.settings
@@ -225,12 +230,11 @@ class Learner:
     def _gradients(self) -> Tensor:
         """Hand the gradients to the optimiser's views and return their norms.
 
-        Unit decoder rows keep only what turns them: the component along the row is removed (Gao et al. 2024).
+        Decoder rows have norm 1, so of their gradient only what turns them is kept (Gao et al. 2024).
         """
         sae = self.sae
-        if self._unit_rows:
-            along = torch.linalg.vecdot(sae.W_dec.grad, sae.W_dec)
-            sae.W_dec.grad.addcmul_(along[:, None], sae.W_dec, value=-1)
+        along = torch.linalg.vecdot(sae.W_dec.grad, sae.W_dec)
+        sae.W_dec.grad.addcmul_(along[:, None], sae.W_dec, value=-1)
         grads = {"W_enc": sae.W_enc.grad.t(), "W_dec": sae.W_dec.grad}
         grads |= {"b_enc": sae.b_enc.grad, "b_dec": sae.b_dec.grad}
         if self.spec.arch == "jumprelu":
@@ -252,9 +256,8 @@ class Learner:
         self.optimiser.grad_scale = (norms.norm() / self.settings.grad_clip).clamp_min(1.0)
         self.optimiser.found_inf = bad.to(torch.float32)
         self.optimiser.step()
-        if self._unit_rows:
-            length = self.sae.W_dec.norm(dim=1, keepdim=True)
-            self.sae.W_dec.div_(torch.where(bad, 1.0, length))
+        length = self.sae.W_dec.norm(dim=1, keepdim=True)
+        self.sae.W_dec.div_(torch.where(bad, 1.0, length))
         if self.spec.arch == "jumprelu":
             self.sae.threshold.copy_(self.log_threshold.exp())
 
@@ -273,23 +276,6 @@ class Learner:
             "details/grad_norm": norms.norm(),
             **extra,
         }
-
-
-def default_lr(spec: SAESpec, n_steps: int) -> float:
-    """base·√(2^14/width)·min(8, max(1, √(30,000/n_steps))), base 2e-4 for topk (Gao et al. 2024), else 1e-4.
-
-    The last factor is for short runs and measured at 500 steps, where it is 7.7.
-    """
-    base = 2e-4 if spec.arch == "topk" else 1e-4
-    short = min(8.0, max(1.0, math.sqrt(30_000 / n_steps)))
-    return base * math.sqrt(2**14 / spec.width) * short
-
-
-def lr_factor(step: int, n_steps: int, warm_up: float, decay: float) -> float:
-    """Rise linearly over the first share of the steps, stay at 1, fall linearly to 0 over the last share."""
-    rise = (step + 1) / max(1.0, warm_up * n_steps)
-    fall = (n_steps - step) / max(1.0, decay * n_steps)
-    return min(1.0, rise, fall)
 
 
 def geometric_median(x: Float[Tensor, "n d_in"], n_steps: int = 30) -> Float[Tensor, " d_in"]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sae_train.config import SAESpec, TrainSettings
-from sae_train.l0 import L0Controller, bisect, level_for
+from sae_train.l0 import L0Controller, level_for, level_on
 from sae_train.learner import Learner
 from sae_train.metrics import held_out_metrics
 
@@ -47,8 +47,19 @@ def test_level_for_leaves_l0_pre_activations_above_it():
     assert (pre > level_for(pre, 5)).sum().item() == pytest.approx(5 * 500, abs=1)
 
 
-def test_bisection_finds_the_offset():
-    assert bisect(lambda offset: 100 * math.exp(-offset), 20.0, -2.0, 4.0) == pytest.approx(math.log(5), abs=1e-4)
+@pytest.mark.parametrize("floors", [(0.0, -9.0), (2.5, 0.0), (-9.0,)])
+def test_level_on_leaves_exactly_l0_margins_above_it_from_any_floor(floors):
+    x = torch.randn(3000, 16, generator=torch.Generator().manual_seed(0))
+    assert (x > level_on(lambda rows: rows, x, 1.5, floors)).sum().item() == 4500
+
+
+@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
+def test_calibration_mends_an_l0_that_is_far_off(arch):
+    learner = Learner(SAESpec(arch=arch, width=128, l0=6), TrainSettings(tokens=25600, batch_tokens=256), 16, 100)
+    learner.initialise(features(1024, 1))
+    assert held_out_metrics(learner.sae, features(2048, 2))["metrics/l0"] > 8
+    learner.calibrate(features(2048, 2))
+    assert held_out_metrics(learner.sae, features(2048, 2))["metrics/l0"] == pytest.approx(6, rel=2e-3)
 
 
 def features(n: int, seed: int) -> torch.Tensor:

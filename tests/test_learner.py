@@ -9,7 +9,8 @@ import torch
 
 from sae_train.checkpoint import load_state, save_state
 from sae_train.config import SAESpec, TrainSettings
-from sae_train.learner import Learner, default_lr, geometric_median, lr_factor
+from sae_train.learner import Learner, geometric_median
+from sae_train.schedule import default_lr, lr_factor
 
 D, BATCH, STEPS = 12, 64, 40
 SETTINGS = TrainSettings(tokens=STEPS * BATCH, batch_tokens=BATCH)
