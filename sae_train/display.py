@@ -54,6 +54,7 @@ class Display:
     def say(self, sentence: str) -> None:
         """Print one line above the progress display."""
         self.console.print(sentence, markup=False, soft_wrap=True)
+        self.console.file.flush()
 
     def row(self, row: dict[str, Any]) -> None:
         """Take one row of metrics.jsonl."""
