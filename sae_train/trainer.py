@@ -67,6 +67,10 @@ class Clock:
         self.paused_for += now - start
         self._since = now
 
+    def start(self) -> None:
+        """Begin to count now: what came before was preparation."""
+        self._since = time.perf_counter()
+
     def tick(self) -> float:
         """Add the time since the last look to the training seconds."""
         now = time.perf_counter()
@@ -130,6 +134,7 @@ def fit(
 
     A learner that failed is left alone while the others go on. `before_last_look` calibrates a finished learner.
     """
+    clock.start()
     for step in range(start, n_steps + 1):
         if step == n_steps:
             for learner in running(learners):
