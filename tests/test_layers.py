@@ -12,7 +12,7 @@ ROWS = [
     {"errors", "units"},
     {"config"},
     {"kernels"},
-    {"sae", "losses", "l0", "metrics"},
+    {"sae", "losses", "l0", "metrics", "schedule"},
     {"objectives"},
     {"learner"},
     {"hub"},
