@@ -32,7 +32,7 @@ DEAD_SHARE = 0.05
 START_L0 = 2.0
 QUANTILE_ELEMENTS = 2**24
 # λ at the start; the controller takes it from there.
-FIRST_COEFFICIENT = {"relu": 5.0, "jumprelu": 0.3}
+FIRST_COEFFICIENT = {"relu": 0.3, "jumprelu": 0.3}
 # With Adam a parameter moves by at most lr a step: levels, of the size of x, need more than the weights do.
 LR_FACTORS = {"b_enc": {"relu": 10.0}, "log_threshold": {"jumprelu": 10.0}}
 # ReLU's bias is offset at the end only if the controller left L0 further than this from its target.
