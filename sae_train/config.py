@@ -97,7 +97,7 @@ class TrainSettings(_Group):
         description="tokens without activation that make a latent dead; default: 10M, at most 5% of the run",
     )
     jumprelu_bandwidth: Annotated[float, Field(gt=0)] = Field(
-        0.05, description="width of the straight-through rectangle, in units of scaled activations"
+        0.5, description="width of the straight-through rectangle, in units of scaled activations"
     )
 
 
