@@ -1,17 +1,22 @@
-"""Null models to read a score against: an SAE and activations come in, a random SAE of its width and L0 goes out."""
+"""Null models to read a score against: an SAE and activations in, a random SAE like it, or the score of such, out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_train.evals.absorption import evaluate
 from sae_train.evals.scoring import unit
 
 if TYPE_CHECKING:
+    import pandas as pd
     from jaxtyping import Float
     from torch import Tensor
+
+    from sae_train.evals.assets import Assets
+    from sae_train.evals.result import AbsorptionResult
 
 _CHUNK_ELEMENTS = 2**24
 
@@ -66,6 +71,28 @@ def random_sae(like: Any, x: Float[Tensor, "n d_in"], l0: float | None = None, s
         target = l0 if l0 is not None else _l0(like, sample)
         sae = RandomSAE(sae.W_dec, b_dec, threshold=_threshold((sample - b_dec) @ sae.W_enc, target))
     return RandomSAE(sae.W_dec, b_dec, sae.k, sae.threshold, _gain(sae, sample))
+
+
+def random_score(
+    like: Any, x: Float[Tensor, "n d_in"], assets: Assets, preset: str = "saebench", seed: int = 0, draws: int = 3
+) -> AbsorptionResult:
+    """Score of random SAEs as wide and as sparse as `like`: the mean over several draws, word by word.
+
+    One draw scores 0 or 1 on many words; averaging draws narrows the interval to what other words would change.
+    """
+    saes = [random_sae(like, x, seed=seed * draws + i) for i in range(draws)]
+    results = [evaluate(sae, assets, preset=preset, seed=seed) for sae in saes]
+    if not all(result.valid for result in results):
+        return next(result for result in results if not result.valid)
+
+    def mean(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+        return tables[0].assign(**{name: sum(t[name].astype(float) for t in tables) / draws for name in columns})
+
+    return replace(
+        results[0],
+        words=mean([result.words for result in results], ["fraction", "full"]),
+        by_letter=mean([result.by_letter for result in results], ["fraction", "full", "f1_k1"]),
+    )
 
 
 def _threshold(pre: Tensor, l0: float) -> float:

@@ -57,7 +57,8 @@ class Plan:
             f"{s.data.held_out_tokens:,} activations held out",
             f"training   {s.n_steps:,} steps × {s.train.batch_tokens:,} tokens = "
             f"{s.n_steps * s.train.batch_tokens:,} tokens for each SAE",
-            f"absorption {f'{s.eval.absorption_evals} evaluations, preset {s.eval.preset}' if s.eval.absorption else 'off'}",
+            "absorption "
+            + (f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"),
             *(
                 f"SAE        {spec.name}: {spec.width:,} latents ({width_label(spec.width)}), L0 {spec.l0:g}, "
                 f"{weights_of(spec, facts.d_model) / 1e6:,.1f} M weights"

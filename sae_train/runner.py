@@ -14,7 +14,7 @@ from sae_train.card import write_card
 from sae_train.checkpoint import save_sae
 from sae_train.config import flat
 from sae_train.display import Display
-from sae_train.evals import absorption, baselines, fidelity
+from sae_train.evals import baselines, fidelity
 from sae_train.report import write_report
 from sae_train.run_log import RunLog, open_mirror, provenance, read_metrics
 from sae_train.summary import summary_lines
@@ -183,7 +183,7 @@ class Runner:
         )
         save_sae(sae, self.folder / "saes" / learner.name)
         if self.absorption is not None and final.get("absorption/valid"):
-            random = baselines.random_sae(sae, opened.held_out, seed=learner.spec.seed)
-            result = absorption.evaluate(random, self.absorption.assets, preset=settings.eval.preset)
+            assets, preset = self.absorption.assets, settings.eval.preset
+            result = baselines.random_score(sae, opened.held_out, assets, preset, seed=learner.spec.seed)
             figures = {name.removeprefix("absorption/"): value for name, value in callbacks.figures_of(result)}
             self.baselines[learner.name] = {"random": figures}

@@ -39,13 +39,18 @@ def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None)
     parts = []
     for name, label in (("mean_fraction", "fraction"), ("mean_full", "full")):
         key = f"absorption/{name}"
-        beside = f"; random SAE {random[name]:.4f}" if random and random.get(name) is not None else ""
-        interval = f"[{_number(final, key + '_low', '.4f')}, {_number(final, key + '_high', '.4f')}]"
-        parts.append(f"{label} {_number(final, key, '.4f')} 95% {interval}{beside}")
+        beside = f" (random SAE {_estimate(random, name)})" if random and random.get(name) is not None else ""
+        parts.append(f"{label} {_estimate(final, key)}{beside}")
     letters = (
         f"{final.get('absorption/n_letters')} letters count, mean F1 {_number(final, 'absorption/mean_f1', '.3f')}"
     )
-    return "absorption: " + ", ".join([*parts, letters])
+    return "absorption, 95 % intervals: " + ", ".join([*parts, letters])
+
+
+def _estimate(values: dict[str, Any], name: str) -> str:
+    """A mean with its 95 % interval."""
+    low, high = (_number(values, f"{name}_{end}", ".4f") for end in ("low", "high"))
+    return f"{_number(values, name, '.4f')} [{low}, {high}]"
 
 
 def _number(values: dict[str, Any], name: str, form: str) -> str:

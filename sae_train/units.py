@@ -1,4 +1,4 @@
-"""Readers of single values as people type them: a string in, a number out, or a ValueError that says what is allowed."""
+"""Readers of single values as people type them: a string in, a number out, or a ValueError that says what may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command line of the embedded model: `python -m sae_train.speller [train|prove] [options]`."""
+"""Command line of the embedded model: `python -m sae_train.speller [train|prove|miniature] [options]`."""
 
 from __future__ import annotations
 
@@ -59,13 +59,30 @@ def run_prove(options: argparse.Namespace) -> int:
     return 0 if all(proof.holds for proof in proofs) else 1
 
 
+def run_miniature(options: argparse.Namespace) -> int:
+    """Train SAEs of several widths and L0s, write table and figure; 1 if absorption does not move as it must."""
+    from sae_train.speller.miniature import draw, measure, slopes
+
+    table = measure(ROOT / "checkpoints")
+    folder = ROOT / "docs"
+    folder.mkdir(exist_ok=True)
+    table.to_csv(folder / "miniature.csv", index=False, float_format="%.4f")
+    draw(table, folder / "miniature.svg")
+    print(table.to_string(index=False, float_format="%.3f"))
+    found = slopes(table)
+    for slope in found:
+        changes = ", ".join(f"{change:+.3f}" for change in slope.by_seed)
+        print(f"{slope.name}: {changes} by seed: {'holds' if slope.holds else 'FAILS'}")
+    return 0 if all(slope.holds for slope in found) else 1
+
+
 def positive(steps: int) -> int:
     if steps < 1:
         raise UserError(f"--steps must be at least 1, not {steps}.")
     return steps
 
 
-COMMANDS = {"train": run_train, "prove": run_prove}
+COMMANDS = {"train": run_train, "prove": run_prove, "miniature": run_miniature}
 
 if __name__ == "__main__":
     sys.exit(main())
