@@ -66,7 +66,7 @@ class Runner:
                 start=opened.step,
                 n_steps=n_steps,
                 log=self._log,
-                before_last_look=lambda learner: learner.calibrate(opened.held_out * opened.scale),
+                before_last_look=lambda learner: learner.calibrate(opened.calibration * opened.scale),
                 save=lambda step: session.save(opened, self.folder, step),
                 save_steps=trainer.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps),
                 clock=opened.clock,

@@ -30,12 +30,16 @@ if TYPE_CHECKING:
     from sae_train.tokens import TokenStream
 
 LM_BATCH_TOKENS = 4096
+CALIBRATION_PERIOD = 3  # one held-out activation in three sets the final L0; no figure is measured on those
 SAMPLE_TOKENS = 16_384  # training activations that set the input scale and the learners' start
 
 
 @dataclass
 class Session:
-    """What a run holds; `scale` maps raw activations to ⟨‖x‖²⟩ = d_in."""
+    """What a run holds; `scale` maps raw activations to ⟨‖x‖²⟩ = d_in.
+
+    `held_out` and `calibration` are raw activations of text that training never sees, apart from each other.
+    """
 
     settings: Settings
     lm: LanguageModel
@@ -43,6 +47,7 @@ class Session:
     buffer: ActivationBuffer
     drop_ids: set[int]
     held_out: Tensor
+    calibration: Tensor
     learners: list[Learner]
     scale: float = 0.0
     step: int = 0
@@ -97,8 +102,9 @@ def open_session(settings: Settings) -> Session:
         seed=0,
     )
     held_out = held_out_activations(lm, stream.held_out, drop, settings.data.held_out_tokens)
+    for_calibration = torch.arange(len(held_out), device=held_out.device) % CALIBRATION_PERIOD == 0
     learners = [Learner(spec, settings.train, lm.d_in, settings.n_steps, device) for spec in settings.specs]
-    return Session(settings, lm, stream, buffer, drop, held_out, learners)
+    return Session(settings, lm, stream, buffer, drop, held_out[~for_calibration], held_out[for_calibration], learners)
 
 
 def open_model(settings: Settings, device: torch.device) -> LanguageModel:

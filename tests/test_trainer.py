@@ -1,0 +1,108 @@
+"""The loop: when callbacks run, that a failing SAE leaves its neighbours alone, and that the clock stands still."""
+
+import time
+
+import torch
+
+from sae_train.callbacks import density_histogram
+from sae_train.config import SAESpec, TrainSettings
+from sae_train.learner import Learner
+from sae_train.trainer import Callback, Clock, StopRequest, every, fit, forked_rng, spread
+
+
+def test_every_has_first_and_last_and_no_double_near_the_end():
+    assert sorted(every(10, 30)) == [0, 10, 20, 30]
+    assert sorted(every(10, 34)) == [0, 10, 20, 34]
+    assert sorted(every(10, 37)) == [0, 10, 20, 30, 37]
+    assert sorted(every(100, 7)) == [0, 7]
+
+
+def test_spread_gives_about_as_many_steps_as_asked_crowded_early():
+    steps = sorted(spread(12, 489))
+    assert len(steps) == 12
+    assert steps[0] == 0
+    assert steps[-1] == 489
+    gaps = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    assert gaps == sorted(gaps) or max(gaps) < 90
+    assert sorted(spread(1, 50)) == [0, 50]
+
+
+def run(learners, batches, n_steps, callbacks=(), **options):
+    rows = []
+    done = fit(
+        iter(batches),
+        learners,
+        list(callbacks),
+        start=0,
+        n_steps=n_steps,
+        log=lambda learner, step, values: rows.append((learner.name, step, values)),
+        before_last_look=lambda learner: None,
+        save=lambda step: None,
+        save_steps=frozenset(),
+        clock=options.get("clock", Clock()),
+        stop=options.get("stop", StopRequest()),
+    )
+    return done, rows
+
+
+def learner(seed: int, x: torch.Tensor, arch: str = "topk") -> Learner:
+    made = Learner(
+        SAESpec(arch=arch, width=32, l0=4, seed=seed), TrainSettings(tokens=6400, batch_tokens=64), x.shape[1], 20
+    )
+    made.initialise(x)
+    return made
+
+
+def data(n_steps: int = 20) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(64, 8, generator=g) for _ in range(n_steps)]
+
+
+def test_a_nan_planted_in_one_sae_ends_that_one_only():
+    batches = data()
+    broken, whole, alone = (learner(seed, batches[0]) for seed in (1, 2, 2))
+    broken.sae.b_enc.data[3] = float("nan")
+    look = Callback(lambda learner, step: [("step", step)], every(5, 20))
+    done, rows = run([broken, whole], batches, 20, [look])
+    run([alone], batches, 20, [look])
+    assert done == 20
+    assert broken.failed.startswith("step 0")
+    assert whole.failed is None
+    assert torch.equal(whole.sae.W_enc, alone.sae.W_enc)
+    assert {name for name, step, _ in rows if step == 20} == {whole.name}
+
+
+def test_a_callback_changes_no_random_state_and_stops_the_clock():
+    clock = Clock()
+
+    def look(learner, step):
+        torch.rand(3)
+        time.sleep(0.05)
+        yield "x", 1
+
+    before = torch.random.get_rng_state()
+    run([learner(0, data()[0])], data(), 20, [Callback(look, every(10, 20))], clock=clock)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert clock.paused_for >= 0.15
+    with forked_rng():
+        torch.rand(1)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_stop_request_ends_the_loop_after_its_step():
+    stop = StopRequest()
+
+    def look(learner, step):
+        stop.requested = step == 10
+        return ()
+
+    done, _ = run([learner(0, data()[0])], data(), 20, [Callback(look, every(5, 20))], stop=stop)
+    assert done == 10
+
+
+def test_density_histogram_counts_every_latent_that_fires():
+    density = torch.tensor([0.0, 1.0, 0.5, 1e-5, 1e-7, 0.01])
+    counts = density_histogram(density)
+    assert sum(counts) == 5
+    assert counts[0] == 2
+    assert counts[-1] == 2
