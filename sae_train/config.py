@@ -75,7 +75,9 @@ class DataSettings(_Group):
     context: Annotated[int, Field(ge=4)] | None = Field(
         None, description="tokens per sequence; default: the model's own, at most 128"
     )
-    held_out_tokens: Count = Field(16_384, description="activations kept apart for every held-out figure")
+    held_out_tokens: Count = Field(
+        16_384, description="tokens kept apart from training: for the held-out figures, a third to calibrate L0"
+    )
     buffer_tokens: Count = Field(65_536, description="activations shuffled together")
     drop: Annotated[tuple[str, ...], BeforeValidator(strings)] = Field(
         (), description="token strings left out of SAE training, beside the special tokens"
@@ -125,6 +127,7 @@ class RunSettings(_Group):
         None, description="name of the run; default: from model, arch, width and l0"
     )
     out: str = Field("checkpoints", description="folder that holds the runs")
+    note: str | None = Field(None, description="a sentence on why this run was made; its report shows it")
     log_every: Annotated[int, Field(ge=1)] | None = Field(
         None, description="steps between logged rows; default: 100 rows a run"
     )

@@ -64,7 +64,8 @@ def start(settings: Settings) -> Run:
     built, notes = build_assets(opened.lm, settings.eval)
     session.begin(opened)
     folder.mkdir(parents=True)
-    return Run(Runner(opened, folder, built, plan.notes + notes).go())
+    said = [settings.run.note] if settings.run.note else []
+    return Run(Runner(opened, folder, built, said + plan.notes + notes).go())
 
 
 def resume(folder: str | Path) -> Run:

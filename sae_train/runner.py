@@ -15,6 +15,7 @@ from sae_train.checkpoint import save_sae
 from sae_train.config import flat
 from sae_train.display import Display
 from sae_train.evals import baselines, fidelity
+from sae_train.evals.presets import get_preset
 from sae_train.report import write_report
 from sae_train.run_log import RunLog, open_mirror, provenance, read_metrics
 from sae_train.summary import summary_lines
@@ -92,7 +93,9 @@ class Runner:
         if self.assets is not None:
             preset = settings.eval.preset
             self.absorption = callbacks.Absorption(self.assets, preset, opened.scale, n_steps, self._keep_absorption)
-            made.append(trainer.Callback(self.absorption, looks))
+            # Where too few letters can be read off the model itself, one look records that; more would say the same.
+            readable = int(self.assets.letters_that_count.sum()) >= get_preset(preset).min_letters
+            made.append(trainer.Callback(self.absorption, looks if readable else frozenset({n_steps})))
         return made
 
     def _log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:
