@@ -95,6 +95,13 @@ def random_score(
     )
 
 
+@torch.no_grad()
+def explained_variance(sae: Any, x: Float[Tensor, "n d_in"]) -> float:
+    """1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²."""
+    error = sum((part - sae(part)).square().sum() for part in x.split(256))
+    return float(1 - error / (x - x.mean(0)).square().sum())
+
+
 def _threshold(pre: Tensor, l0: float) -> float:
     n_active = min(max(1, round(l0 * len(pre))), pre.numel())
     return max(float(pre.flatten().topk(n_active).values[-1]), 0.0)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 N_LOGGED = 100
 N_SAVED = 10
-FIDELITY_TOKENS = 8192
+FIDELITY_TOKENS = 4096
 
 
 class Runner:
@@ -189,4 +189,6 @@ class Runner:
             assets, preset = self.absorption.assets, settings.eval.preset
             result = baselines.random_score(sae, opened.held_out, assets, preset, seed=learner.spec.seed)
             figures = {name.removeprefix("absorption/"): value for name, value in callbacks.figures_of(result)}
+            random = baselines.random_sae(sae, opened.held_out, seed=learner.spec.seed)
+            figures["explained_variance"] = baselines.explained_variance(random, opened.held_out)
             self.baselines[learner.name] = {"random": figures}

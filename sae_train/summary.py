@@ -20,7 +20,7 @@ def _one(sae: dict[str, Any]) -> list[str]:
     final = sae["final"]
     figures = [
         f"L0 asked {sae['l0']:g}, reached {_number(final, 'metrics/l0', '.2f')}",
-        f"EV {_number(final, 'metrics/explained_variance', '.4f')}",
+        f"EV {_number(final, 'metrics/explained_variance', '.4f')}{_random_ev(sae)}",
         f"loss recovered {_number(final, 'metrics/ce_loss_score', '.4f')}",
         f"dead {_number(final, 'sparsity/dead_fraction', '.1%')}",
     ]
@@ -28,6 +28,11 @@ def _one(sae: dict[str, Any]) -> list[str]:
         f"{sae['name']}: " + ", ".join(figures),
         "  " + absorption_line(final, sae["baseline"].get("random")),
     ]
+
+
+def _random_ev(sae: dict[str, Any]) -> str:
+    value = sae["baseline"].get("random", {}).get("explained_variance")
+    return "" if value is None else f" (random SAE {value:.2f})"
 
 
 def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None) -> str:
