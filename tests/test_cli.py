@@ -41,7 +41,7 @@ def test_help_imports_nothing_heavy():
         (["--dataset", "./absent.txt"], "absent.txt"),
         (["--context", "100000"], "context"),
         (["--drop", "no such token"], "single token"),
-        (["--width", "1m", "--arch", "relu", "--batch-tokens", "1M", "--tokens", "1B"], "memory"),
+        (["--width", "2m", "--seed", "0,1,2,3,4,5,6,7"], "memory"),
         (["--template", "{word} nothing here {letter}{letter}"], "template"),
         (["frobnicate"], "frobnicate"),
         (["resume", "nowhere"], "nowhere"),
