@@ -1,5 +1,6 @@
 """The loop: when callbacks run, that a failing SAE leaves its neighbours alone, and that the clock stands still."""
 
+import itertools
 import time
 
 import torch
@@ -22,7 +23,7 @@ def test_spread_gives_about_as_many_steps_as_asked_crowded_early():
     assert len(steps) == 12
     assert steps[0] == 0
     assert steps[-1] == 489
-    gaps = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
     assert gaps == sorted(gaps) or max(gaps) < 90
     assert sorted(spread(1, 50)) == [0, 50]
 
