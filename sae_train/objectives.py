@@ -54,8 +54,15 @@ def forward(sae: SAE, x: Tensor, threshold: Tensor | None, bandwidth: float) -> 
     return Forward(recon, values, pattern, sparsity)
 
 
+# Entries (tokens × dead latents) that the loss on dead latents looks at in one step. Where most latents are dead it
+# would cost more than all the rest (2.5 times, with 60 % of 16k dead), so it then takes every n-th token of the batch.
+MAX_REVIVAL_ENTRIES = 5 * 2**20
+
+
 def revival(sae: SAE, x: Tensor, recon: Tensor, dead: Tensor, threshold: Tensor | None) -> Tensor:
     """Return the loss that brings dead latents back: AuxK for topk, else the weighted pre-activation loss."""
+    stride = -(-len(x) * dead.numel() // MAX_REVIVAL_ENTRIES)
+    x, recon = x[::stride], recon[::stride]
     weights = sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec
     if sae.cfg.architecture == "topk":
         return losses.aux_k(x, recon, *weights, dead)
