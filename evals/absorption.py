@@ -1,4 +1,4 @@
-"""First-letter absorption of one SAE: an SAE and a model's eval assets come in, an AbsorptionResult goes out.
+"""Absorption of one SAE: an SAE and a model's eval assets come in, an AbsorptionResult goes out.
 
 The SAE is anything with encode(x) -> (n, d_sae) and W_dec (d_sae, d_in); encode_sparse, decode and W_enc are used where
 they exist. It is only read: no gradient mode, weight, dtype or global random state changes.
@@ -12,38 +12,48 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_train.evals import k_sparse
-from sae_train.evals.figures import auroc, f1_precision_recall
+from sae_train.errors import UserError
+from sae_train.evals import k_sparse, tables
 from sae_train.evals.latents import Latents, encode
-from sae_train.evals.presets import Preset, get_preset
-from sae_train.evals.probes import N_LETTERS, rank_latents, ranking_schedule
+from sae_train.evals.presets import ASSET_FIELDS, Preset, get_preset
+from sae_train.evals.ranking import rank_latents
 from sae_train.evals.result import AbsorptionResult
 from sae_train.evals.scoring import WordScores, score_entries, score_projections, score_words, unit
-from sae_train.evals.vocab import LETTERS
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from sae_train.evals.assets import Assets
+    from sae_train.evals.causal_rate import CausalRate
 
 __all__ = ["AbsorptionResult", "evaluate", "score_projections", "score_words"]
 
-_TOP = ("top_latent", "top_f1", "top_precision", "top_recall", "top_auroc")
-_WORD_COLUMNS = (
-    "letter", "word", "token_id", "fraction", "full", "main_act", "a", "main_latents", "absorbers", "absorber_cos",
-    "absorber_proj",
-)  # fmt: skip
-
 
 @torch.no_grad()
-def evaluate(sae: Any, assets: Assets, preset: str | Preset = "saebench", seed: int = 0) -> AbsorptionResult:
-    """Evaluate one SAE; whatever is wrong with it or with the assets ends in valid = False and a reason."""
-    return _Evaluation(sae, assets, get_preset(preset), seed).run()
+def evaluate(
+    sae: Any, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, lm: Any = None
+) -> AbsorptionResult:
+    """Evaluate one SAE; whatever is wrong with it or with the assets ends in valid = False and a reason.
+
+    Presets of the paper ask the language model, so they need lm. UserError if it is missing, or if the assets were
+    built for a preset with other prompts or another probe.
+    """
+    chosen = get_preset(preset)
+    stored = assets.settings["preset"]
+    differ = [name for name in ASSET_FIELDS if stored[name] != getattr(chosen, name)]
+    if differ:
+        raise UserError(
+            f"the assets were built with {differ[0]} = {stored[differ[0]]} and the preset {chosen.name} has "
+            f"{getattr(chosen, differ[0])}: build them for this preset."
+        )
+    if chosen.attribution and lm is None:
+        raise UserError(f"the preset {chosen.name} asks the language model about each word: give it as lm.")
+    return Evaluation(sae, assets, chosen, seed, lm).run()
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Encoded:
     """Latents of the three groups of words, in the order of the assets."""
 
     train: Latents
@@ -51,16 +61,33 @@ class _Encoded:
     tp: Latents
 
 
-class _Evaluation:
+@dataclass(frozen=True)
+class Scored:
+    """The true positives' entries (latents that fire on each, one row per word) and scores.
+
+    family holds the scores with all latents of the label's family taken as main latents.
+    """
+
+    acts: Float[Tensor, "t m"]
+    columns: Int[Tensor, "t m"]
+    cos: Float[Tensor, "t m"]
+    is_main: Bool[Tensor, "t m"]
+    a: Float[Tensor, " t"]
+    scores: WordScores
+    family: WordScores
+    causal: CausalRate | None = None
+
+
+class Evaluation:
     """The steps of one evaluation, in order, with the time each one took."""
 
-    def __init__(self, sae: Any, assets: Assets, preset: Preset, seed: int):
-        self.sae, self.assets, self.preset, self.seed = sae, assets, preset, seed
+    def __init__(self, sae: Any, assets: Assets, preset: Preset, seed: int, lm: Any):
+        self.sae, self.preset, self.seed, self.lm = sae, preset, seed, lm
         self.device, self.dtype = sae.W_dec.device, sae.W_dec.dtype
-        self.labels = assets.labels.to(self.device)
-        self.is_test = assets.is_test.to(self.device)
+        self.assets = assets.to(self.device)
+        self.n_labels = len(assets.label_names)
         self.W_dec = sae.W_dec.detach().float()
-        self.directions = unit(assets.probe_weight.T.float()).to(self.device)
+        self.directions = unit(self.assets.probe_weight.T.float())
         self.timings: dict[str, float] = {}
         self._start = self._last = time.perf_counter()
 
@@ -69,21 +96,29 @@ class _Evaluation:
         self.lap("encode")
         if broken := self.broken(latents):
             return self.invalid(broken)
-        ranking = self.rank(latents.train)
+        train_labels = self.assets.labels[~self.assets.is_test]
+        ranking, how = rank_latents(latents.train, train_labels, self.n_labels, self.preset, self.seed)
         self.lap("rank latents")
         chosen = self.probe_latents(latents, ranking)
         self.lap("k-sparse probes")
-        scores, cos, a, columns = self.score(latents.tp, chosen)
-        words = self.word_table(scores, cos, a, columns, chosen)
-        letters = self.letter_table(words, chosen, latents.test)
+        scored = self.score(latents, chosen)
         self.lap("score")
-        return self.result(letters, words, latents)
+        if self.preset.attribution:
+            if not len(self.assets.answer_ids):
+                return self.invalid("the prompt asks for no answer, so the model cannot be asked for its reasons")
+            scored = self.ask_model(scored, chosen)
+            self.lap("ask the model")
+        result = self.result(latents, chosen, scored, how)
+        self.lap("tables")
+        return replace(result, seconds=time.perf_counter() - self._start)
 
-    def encode(self) -> _Encoded:
-        x, tp_x = (t.to(self.device, self.dtype) for t in (self.assets.x, self.assets.tp_x))
-        return _Encoded(encode(self.sae, x[~self.is_test]), encode(self.sae, x[self.is_test]), encode(self.sae, tp_x))
+    def encode(self) -> Encoded:
+        x, test = self.assets.x.to(self.dtype), self.assets.is_test
+        return Encoded(
+            encode(self.sae, x[~test]), encode(self.sae, x[test]), encode(self.sae, self.assets.tp_x.to(self.dtype))
+        )
 
-    def broken(self, latents: _Encoded) -> str:
+    def broken(self, latents: Encoded) -> str:
         parts = (latents.train, latents.test, latents.tp)
         if not all(bool(p.values.isfinite().all()) for p in parts):
             return "the SAE's latents are not finite"
@@ -93,142 +128,88 @@ class _Evaluation:
             return "no latent of the SAE fires on any training word"
         return ""
 
-    def rank(self, train: Latents) -> Tensor:
-        g = torch.Generator().manual_seed(self.seed)
-        schedule = self.schedule(train.n_rows)
-        return rank_latents(train, self.labels[~self.is_test], schedule, g, self.preset.max_k)
+    def probe_latents(self, latents: Encoded, ranking: Tensor) -> k_sparse.KSparse:
+        truth = self.assets.labels[:, None] == torch.arange(self.n_labels, device=self.device)
+        test = self.assets.is_test
+        return k_sparse.fit(latents.train, truth[~test], latents.test, truth[test], ranking, self.preset.f1_jump)
 
-    def probe_latents(self, latents: _Encoded, ranking: Tensor) -> k_sparse.KSparse:
-        y_train, y_test = self.truth(~self.is_test), self.truth(self.is_test)
-        return k_sparse.fit(latents.train, y_train, latents.test, y_test, ranking, self.preset.f1_jump)
-
-    def schedule(self, n_rows: int) -> Any:
-        p = self.preset
-        return ranking_schedule(
-            n_rows, epochs=p.l1_epochs, max_batch=p.l1_max_batch, min_steps=p.l1_min_steps, lr=p.l1_lr,
-            end_lr=p.l1_end_lr, weight_decay=p.l1_weight_decay, l1=p.l1_coefficient,
+    def score(self, latents: Encoded, chosen: k_sparse.KSparse) -> Scored:
+        label = self.assets.tp_labels
+        acts, columns = latents.tp.padded()
+        # Only the latents that fire on a true positive have cosines to compute.
+        used, place = columns.unique(return_inverse=True)
+        rows = self.W_dec[used]
+        cos = (self.directions @ unit(rows).T)[label[:, None], place]
+        proj = acts * cos * rows.norm(dim=1)[place]
+        a = (self.assets.tp_x.float() * self.directions[label]).sum(1)
+        main = chosen.is_main(latents.tp.d_sae).to(self.device)
+        family = main | self.family(latents.train)
+        is_main, is_family = main[label[:, None], columns], family[label[:, None], columns]
+        scores = score_entries(acts, proj, cos, is_main, a, self.preset)
+        return Scored(
+            acts, columns, cos, is_main, a, scores, score_entries(acts, proj, cos, is_family, a, self.preset)
         )  # fmt: skip
 
-    def truth(self, rows: Tensor) -> Tensor:
-        return self.labels[rows][:, None] == torch.arange(N_LETTERS, device=self.device)
+    def family(self, train: Latents) -> Bool[Tensor, "n_labels d_sae"]:
+        """Latents that share a label between them: they fire on many of its training words and on few others."""
+        p, labels = self.preset, self.assets.labels[~self.assets.is_test]
+        fired = torch.zeros(self.n_labels * train.d_sae, device=self.device)
+        place = labels[train.row_of_entry] * train.d_sae + train.columns
+        fired = fired.index_add_(0, place, torch.ones_like(train.values)).view(self.n_labels, -1)
+        enough = (p.family_recall * labels.bincount(minlength=self.n_labels)).clamp(min=p.family_words)
+        return (fired >= enough[:, None]) & (fired >= p.family_precision * fired.sum(0))
 
-    def score(self, tp: Latents, chosen: k_sparse.KSparse) -> tuple[WordScores, Tensor, Tensor, Tensor]:
-        letter = self.assets.tp_labels.to(self.device)
-        acts, columns = tp.padded()
-        cos = (self.directions @ unit(self.W_dec).T)[letter[:, None], columns]
-        proj = acts * cos * self.W_dec.norm(dim=1)[columns]
-        is_main = torch.zeros(N_LETTERS, tp.d_sae, dtype=torch.bool, device=self.device)
-        for c in range(N_LETTERS):
-            is_main[c, chosen.main_latents(c)] = True
-        a = (self.assets.tp_x.to(self.device).float() * self.directions[letter]).sum(1)
-        scores = score_entries(acts, proj, cos, is_main[letter[:, None], columns], a, self.preset)
-        return scores, cos, a, columns
+    def ask_model(self, scored: Scored, chosen: k_sparse.KSparse) -> Scored:
+        from sae_train.evals.causal_rate import causal_rate
 
-    def word_table(
-        self, s: WordScores, cos: Tensor, a: Tensor, columns: Tensor, chosen: k_sparse.KSparse
-    ) -> pd.DataFrame:
-        import pandas as pd
+        test_place = self.assets.is_test.cumsum(0) - 1
+        missed = chosen.logits[test_place[self.assets.tp_rows], self.assets.tp_labels] <= 0
+        silent = scored.scores.main_act < self.preset.silent_below
+        found = causal_rate(self.sae, self.lm, self.assets, scored, missed & silent, self.preset, self.seed)
+        return replace(scored, causal=found)
 
-        entry, proj = s.absorber_entry, s.absorber_proj.tolist()
-        absorbers, cosines = columns.gather(1, entry).tolist(), cos.gather(1, entry).tolist()
-        n_real = (s.absorber_proj > 0).sum(1).tolist()
-        rows, letters = self.assets.tp_rows.tolist(), self.assets.tp_labels.tolist()
-        main = [chosen.main_latents(c) for c in range(N_LETTERS)]
-        values = zip(
-            [LETTERS[c] for c in letters], [self.assets.words[r] for r in rows],
-            self.assets.token_ids[self.assets.tp_rows].tolist(), s.fraction.tolist(), s.full.tolist(),
-            s.main_act.tolist(), a.tolist(), [main[c] for c in letters],
-            *([row[:n] for row, n in zip(part, n_real, strict=True)] for part in (absorbers, cosines, proj)),
-            strict=True,
+    def result(self, latents: Encoded, chosen: k_sparse.KSparse, scored: Scored, how: dict) -> AbsorptionResult:
+        words = tables.word_table(self.assets, scored, chosen, self.preset)
+        letters = tables.letter_table(self.assets, scored, chosen, self.preset)
+        letters = letters.assign(**tables.top_latents(self.sae, self.assets, latents.test, self.directions))
+        n_letters, needed = int(letters["counts"].sum()), self.assets.n_needed(self.preset)
+        reason = "" if n_letters >= needed else (
+            f"only {n_letters} of {self.n_labels} labels can be read off the model by a linear probe (F1 above "
+            f"{self.preset.min_probe_f1} on test words); the eval needs {needed}"
         )  # fmt: skip
-        return pd.DataFrame(list(values), columns=list(_WORD_COLUMNS))
-
-    def letter_table(self, words: pd.DataFrame, chosen: k_sparse.KSparse, test: Latents) -> pd.DataFrame:
-        import pandas as pd
-
-        counts, figures = self.assets.letters_that_count.tolist(), self.assets.probe_figures.tolist()
-        groups = dict(list(words.groupby("letter")))
-        rows = []
-        for c, letter in enumerate(LETTERS):
-            n_main = int(chosen.n_main[c])
-            rows.append(
-                {"letter": letter, "counts": counts[c], **_absorption_of(groups.get(letter)), "n_split": n_main,
-                 "main_latents": chosen.main_latents(c),
-                 **dict(zip(("probe_f1", "probe_precision", "probe_recall", "probe_auroc"), figures[c], strict=True)),
-                 "f1_k1": float(chosen.f1[c, 0]), "f1_split": float(chosen.f1[c, n_main - 1])}
-            )  # fmt: skip
-        table = pd.DataFrame(rows)
-        table["counts"] &= table["n_tp"] > 0
-        return table.assign(**self.top_latents(test))
-
-    def top_latents(self, test: Latents) -> dict[str, Any]:
-        """Per letter the latent whose encoder column points most along the probe, as a classifier of test words."""
-        W_enc = getattr(self.sae, "W_enc", None)
-        if W_enc is None:
-            return dict.fromkeys(_TOP)
-        cos = self.directions @ unit(W_enc.detach().float().T).T
-        top = cos.nan_to_num(-1).argmax(1)
-        acts, truth = test.take(top), self.truth(self.is_test)
-        figures = [*f1_precision_recall(acts > 0, truth), auroc(acts, truth)]
-        return dict(zip(_TOP, [top.tolist(), *(f.tolist() for f in figures)], strict=True))
+        details = {**self.details(), "ranking": how}
+        return replace(
+            self.invalid(reason), valid=not reason, by_letter=letters, words=words, l0=latents.test.l0,
+            ev=self.explained_variance(latents.test), details=details,
+        )  # fmt: skip
 
     def explained_variance(self, test: Latents) -> float:
         """On at most 1,024 test words; NaN for an SAE without decode."""
         if not hasattr(self.sae, "decode"):
             return float("nan")
-        rows = self.is_test.nonzero().squeeze(1)[:1024]
-        x = self.assets.x.to(self.device, self.dtype)[rows]
-        recon = torch.cat([self.sae.decode(part) for part in test.head(len(rows)).dense().to(self.dtype).split(256)])
-        residual = (x - recon).float().square().sum()
+        x = self.assets.x[self.assets.is_test][:1024].to(self.dtype)
+        dense = test.head(len(x)).dense().to(self.dtype)
+        residual = (x - torch.cat([self.sae.decode(part) for part in dense.split(256)])).float().square().sum()
         return float(1 - residual / (x - x.mean(0)).float().square().sum())
-
-    def result(self, letters: pd.DataFrame, words: pd.DataFrame, latents: _Encoded) -> AbsorptionResult:
-        n_letters, needed = int(letters["counts"].sum()), self.preset.min_letters
-        reason = "" if n_letters >= needed else (
-            f"only {n_letters} of {N_LETTERS} letters can be read off the model by a linear probe (F1 above "
-            f"{self.preset.min_probe_f1} on test words); the eval needs {needed}"
-        )  # fmt: skip
-        ev = self.explained_variance(latents.test)
-        self.lap("explained variance")
-        out = self.invalid(reason)
-        details = {
-            **out.details, "n_firing_on_train": int(latents.train.fires().sum()),
-            "ranking": vars(self.schedule(latents.train.n_rows)),
-        }  # fmt: skip
-        return replace(
-            out, valid=not reason, by_letter=letters, words=words, l0=latents.test.l0, ev=ev, details=details
-        )
 
     def invalid(self, reason: str) -> AbsorptionResult:
         import pandas as pd
 
         return AbsorptionResult(
             preset=self.preset.name, seed=self.seed, asset_hash=self.assets.hash, valid=False, reason=reason,
-            by_letter=pd.DataFrame(), words=pd.DataFrame(columns=list(_WORD_COLUMNS)), details=self.details(),
+            by_letter=pd.DataFrame(), words=pd.DataFrame(columns=list(tables.WORD_COLUMNS)), details=self.details(),
             seconds=time.perf_counter() - self._start, timings=self.timings, thresholds=self.preset,
         )  # fmt: skip
 
     def details(self) -> dict[str, Any]:
-        a = self.assets
+        """Settings and sizes worth keeping; the gates' standard deviations are those of a random cosine, 1/√d."""
+        a, sd = self.assets, self.W_dec.shape[1] ** 0.5
         return {
             "assets": a.settings, "n_words": len(a.words), "sampled_from": a.sampled_from,
             "n_true_positives": len(a.tp_rows), "model_accuracy": a.model_accuracy,
+            "full_cos_in_sd": self.preset.full_cos * sd, "absorber_cos_in_sd": self.preset.absorber_cos * sd,
         }  # fmt: skip
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.timings[name], self._last = now - self._last, now
-
-
-def _absorption_of(words: pd.DataFrame | None) -> dict[str, float]:
-    """Scores over one letter's true positives; NaN and 0 where there is none."""
-    nan = float("nan")
-    if words is None:
-        return {"n_tp": 0, "fraction": nan, "full": nan, "n_full": 0, "recall_main": nan}
-    return {
-        "n_tp": len(words),
-        "fraction": words["fraction"].mean(),
-        "full": words["full"].mean(),
-        "n_full": int(words["full"].sum()),
-        "recall_main": (words["main_act"] > 0).mean(),
-    }

@@ -1,5 +1,6 @@
-"""What every evaluation of a model shares: a language model comes in; words, their activations at the hook, and the
-ground-truth probe go out. Built once per (model, hook, template, seed, preset), kept on disk if asked.
+"""What every evaluation of a model shares: a language model and a hierarchy come in; words, their activations at the
+hook, and the ground-truth probe go out. Built once per (model, hook, hierarchy, template, seed, preset), kept on disk
+if asked.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from sae_train.errors import UserError
 from sae_train.evals import prompts, vocab
 from sae_train.evals.figures import auroc, f1_precision_recall
-from sae_train.evals.presets import Preset, get_preset
-from sae_train.evals.probes import N_LETTERS, Probe, Schedule, fit_dense
+from sae_train.evals.hierarchy import Hierarchy, get_hierarchy
+from sae_train.evals.presets import ASSET_FIELDS, Preset, get_preset, needed_labels
+from sae_train.evals.probes import Probe, Schedule, fit_dense
 from sae_train.evals.vocab import Vocabulary
 
 if TYPE_CHECKING:
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 _BATCH_TOKENS = 8192
 _N_ACCURACY = 256  # prompts for the model's own accuracy, a sanity figure that takes whole forward passes
 _LOGIT_ELEMENTS = 2**26  # of one (batch, position, vocabulary) block: 256 MB in float32
-_TENSORS = ("token_ids", "labels", "is_test", "x", "tp_rows", "tp_x", "probe_weight", "probe_bias", "probe_figures")
+_TENSORS = (
+    "token_ids", "labels", "is_test", "x", "tp_rows", "tp_x", "tp_tokens", "answer_ids", "probe_weight", "probe_bias",
+    "probe_figures",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,15 @@ class Assets:
     x: Float[Tensor, "n d_in"]
     tp_rows: Int[Tensor, " t"]
     tp_x: Float[Tensor, "t d_in"]
-    probe_weight: Float[Tensor, "d_in 26"]
-    probe_bias: Float[Tensor, " 26"]
-    probe_figures: Float[Tensor, "26 4"]
+    tp_tokens: Int[Tensor, "t position"]
+    """those prompts, right-aligned; shorter ones begin with −1"""
+    answer_ids: Int[Tensor, " n_labels"]
+    """per label the token that begins the right answer; empty if the template asks for none"""
+    probe_weight: Float[Tensor, "d_in n_labels"]
+    probe_bias: Float[Tensor, " n_labels"]
+    probe_figures: Float[Tensor, "n_labels 4"]
     settings: dict[str, Any]
-    """everything they depend on: model, hook, template, seed, preset, number of in-context examples, word position"""
+    """everything they depend on: model, hook, hierarchy, template, seed, preset, number of examples, word position"""
     counts: dict[str, int]
     """what became of the tokenizer's entries"""
     model_accuracy: float | None = None
@@ -59,7 +68,7 @@ class Assets:
 
     @property
     def probe(self) -> Probe:
-        probe = Probe(len(self.probe_weight), self.probe_weight.device)
+        probe = Probe(*self.probe_weight.shape, self.probe_weight.device)
         probe.weight, probe.bias = self.probe_weight, self.probe_bias
         return probe
 
@@ -68,15 +77,28 @@ class Assets:
         return self.labels[self.tp_rows]
 
     @property
-    def letters_that_count(self) -> Bool[Tensor, " 26"]:
+    def label_names(self) -> list[str]:
+        return self.settings["labels"]
+
+    @property
+    def letters_that_count(self) -> Bool[Tensor, " n_labels"]:
         return self.probe_figures[:, 0] > self.settings["preset"]["min_probe_f1"]
+
+    def n_needed(self, preset: Preset) -> int:
+        """How many labels must count."""
+        return needed_labels(preset, self.settings["hierarchy"], len(self.labels.unique()))
+
+    def to(self, device: torch.device | str) -> Assets:
+        """The same assets on a device, so that evaluations there copy nothing."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
 
 def build(
     lm: Any,
     hook_name: str | None = None,
     *,
-    template: str = prompts.DEFAULT_TEMPLATE,
+    hierarchy: str | Path | Hierarchy = "first-letter",
+    template: str | None = None,
     seed: int = 0,
     preset: str | Preset = "saebench",
     cache_dir: str | Path | None = None,
@@ -84,43 +106,43 @@ def build(
 ) -> Assets:
     """Collect the assets, or read them from cache_dir if the same ones are there.
 
-    n_words takes a sample stratified by letter instead of the whole vocabulary. A tokenizer that cannot write the
-    template raises UserError.
+    The template takes the place of the hierarchy's own prompt line. n_words takes a sample stratified by label instead
+    of the whole vocabulary. A tokenizer that cannot write the template raises UserError.
     """
     from sae_train.evals import asset_cache
 
     if hook_name not in (None, lm.hook_name):
         raise UserError(f"the model is hooked at {lm.hook_name}, not at {hook_name}: load it with that hook.")
-    if n_words is not None and n_words < N_LETTERS:
-        raise UserError(f"the eval needs at least {N_LETTERS} words, one per letter; got {n_words}.")
+    asked = prompts.with_template(get_hierarchy(hierarchy), template)
+    if n_words is not None and n_words < len(asked.labels):
+        raise UserError(f"the eval needs at least {len(asked.labels)} words, one per label; got {n_words}.")
     chosen = get_preset(preset)
-    key = _key(lm, template, seed, chosen, n_words)
+    key = _key(lm, asked, seed, chosen, n_words)
     fingerprint = _fingerprint(lm)
     if cache_dir is not None and (cached := asset_cache.read(Path(cache_dir), key, fingerprint)):
         return cached
-    assets = _collect(lm, template, seed, chosen, n_words, key)
+    assets = _collect(lm, asked, seed, chosen, n_words, key)
     if cache_dir is not None:
         asset_cache.write(Path(cache_dir), key, fingerprint, assets)
     return assets
 
 
-def _collect(lm: Any, template: str, seed: int, preset: Preset, n_words: int | None, key: dict) -> Assets:
+def _collect(lm: Any, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None, key: dict) -> Assets:
     start = time.perf_counter()
     seconds = {}
 
     def lap(name: str) -> None:
         seconds[name] = round(time.perf_counter() - start - sum(seconds.values()), 3)
 
-    fmt, words, sampled_from = _vocabulary(lm, template, seed, preset, n_words)
+    fmt, words, sampled_from = _vocabulary(lm, hierarchy, seed, preset, n_words)
     lap("vocabulary")
     is_test = vocab.split(words, preset.test_share, _generator(seed, "split"))
     x = _activations(lm, fmt, _own_split_prompts(lm, fmt, words, is_test, seed))
     lap("activations")
     labels = torch.tensor(words.labels)
-    probe, figures = _ground_truth(x, labels, is_test, preset, seed)
+    probe, figures = ground_truth(x, labels, is_test, len(hierarchy.labels), preset, seed, lm.device)
     lap("probe")
-    right = probe.logits(x).gather(1, labels[:, None]).squeeze(1) > 0
-    tp_rows = (is_test & right).nonzero().squeeze(1)
+    tp_rows = true_positives(probe, x, labels, is_test)
     rows = _fresh_prompts(lm, fmt, words, tp_rows, seed)
     tp_x = _activations(lm, fmt, rows)
     lap("true positives")
@@ -128,22 +150,24 @@ def _collect(lm: Any, template: str, seed: int, preset: Preset, n_words: int | N
     accuracy = _model_accuracy(lm, fmt, rows[::every], labels[tp_rows][::every])
     lap("model accuracy")
     settings = {**key, "n_examples": fmt.n_examples, "word_position": fmt.word_position}
+    answers = torch.tensor(fmt.answer_ids or (), dtype=torch.long)
     assets = Assets(
-        words.words, torch.tensor(words.token_ids), labels, is_test, x, tp_rows, tp_x, probe.weight, probe.bias,
-        figures, settings, words.counts, accuracy, sampled_from, seconds,
+        words.words, torch.tensor(words.token_ids), labels, is_test, x, tp_rows, tp_x, prompts.right_aligned(rows),
+        answers, probe.weight, probe.bias, figures, settings, words.counts, accuracy, sampled_from, seconds,
     )  # fmt: skip
     return replace(assets, hash=content_hash(assets))
 
 
 def _vocabulary(
-    lm: Any, template: str, seed: int, preset: Preset, n_words: int | None
+    lm: Any, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None
 ) -> tuple[prompts.PromptFormat, Vocabulary, int | None]:
-    found, dropped = vocab.entries(lm.tokenizer, lm.special_ids)
-    fmt = prompts.fit_format(lm, template, found, preset)
+    found, dropped = vocab.entries(lm.tokenizer, lm.special_ids, hierarchy)
+    fmt = prompts.fit_format(lm, hierarchy, found, preset)
     words = vocab.keep_single_tokens(found, dropped, lambda v: prompts.single_token_words(lm, fmt, v))
-    if len(words) < N_LETTERS:
+    if len(words) < len(hierarchy.labels):
         raise UserError(
-            f"only {len(words)} words are one token of {lm.name} in the template {template!r}; the eval needs more."
+            f"only {len(words)} words are one token of {lm.name} in the template {hierarchy.template!r}; the eval "
+            f"needs at least {len(hierarchy.labels)}."
         )
     if n_words is None or n_words >= len(words):
         return fmt, words, None
@@ -175,7 +199,7 @@ def _checked(lm: Any, fmt: Any, words: Vocabulary, rows: list[list[int]]) -> lis
         if ids[fmt.word_position] != token_id:
             raise UserError(
                 f"the tokenizer of {lm.name} does not keep {word!r} as one token at position {fmt.word_position} of "
-                f"the template {fmt.template!r} once examples stand before it; give another template."
+                f"the template {fmt.hierarchy.template!r} once examples stand before it; give another template."
             )
         if len(ids) > lm.context:
             raise UserError(f"a prompt of {len(ids)} tokens does not fit the {lm.context} positions of {lm.name}.")
@@ -201,40 +225,49 @@ def _model_accuracy(lm: Any, fmt: Any, rows: list[list[int]], labels: Tensor) ->
     return right / len(rows)
 
 
-def _ground_truth(x: Tensor, labels: Tensor, is_test: Tensor, preset: Preset, seed: int) -> tuple[Probe, Tensor]:
+def ground_truth(
+    x: Tensor, labels: Tensor, is_test: Tensor, n_labels: int, preset: Preset, seed: int, device: Any = "cpu"
+) -> tuple[Probe, Float[Tensor, "n_labels 4"]]:
+    """The linear probe of the labels, fitted on the training words, and its figures on the test words."""
     schedule = Schedule(
         preset.probe_lr, preset.probe_end_lr, preset.probe_weight_decay, preset.probe_epochs, preset.probe_batch
     )
     with torch.no_grad():
-        probe = fit_dense(x[~is_test], labels[~is_test], schedule, _generator(seed, "probe"))
+        train = ~is_test
+        probe = fit_dense(
+            x[train].to(device), labels[train].to(device), n_labels, schedule, _generator(seed, "probe")
+        )  # fmt: skip
+        probe.weight, probe.bias = probe.weight.cpu(), probe.bias.cpu()
         logits = probe.logits(x[is_test])
-        truth = labels[is_test][:, None] == torch.arange(N_LETTERS)
+        truth = labels[is_test][:, None] == torch.arange(n_labels)
         figures = [*f1_precision_recall(logits > 0, truth), auroc(logits, truth)]
     return probe, torch.stack([f.double() for f in figures], 1)
 
 
-def _key(lm: Any, template: str, seed: int, preset: Preset, n_words: int | None) -> dict[str, Any]:
+def true_positives(probe: Probe, x: Tensor, labels: Tensor, is_test: Tensor) -> Int[Tensor, " t"]:
+    """Test words whose own label's logit is positive."""
+    right = probe.logits(x).gather(1, labels[:, None]).squeeze(1) > 0
+    return (is_test & right).nonzero().squeeze(1)
+
+
+def _key(lm: Any, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None) -> dict[str, Any]:
     """What decides the assets' content, apart from the model's weights."""
     vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return {
-        "version": 1,
+        "version": 2,
         "model": lm.name,
         "hook_name": lm.hook_name,
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
-        "template": template,
+        "hierarchy": hierarchy.name,
+        "hierarchy_digest": hierarchy.digest,
+        "labels": list(hierarchy.labels),
+        "template": hierarchy.template,
         "seed": seed,
         "n_words": n_words,
         "context": lm.context,
         "bos_id": lm.bos_id,
-        "preset": {k: v for k, v in asdict(preset).items() if k in _PRESET_FIELDS},
+        "preset": {k: v for k, v in asdict(preset).items() if k in ASSET_FIELDS},
     }
-
-
-# The scoring fields of a preset do not enter the assets, so presets that only score otherwise share them.
-_PRESET_FIELDS = (
-    "n_examples", "leading_newline", "test_share", "min_probe_f1", "probe_lr", "probe_end_lr", "probe_weight_decay",
-    "probe_epochs", "probe_batch",
-)  # fmt: skip
 
 
 @torch.no_grad()
@@ -248,7 +281,7 @@ def content_hash(assets: Assets) -> str:
     """Hash of the settings and of every number that an evaluation reads."""
     h = hashlib.sha256(json.dumps([assets.settings, assets.words], sort_keys=True).encode())
     for name in _TENSORS:
-        h.update(getattr(assets, name).contiguous().numpy().tobytes())
+        h.update(getattr(assets, name).contiguous().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
 

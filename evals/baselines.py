@@ -1,4 +1,9 @@
-"""Null models to read a score against: an SAE and activations in, a random SAE like it, or the score of such, out."""
+"""What to read a score against: an SAE and the eval's assets come in; the scores of its nulls and of the best possible
+SAE go out.
+
+Nulls: random SAEs as wide and as sparse; the SAE itself with the words' labels shuffled, or with random directions in
+the probe's place. Upper bound: an SAE whose latents are the probe's own read-outs, which absorbs nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_train.evals.absorption import evaluate
+from sae_train.evals import assets as assets_module
+from sae_train.evals.absorption import Evaluation, evaluate
+from sae_train.evals.presets import Preset, get_preset
+from sae_train.evals.ranking import rank_latents
 from sae_train.evals.scoring import unit
 
 if TYPE_CHECKING:
@@ -74,25 +82,102 @@ def random_sae(like: Any, x: Float[Tensor, "n d_in"], l0: float | None = None, s
 
 
 def random_score(
-    like: Any, x: Float[Tensor, "n d_in"], assets: Assets, preset: str = "saebench", seed: int = 0, draws: int = 3
-) -> AbsorptionResult:
+    like: Any, x: Float[Tensor, "n d_in"], assets: Assets, preset: str | Preset = "saebench", seed: int = 0,
+    draws: int = 3, lm: Any = None,
+) -> AbsorptionResult:  # fmt: skip
     """Score of random SAEs as wide and as sparse as `like`: the mean over several draws, word by word.
 
     One draw scores 0 or 1 on many words; averaging draws narrows the interval to what other words would change.
     """
     saes = [random_sae(like, x, seed=seed * draws + i) for i in range(draws)]
-    results = [evaluate(sae, assets, preset=preset, seed=seed) for sae in saes]
+    results = [evaluate(sae, assets, preset=preset, seed=seed, lm=lm) for sae in saes]
     if not all(result.valid for result in results):
         return next(result for result in results if not result.valid)
 
     def mean(tables: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
         return tables[0].assign(**{name: sum(t[name].astype(float) for t in tables) / draws for name in columns})
 
+    scores = ["fraction", "full", "fraction_family", "full_family"]
+    figures = [*scores, "f1_k1", "recall_main", "lost_carried", "lost_below", "lost_nobody"]
     return replace(
         results[0],
-        words=mean([result.words for result in results], ["fraction", "full"]),
-        by_letter=mean([result.by_letter for result in results], ["fraction", "full", "f1_k1"]),
+        words=mean([result.words for result in results], scores),
+        by_letter=mean([result.by_letter for result in results], figures),
     )
+
+
+@torch.no_grad()
+def shuffled_labels_score(
+    sae: Any, assets: Assets, preset: str | Preset = "saebench", seed: int = 0
+) -> AbsorptionResult:
+    """Score of an SAE for labels dealt out at random: what the metric finds where there is no concept.
+
+    Probe, true positives, ranking and main latents are made anew from the shuffled labels; every label counts, however
+    bad its probe. The true positives' activations are those of their test prompts.
+    """
+    chosen = get_preset(preset)
+    ungated = replace(chosen, min_probe_f1=-1.0, min_letters=0, attribution=None)
+    a, n_labels = assets.to("cpu"), len(assets.label_names)
+    g, labels = torch.Generator().manual_seed(seed), a.labels.clone()
+    for side in (~a.is_test, a.is_test):
+        rows = side.nonzero().squeeze(1)
+        labels[rows] = a.labels[rows[torch.randperm(len(rows), generator=g)]]
+    probe, figures = assets_module.ground_truth(a.x, labels, a.is_test, n_labels, chosen, seed, sae.W_dec.device)
+    tp_rows = assets_module.true_positives(probe, a.x, labels, a.is_test)
+    settings = {**a.settings, "preset": {**a.settings["preset"], "min_probe_f1": -1.0}}
+    dealt = replace(
+        a, labels=labels, tp_rows=tp_rows, tp_x=a.x[tp_rows], tp_tokens=a.tp_tokens[:0], probe_weight=probe.weight,
+        probe_bias=probe.bias, probe_figures=figures.nan_to_num(), settings=settings,
+    )  # fmt: skip
+    return evaluate(sae, dealt, preset=ungated, seed=seed)
+
+
+@torch.no_grad()
+def random_directions_score(
+    sae: Any, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, draws: int = 10
+) -> dict[str, float]:
+    """Mean scores of an SAE, its main latents as they are, with random directions in the probe's place."""
+    e = Evaluation(sae, assets, get_preset(preset), seed, None)
+    latents = e.encode()
+    if e.broken(latents):
+        return {}
+    labels = e.assets.labels
+    ranking, _ = rank_latents(latents.train, labels[~e.assets.is_test], e.n_labels, e.preset, seed)
+    chosen = e.probe_latents(latents, ranking)
+    counts = e.assets.letters_that_count & (e.assets.tp_labels.bincount(minlength=e.n_labels) > 0)
+    g, sums = torch.Generator().manual_seed(seed), torch.zeros(2, dtype=torch.float64)
+    for _ in range(draws):
+        e.directions = unit(torch.randn(e.directions.shape, generator=g)).to(e.device)
+        scores = e.score(latents, chosen).scores
+        for i, values in enumerate((scores.fraction, scores.full)):
+            by_label = torch.zeros(e.n_labels, device=e.device).index_add_(0, e.assets.tp_labels, values.float())
+            sums[i] += float((by_label / e.assets.tp_labels.bincount(minlength=e.n_labels))[counts].mean())
+    return dict(zip(("mean_fraction", "mean_full"), (sums / draws).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class ProbeSAE:
+    """latents = relu(x·w_c + b_c), one latent a label, decoded along the probe's directions."""
+
+    weight: Float[Tensor, "d_in n_labels"]
+    bias: Float[Tensor, " n_labels"]
+
+    @property
+    def W_dec(self) -> Float[Tensor, "n_labels d_in"]:
+        return unit(self.weight.T)
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in n_labels"]:
+        return self.weight
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n n_labels"]:
+        return (x @ self.weight + self.bias).relu()
+
+
+def probe_score(assets: Assets, preset: str | Preset = "saebench", seed: int = 0) -> AbsorptionResult:
+    """Score of the probe's read-outs as an SAE: what main latents could reach."""
+    projections = replace(get_preset(preset), attribution=None)
+    return evaluate(ProbeSAE(assets.probe_weight, assets.probe_bias), assets, preset=projections, seed=seed)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""k-sparse probes: for each letter its ranked latents come in; F1 for k = 1, 2, … and the main latents go out.
+"""k-sparse probes: for each label its ranked latents come in; F1 for k = 1, 2, … and the main latents go out.
 
 A probe minimises ½‖w‖² + Σ_i s_i·logloss_i with s_i = N/(2·N_class(i)) and a free bias (scikit-learn's logistic
-regression with C = 1 and balanced classes). The letters' problems of one k are solved together by Newton's method,
-starting from the answer for k − 1.
+regression with C = 1 and balanced classes). The labels' problems of one k are solved together by Newton's method,
+starting from the answer for k − 1; a label whose F1 stopped rising has its main latents and leaves the batch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import softplus
 
 from sae_train.evals.figures import f1_precision_recall
+from sae_train.evals.threads import one_thread
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -24,14 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KSparse:
-    """f1[c, k − 1] of letter c's probe on its top k latents; n_main[c] latents are its main ones."""
+    """f1[c, k − 1] of label c's probe on its top k latents, NaN once the splitting rule has stopped; n_main[c] latents
+    are its main ones, and logits its probe's on them, for the test words."""
 
-    ranking: Int[Tensor, "letters k"]
-    f1: Float[Tensor, "letters k"]
-    n_main: Int[Tensor, " letters"]
+    ranking: Int[Tensor, "labels k"]
+    f1: Float[Tensor, "labels k"]
+    n_main: Int[Tensor, " labels"]
+    logits: Float[Tensor, "n_test labels"]
 
-    def main_latents(self, letter: int) -> list[int]:
-        return self.ranking[letter, : int(self.n_main[letter])].tolist()
+    def main_latents(self, label: int) -> list[int]:
+        return self.ranking[label, : int(self.n_main[label])].tolist()
+
+    def is_main(self, d_sae: int) -> Bool[Tensor, "labels d_sae"]:
+        out = torch.zeros(len(self.ranking), d_sae, dtype=torch.bool)
+        for label in range(len(self.ranking)):
+            out[label, self.main_latents(label)] = True
+        return out
 
 
 def split_features(f1: list[float], jump: float = 0.03) -> int:
@@ -45,43 +54,52 @@ def split_features(f1: list[float], jump: float = 0.03) -> int:
 
 
 def fit(
-    train: Latents, y_train: Bool[Tensor, "n letters"], test: Latents, y_test: Bool[Tensor, "m letters"],
-    ranking: Int[Tensor, "letters k"], jump: float,
+    train: Latents, y_train: Bool[Tensor, "n labels"], test: Latents, y_test: Bool[Tensor, "m labels"],
+    ranking: Int[Tensor, "labels k"], jump: float,
 ) -> KSparse:  # fmt: skip
-    """Fit all probes and choose the main latents."""
-    n_letters, k = ranking.shape
-    flat = ranking.flatten()
-    x_test = test.take(flat).view(test.n_rows, n_letters, k).permute(1, 0, 2).double()
-    x, y, weight = _fold_silent_rows(train.take(flat).view(train.n_rows, n_letters, k), y_train)
-    solution = x.new_zeros(n_letters, k + 1)
-    f1 = []
+    """Fit the probes that the splitting rule asks for and choose the main latents."""
+    with one_thread():
+        return _fit(train, y_train, test, y_test, ranking, jump)
+
+
+def _fit(train: Latents, y_train: Tensor, test: Latents, y_test: Tensor, ranking: Tensor, jump: float) -> KSparse:
+    n_labels, k = ranking.shape
+    x_train, x_test = (table.take(ranking.flatten()).view(-1, n_labels, k) for table in (train, test))
+    f1 = torch.full((n_labels, k), float("nan"), dtype=torch.float64, device=x_train.device)
+    best, logits = f1.new_full((n_labels,), -100.0), f1.new_zeros(test.n_rows, n_labels)
+    going, solution = torch.arange(n_labels, device=f1.device), f1.new_zeros(n_labels, 1)
     for size in range(1, k + 1):
-        used = [*range(size), k]
-        solution[:, used] = newton(x[..., used], y, weight, solution[:, used])
-        logits = torch.einsum("lnk,lk->nl", x_test[..., :size], solution[:, :size]) + solution[:, k]
-        f1.append(f1_precision_recall(logits > 0, y_test)[0])
-    table = torch.stack(f1, dim=1)
-    n_main = [split_features(row, jump) for row in table.tolist()]
-    return KSparse(ranking.cpu(), table.cpu(), torch.tensor(n_main))
+        rows = _fold_silent_rows(x_train[:, going, :size], y_train[:, going])
+        start = torch.cat([solution[:, :-1], solution.new_zeros(len(going), 1), solution[:, -1:]], 1)
+        solution = newton(*rows, start)
+        z = torch.einsum("nlk,lk->nl", x_test[:, going, :size].double(), solution[:, :-1]) + solution[:, -1]
+        f1[going, size - 1] = f1_precision_recall(z > 0, y_test[:, going])[0]
+        rises = f1[going, size - 1] > best[going] + jump
+        going, solution = going[rises], solution[rises]
+        best[going], logits[:, going] = f1[going, size - 1], z[:, rises]
+        if not len(going):
+            break
+    n_main = [split_features(row, jump) for row in f1.tolist()]
+    return KSparse(ranking.cpu(), f1.cpu(), torch.tensor(n_main), logits)
 
 
-def _fold_silent_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows as (letters, rows, k + 1) with a column of ones, targets and weights s_i.
+def _fold_silent_rows(x: Float[Tensor, "n labels k"], y: Bool[Tensor, "n labels"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows as (labels, rows, k + 1) with a column of ones, targets and weights s_i.
 
-    Most words fire none of a letter's k latents; all such rows of one class are alike, so they become one row with
-    their summed weight, which is exact. Letters have different numbers of other rows: weight 0 fills them up.
+    Most words fire none of a label's latents; all such rows of one class are alike, so they become one row with their
+    summed weight, which is exact. Labels have different numbers of other rows: weight 0 fills them up.
     """
-    n, n_letters, k = x.shape
+    n, n_labels, k = x.shape
     n_true = y.sum(0).double()
     s = torch.where(y, n / (2 * n_true.clamp(min=1)), n / (2 * (n - n_true).clamp(min=1)))
     active = (x != 0).any(-1)
     width = int(active.sum(0).max())
-    out = x.new_zeros(n_letters, width + 2, k + 1, dtype=torch.float64)
-    targets, weight = out.new_zeros(n_letters, width + 2), out.new_zeros(n_letters, width + 2)
-    letter, row = active.T.nonzero(as_tuple=True)
-    place = torch.arange(len(letter), device=x.device) - (active.sum(0).cumsum(0) - active.sum(0))[letter]
-    out[letter, place, :k], out[..., k] = x[row, letter].double(), 1.0
-    targets[letter, place], weight[letter, place] = y[row, letter].double(), s[row, letter]
+    out = x.new_zeros(n_labels, width + 2, k + 1, dtype=torch.float64)
+    targets, weight = out.new_zeros(n_labels, width + 2), out.new_zeros(n_labels, width + 2)
+    label, row = active.T.nonzero(as_tuple=True)
+    place = torch.arange(len(label), device=x.device) - (active.sum(0).cumsum(0) - active.sum(0))[label]
+    out[label, place, :k], out[..., k] = x[row, label].double(), 1.0
+    targets[label, place], weight[label, place] = y[row, label].double(), s[row, label]
     targets[:, width] = 1.0
     weight[:, width] = (s * (y & ~active)).sum(0)
     weight[:, width + 1] = (s * (~y & ~active)).sum(0)

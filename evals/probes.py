@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,12 +15,12 @@ import torch
 from torch.nn.functional import embedding_bag, one_hot
 
 from sae_train.evals.latents import Latents
+from sae_train.evals.threads import one_thread
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-N_LETTERS = 26
 # rows of a batch, W ↦ X·W, and (into, G) ↦ into += Xᵀ·G
 _Batch = tuple["Tensor", Callable[["Tensor"], "Tensor"], Callable[["Tensor", "Tensor"], object]]
 _DENSE_SHARE = 0.1  # above this share of non-zeros two dense products beat two embedding bags (measured)
@@ -43,18 +42,20 @@ class Schedule:
 
 
 class Probe:
-    """logits = x·weight + bias, with weight (n_inputs, 26): input-major, so that a sparse row gathers whole rows."""
+    """logits = x·weight + bias, weight (n_inputs, n_classes): input-major, so that a sparse row gathers whole rows."""
 
-    def __init__(self, n_inputs: int, device: torch.device):
+    def __init__(self, n_inputs: int, n_classes: int, device: torch.device):
         # The problem is convex: starting at zero adds nothing random, unlike the usual uniform start.
-        self.weight = torch.zeros(n_inputs, N_LETTERS, device=device)
-        self.bias = torch.zeros(N_LETTERS, device=device)
+        self.weight = torch.zeros(n_inputs, n_classes, device=device)
+        self.bias = torch.zeros(n_classes, device=device)
 
-    def logits(self, x: Float[Tensor, "n n_inputs"]) -> Float[Tensor, "n 26"]:
+    def logits(self, x: Float[Tensor, "n n_inputs"]) -> Float[Tensor, "n n_classes"]:
         return x @ self.weight + self.bias
 
 
-def fit_dense(x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], s: Schedule, g: torch.Generator) -> Probe:
+def fit_dense(
+    x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int, s: Schedule, g: torch.Generator
+) -> Probe:
     """Fit a probe on dense rows."""
 
     def batches() -> Iterator[_Batch]:
@@ -63,32 +64,19 @@ def fit_dense(x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], s: Schedule, g
                 block = x.index_select(0, rows)
                 yield rows, block.matmul, lambda into, d_logits, block=block: into.addmm_(block.T, d_logits)
 
-    return _descend(Probe(x.shape[1], x.device), batches(), labels, s)
+    return _descend(Probe(x.shape[1], n_classes, x.device), batches(), labels, s)
 
 
-def fit_sparse(latents: Latents, labels: Int[Tensor, " n"], s: Schedule, g: torch.Generator) -> Probe:
+def fit_sparse(latents: Latents, labels: Int[Tensor, " n"], n_classes: int, s: Schedule, g: torch.Generator) -> Probe:
     """Fit a probe on latents; inputs are the columns of the table, which should all fire somewhere."""
     if len(latents.values) > _DENSE_SHARE * latents.n_rows * latents.d_sae:
-        return fit_dense(latents.dense(), labels, s, g)
+        return fit_dense(latents.dense(), labels, n_classes, s, g)
 
     def batches() -> Iterator[_Batch]:
         for order in _shuffled(latents.n_rows, s, g, labels.device):
             yield from _sparse_batches(latents, order, s.batch)
 
-    return _descend(Probe(latents.d_sae, labels.device), batches(), labels, s)
-
-
-def rank_latents(latents: Latents, labels: Tensor, s: Schedule, g: torch.Generator, k: int) -> Int[Tensor, "26 k"]:
-    """Latents with the largest signed weight per class, best first; fewer than k where fewer ever fire.
-
-    A latent that fires on no training word gets no gradient from the data: only L1 and weight decay act on it, which
-    hold it at zero, and no k-sparse probe can use it. Leaving those columns out changes no other weight.
-    """
-    fires = latents.fires()
-    probe = fit_sparse(latents.restrict(fires), labels, s, g)
-    kept = fires.nonzero().squeeze(1)
-    top = probe.weight.topk(min(k, len(kept)), dim=0).indices
-    return kept[top].T
+    return _descend(Probe(latents.d_sae, n_classes, labels.device), batches(), labels, s)
 
 
 def ranking_schedule(n_rows: int, *, epochs: int, max_batch: int, min_steps: int, **rest: float) -> Schedule:
@@ -101,21 +89,26 @@ def ranking_schedule(n_rows: int, *, epochs: int, max_batch: int, min_steps: int
 @dataclass(frozen=True)
 class _Targets:
     labels: Tensor
+    n_classes: int
 
     def __post_init__(self):
-        positive = one_hot(self.labels, N_LETTERS).float()
-        n = positive.sum(0)
-        # A class without rows has no positive term to weight; any finite number will do.
-        weight = (len(self.labels) - n) / n.clamp(min=1)
+        positive = one_hot(self.labels, self.n_classes).float()
+        weight = positive_weight(positive)
         # BCE's gradient is (1 − y)·σ(z) + w·y·(σ(z) − 1) = σ(z)·a − b, with a and b fixed per row and class.
         object.__setattr__(self, "a", 1 - positive + weight * positive)
         object.__setattr__(self, "b", weight * positive)
 
-    def gradient(self, logits: Float[Tensor, "batch 26"], rows: Tensor) -> Float[Tensor, "batch 26"]:
+    def gradient(self, logits: Float[Tensor, "batch c"], rows: Tensor) -> Float[Tensor, "batch c"]:
         """Gradient of the mean loss over this batch's rows and classes."""
         return (
             logits.sigmoid_().mul_(self.a.index_select(0, rows)).sub_(self.b.index_select(0, rows)).div_(logits.numel())
         )
+
+
+def positive_weight(positive: Float[Tensor, "n c"]) -> Float[Tensor, " c"]:
+    """(N − n_c)/n_c; a class without rows has no positive term to weight, so any finite number will do."""
+    n = positive.sum(0)
+    return (len(positive) - n) / n.clamp(min=1)
 
 
 def _shuffled(n: int, s: Schedule, g: torch.Generator, device: torch.device) -> Iterator[Tensor]:
@@ -124,7 +117,7 @@ def _shuffled(n: int, s: Schedule, g: torch.Generator, device: torch.device) -> 
 
 
 def _descend(probe: Probe, batches: Iterator[_Batch], labels: Tensor, s: Schedule) -> Probe:
-    targets, steps_per_epoch = _Targets(labels), math.ceil(len(labels) / s.batch)
+    targets, steps_per_epoch = _Targets(labels, len(probe.bias)), math.ceil(len(labels) / s.batch)
     adam = torch.optim.Adam([probe.weight, probe.bias], lr=s.lr, weight_decay=s.weight_decay, fused=True)
     probe.weight.grad = torch.zeros_like(probe.weight)  # one buffer: a fresh one each step costs page faults
     with one_thread():
@@ -132,27 +125,12 @@ def _descend(probe: Probe, batches: Iterator[_Batch], labels: Tensor, s: Schedul
             if step % steps_per_epoch == 0:
                 adam.param_groups[0]["lr"] = s.rate(step // steps_per_epoch)
             d_logits = targets.gradient(times(probe.weight).add_(probe.bias), rows)
-            torch.sign(probe.weight, out=probe.weight.grad).mul_(s.l1 / N_LETTERS)
+            torch.sign(probe.weight, out=probe.weight.grad).mul_(s.l1 / len(probe.bias))
             add_transposed(probe.weight.grad, d_logits)
             probe.bias.grad = d_logits.sum(0)
             adam.step()
     probe.weight.grad = probe.bias.grad = None
     return probe
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep the small steps inside on one CPU thread, then put the number of threads back.
-
-    Two threads gain a quarter on an idle machine of two cores; where anything else runs, the thousands of waits for
-    the slower thread make these steps fifty times slower (measured).
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _sparse_batches(latents: Latents, order: Tensor, batch: int) -> Iterator[_Batch]:

@@ -1,4 +1,4 @@
-"""In-context prompts: words and a tokenizer come in, token rows and the word's computed position go out.
+"""In-context prompts: words, a hierarchy and a tokenizer come in; token rows and the word's computed position go out.
 
 A prompt is a newline, some lines like "dog has the first letter: D", and a last line that stops before the answer.
 """
@@ -7,28 +7,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sae_train.errors import UserError
-from sae_train.evals.vocab import LETTERS, Vocabulary, label_of
 
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
+    from sae_train.evals.hierarchy import Hierarchy
     from sae_train.evals.presets import Preset
-
-DEFAULT_TEMPLATE = "{word} has the first letter: {letter}"
+    from sae_train.evals.vocab import Vocabulary
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How prompts are written for one tokenizer; word_position counts from the end (−1 is the last token)."""
+    """How prompts are written for one tokenizer; word_position counts from the end (−1 is the last token).
 
-    template: str
+    answer_ids holds, per label, the token that begins the right answer; None if the template asks for none.
+    """
+
+    hierarchy: Hierarchy
     prefix: str
     separator: str
     n_examples: int
@@ -38,32 +40,43 @@ class PromptFormat:
     bos_id: int | None
 
     def text(self, word: str, examples: list[str]) -> str:
-        lines = [_line(self.template, e) for e in examples] + [_query(self.template, word)]
+        lines = [_line(self.hierarchy, e) for e in examples] + [_query(self.hierarchy.template, word)]
         return self.prefix + self.separator.join(lines)
 
 
-def fit_format(lm: Any, template: str, found: Vocabulary, preset: Preset) -> PromptFormat:
-    """Find out how a model's tokenizer writes the template; UserError says what does not fit."""
-    _check_template(template)
+def with_template(hierarchy: Hierarchy, template: str | None) -> Hierarchy:
+    """The hierarchy with another prompt line; {letter} is another word for {label}."""
+    template = (template or hierarchy.template).replace("{letter}", "{label}")
+    label_first = "{label}" in template and template.index("{label}") < template.find("{word}")
+    if template.count("{word}") != 1 or template.count("{label}") > 1 or label_first:
+        raise UserError(
+            f"the template {template!r} must contain {{word}} once and may contain {{label}} once after it, "
+            f"as in {hierarchy.template!r} or 'the word is {{word}}'."
+        )
+    return replace(hierarchy, template=template)
+
+
+def fit_format(lm: Any, hierarchy: Hierarchy, found: Vocabulary, preset: Preset) -> PromptFormat:
+    """Find out how a model's tokenizer writes the hierarchy's template; UserError says what does not fit."""
     if not len(found):
-        raise UserError(f"the tokenizer of {lm.name} has no entry that is a word of the letters A-Z.")
-    example = found.words[len(found) // 2]
+        raise UserError(f"every entry in the tokenizer of {lm.name} is {hierarchy.belonging}.")
+    template, example = hierarchy.template, found.words[len(found) // 2]
     newline = _has_newline(lm.tokenizer, example)
-    if "{letter}" in template:
-        _check_answerable(lm, template, example, newline)
+    if "{label}" in template:
+        _check_answerable(lm, hierarchy, example, newline)
     separator = "\n" if newline else " "
     prefix = "\n" if newline and preset.leading_newline else ""
-    before = _line(template, example) + separator
+    before = _line(hierarchy, example) + separator
     position, tail = _locate(lm, template, before, found)
-    n_examples = _n_examples(lm, template, prefix, separator, found, preset.n_examples)
-    answers = _answers(lm, template, before, example) if "{letter}" in template else None
-    return PromptFormat(template, prefix, separator, n_examples, position, tail, answers, lm.bos_id)
+    n_examples = _n_examples(lm, hierarchy, prefix, separator, found, preset.n_examples)
+    answers = _answers(lm, hierarchy, before, example) if "{label}" in template else None
+    return PromptFormat(hierarchy, prefix, separator, n_examples, position, tail, answers, lm.bos_id)
 
 
 def single_token_words(lm: Any, fmt: PromptFormat, found: Vocabulary) -> list[bool]:
     """Which words stand in the prompt as exactly their own token, followed by the usual tail."""
-    before = _line(fmt.template, found.words[len(found) // 2]) + fmt.separator
-    rows = _encode(lm.tokenizer, [before + _query(fmt.template, w) for w in found.words])
+    before = _line(fmt.hierarchy, found.words[len(found) // 2]) + fmt.separator
+    rows = _encode(lm.tokenizer, [before + _query(fmt.hierarchy.template, w) for w in found.words])
     n_before = Counter(len(ids) for ids in rows).most_common(1)[0][0]
     return [
         len(ids) == n_before
@@ -94,6 +107,14 @@ def token_rows(lm: Any, fmt: PromptFormat, words: list[str], examples: list[list
     return [bos + ids for ids in _encode(lm.tokenizer, texts)]
 
 
+def right_aligned(rows: list[list[int]]) -> Int[Tensor, "n position"]:
+    """Prompts as one table; shorter ones begin with −1."""
+    out = torch.full((len(rows), max(map(len, rows), default=0)), -1)
+    for number, ids in enumerate(rows):
+        out[number, out.shape[1] - len(ids) :] = torch.tensor(ids)
+    return out
+
+
 def batches(rows: list[list[int]], max_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(row numbers, tokens) rectangles of equal-length prompts: no padding, so no mask to get wrong."""
     by_length: dict[int, list[int]] = {}
@@ -106,12 +127,17 @@ def batches(rows: list[list[int]], max_tokens: int) -> Iterator[tuple[Tensor, Te
             yield torch.tensor(part), torch.tensor([rows[n] for n in part])
 
 
-def _line(template: str, word: str) -> str:
-    return _put(template, word).replace("{letter}", LETTERS[label_of(word)])
+def _line(hierarchy: Hierarchy, word: str) -> str:
+    return _put(hierarchy.template, word).replace("{label}", hierarchy.labels[hierarchy.label(word)])
 
 
 def _query(template: str, word: str) -> str:
-    return _put(template.split("{letter}")[0].rstrip(" "), word)
+    return _put(query_of(template), word)
+
+
+def query_of(template: str) -> str:
+    """The part of a line that stands before the answer."""
+    return template.split("{label}")[0].rstrip(" ")
 
 
 def _put(template: str, word: str) -> str:
@@ -123,22 +149,14 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def _check_template(template: str) -> None:
-    letter_first = "{letter}" in template and template.index("{letter}") < template.find("{word}")
-    if template.count("{word}") != 1 or template.count("{letter}") > 1 or letter_first:
-        raise UserError(
-            f"the template {template!r} must contain {{word}} once and may contain {{letter}} once after it, "
-            f"as in {DEFAULT_TEMPLATE!r} or 'the word is {{word}}'."
-        )
-
-
 def _has_newline(tokenizer: Any, word: str) -> bool:
     line, space = _encode(tokenizer, [f"{word}\n{word}", f"{word} {word}"])
     return line != space and tokenizer.unk_token_id not in line
 
 
-def _check_answerable(lm: Any, template: str, example: str, newline: bool) -> None:
-    texts = [f"{_line(template, example)} {_query(template, example)} {letter}" for letter in LETTERS]
+def _check_answerable(lm: Any, hierarchy: Hierarchy, example: str, newline: bool) -> None:
+    template = hierarchy.template
+    texts = [f"{_line(hierarchy, example)} {_query(template, example)} {label}" for label in hierarchy.labels]
     missing = dict.fromkeys(piece for text in texts for piece in _unwritten(lm.tokenizer, text))
     missing.pop(example.strip(), None)
     missing = ["newline"] * (not newline) + [repr(piece) for piece in missing]
@@ -160,14 +178,15 @@ def _unwritten(tokenizer: Any, text: str) -> list[str]:
     return "".join(c if i in lost else " " for i, c in enumerate(text)).split()
 
 
-def _answers(lm: Any, template: str, before: str, example: str) -> tuple[int, ...]:
-    query = before + _query(template, example)
-    stem, *full = _encode(lm.tokenizer, [query, *(f"{query} {letter}" for letter in LETTERS)])
-    answers = tuple(ids[-1] for ids in full)
-    if len(set(answers)) < len(LETTERS) or any(ids[:-1] != stem for ids in full):
+def _answers(lm: Any, hierarchy: Hierarchy, before: str, example: str) -> tuple[int, ...]:
+    query = before + _query(hierarchy.template, example)
+    stem, *full = _encode(lm.tokenizer, [query, *(f"{query} {label}" for label in hierarchy.labels)])
+    answers = tuple(ids[len(stem)] if len(ids) > len(stem) else -1 for ids in full)
+    if len(set(answers)) < len(hierarchy.labels) or any(ids[: len(stem)] != stem for ids in full):
         raise UserError(
-            f"the tokenizer of {lm.name} does not write a space and a capital letter as one token of its own after "
-            f"{_query(template, '{word}')!r}; give a template without {{letter}}, such as 'the word is {{word}}'."
+            f"the tokenizer of {lm.name} does not begin each of the answers {' '.join(hierarchy.labels)} with a token "
+            f"of its own after {query_of(hierarchy.template)!r}; give a template without {{label}}, such as "
+            "'the word is {word}'."
         )
     return answers
 
@@ -185,12 +204,14 @@ def _locate(lm: Any, template: str, before: str, found: Vocabulary) -> tuple[int
     return seen.most_common(1)[0][0]
 
 
-def _n_examples(lm: Any, template: str, prefix: str, separator: str, found: Vocabulary, wanted: int) -> int:
+def _n_examples(lm: Any, hierarchy: Hierarchy, prefix: str, separator: str, found: Vocabulary, wanted: int) -> int:
     """As many examples as wanted, or as fit the context with the longest line that single-token words make."""
-    word = found.words[len(found) // 2]
-    line, query = _line(template, word), _query(template, word)
-    one, two = (len(ids) for ids in _encode(lm.tokenizer, [prefix + query, prefix + line + separator + query]))
+    template, word = hierarchy.template, found.words[len(found) // 2]
+    query = _query(template, word)
+    lines = [_put(template, word).replace("{label}", label) for label in hierarchy.labels]
+    texts = [prefix + query, *(prefix + line + separator + query for line in lines)]
+    one, *two = (len(ids) for ids in _encode(lm.tokenizer, texts))
     room = lm.context - (lm.bos_id is not None) - one
     if room < 0:
         raise UserError(f"the template {template!r} does not fit the {lm.context} tokens of {lm.name}'s context.")
-    return min(wanted, room // (two - one))
+    return min(wanted, room // (max(two) - one))

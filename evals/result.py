@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sae_train.errors import UserError
+from sae_train.evals.intervals import bootstrap
 from sae_train.evals.presets import Preset, get_preset
+from sae_train.evals.prompts import query_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_WORD_COLUMN = {"mean_fraction": "fraction", "mean_full": "full", "mean_recall_main": "main_act"}
+_WORD_COLUMN = {
+    "mean_fraction": "fraction", "mean_full": "full", "mean_full_family": "full_family",
+    "mean_fraction_family": "fraction_family", "mean_recall_main": "main_act",
+}  # fmt: skip
+_EXTRA_MEANS = (
+    "mean_f1", "mean_recall_main", "mean_fraction_family", "mean_full_family", "mean_lost_carried", "mean_lost_below",
+    "mean_lost_nobody", "l0", "ev",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AbsorptionResult:
     """Absorption of one SAE. If not valid, reason says why in a sentence and the means are NaN; by_letter and words
-    hold whatever could be measured. Means and standard deviations (n − 1) are over the letters that count."""
+    hold whatever could be measured. Means and standard deviations (n − 1) are over the letters that count; "letter"
+    stands for any label of the hierarchy that was asked for."""
 
     preset: str
     seed: int
@@ -48,19 +59,24 @@ class AbsorptionResult:
     mean_full = property(lambda self: self._mean("full"))
     mean_f1 = property(lambda self: self._mean("f1_k1"))
     mean_n_split = property(lambda self: self._mean("n_split"))
+    mean_fraction_family = property(lambda self: self._mean("fraction_family"))
+    mean_full_family = property(lambda self: self._mean("full_family"))
+    mean_lost_carried = property(lambda self: self._mean("lost_carried"))
+    mean_lost_below = property(lambda self: self._mean("lost_below"))
+    mean_lost_nobody = property(lambda self: self._mean("lost_nobody"))
     mean_recall_main = property(lambda self: self._mean("recall_main"))
     std_fraction = property(lambda self: self._std("fraction"))
     std_full = property(lambda self: self._std("full"))
     std_n_split = property(lambda self: self._std("n_split"))
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval over words, resampled within each letter, of mean_fraction, mean_full or
-        mean_recall_main: it says what other words of these letters might give, with this SAE and these letters."""
+        """Bootstrap interval over words, resampled within each letter, of mean_fraction, mean_full, mean_recall_main
+        or a mean over families: what other words of these letters might give, with this SAE and these letters."""
         if name not in _WORD_COLUMN:
             raise UserError(f"there is no interval for {name!r}; there are {', '.join(_WORD_COLUMN)}.")
         if not self.valid:
             return float("nan"), float("nan")
-        values = self._resampled(_WORD_COLUMN[name])
+        values = self._resampled[:, list(_WORD_COLUMN).index(name)]
         tail = (1 - level) / 2
         low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
         return low, high
@@ -82,7 +98,9 @@ class AbsorptionResult:
             "sae_cfg_dict": {},
             "eval_result_unstructured": {
                 "preset": self.preset, "seed": self.seed, "asset_hash": self.asset_hash, "valid": self.valid,
-                "reason": self.reason, **{n: list(self.interval(n)) for n in ("mean_fraction", "mean_full")},
+                "reason": self.reason, **{n: getattr(self, n) for n in _EXTRA_MEANS},
+                "intervals": {n: list(self.interval(n)) for n in _WORD_COLUMN},
+                "thresholds": asdict(self.thresholds or get_preset(self.preset)),
                 **self.details,
             },
             **eval_fields,
@@ -97,7 +115,7 @@ class AbsorptionResult:
             "random_seed": self.seed,
             "f1_jump_threshold": preset.f1_jump,
             "max_k_value": preset.max_k,
-            "prompt_template": assets.get("template", "").split("{letter}")[0].rstrip(" "),
+            "prompt_template": query_of(assets.get("template", "")),
             "prompt_token_pos": assets.get("word_position", 0),
             "llm_batch_size": 1,
             "llm_dtype": "float32",
@@ -127,19 +145,18 @@ class AbsorptionResult:
     def _std(self, column: str) -> float:
         return float(self._counting(column).std(ddof=1)) if self.valid else float("nan")
 
-    def _resampled(self, column: str) -> torch.Tensor:
-        """The mean over letters in each of n_bootstrap resamples."""
+    @functools.cached_property
+    def _resampled(self) -> torch.Tensor:
+        """The means over letters in each of n_bootstrap resamples, a column for each name that has an interval."""
         preset = self.thresholds or get_preset(self.preset)
-        g = torch.Generator().manual_seed(self.seed)
-        counting = set(self.by_letter.loc[self.by_letter["counts"], "letter"])
-        means = []
-        for letter, group in self.words.groupby("letter"):
-            if letter in counting:
-                values = torch.tensor(group[column].to_numpy(dtype=float))
-                values = (values > 0).double() if column == "main_act" else values
-                drawn = torch.randint(0, len(values), (preset.n_bootstrap, len(values)), generator=g)
-                means.append(values[drawn].mean(1))
-        return torch.stack(means).mean(0)
+        counting = self.by_letter.loc[self.by_letter["counts"], "letter"].tolist()
+        number = {letter: i for i, letter in enumerate(counting)}
+        words = self.words[self.words["letter"].isin(number)]
+        values = torch.tensor(words[list(_WORD_COLUMN.values())].to_numpy(dtype=float))
+        recalled = list(_WORD_COLUMN).index("mean_recall_main")
+        values[:, recalled] = (values[:, recalled] > 0).double()
+        groups = torch.tensor([number[letter] for letter in words["letter"]])
+        return bootstrap(values, groups, len(number), preset.n_bootstrap, self.seed).mean(1)
 
 
 def _saebench_letter(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The eval's words: a tokenizer comes in, its entries that are one word each go out, with what was dropped and why."""
+"""The eval's words: a tokenizer and a hierarchy come in, the entries that are one word of it each go out, with what was
+dropped and why."""
 
 from __future__ import annotations
 
@@ -11,46 +12,40 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    from sae_train.evals.hierarchy import Hierarchy
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Words in the order of their token ids, labelled 0–25; counts tells what became of every tokenizer entry."""
+    """Words in the order of their token ids, with their labels; counts tells what became of every tokenizer entry."""
 
     words: list[str]
     token_ids: list[int]
+    labels: list[int]
     counts: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def labels(self) -> list[int]:
-        return [label_of(w) for w in self.words]
 
     def __len__(self) -> int:
         return len(self.words)
 
     def subset(self, rows: list[int]) -> Vocabulary:
-        return Vocabulary([self.words[r] for r in rows], [self.token_ids[r] for r in rows], self.counts)
+        words, ids, labels = ([column[r] for r in rows] for column in (self.words, self.token_ids, self.labels))
+        return Vocabulary(words, ids, labels, self.counts)
 
 
-def label_of(word: str) -> int:
-    """Number of the first letter, whatever its case and with or without a leading space."""
-    return ord(word.lstrip(" ")[0].upper()) - ord("A")
-
-
-def entries(tokenizer: Any, special_ids: set[int]) -> tuple[Vocabulary, Counter]:
-    """Tokenizer entries that spell a word, and counts of the others by reason."""
+def entries(tokenizer: Any, special_ids: set[int], hierarchy: Hierarchy) -> tuple[Vocabulary, Counter]:
+    """Tokenizer entries that spell a word of the hierarchy, and counts of the others by reason."""
     dropped: Counter = Counter()
-    words, ids = [], []
+    found = Vocabulary([], [], [])
     for token_id, text in enumerate(_strings(tokenizer)):
         if token_id in special_ids:
             dropped["dropped: special token"] += 1
-        elif not _is_word(text):
-            dropped["dropped: not a word of A-Z letters"] += 1
+        elif (label := hierarchy.label(text)) is None:
+            dropped[f"dropped: {hierarchy.belonging}"] += 1
         else:
-            words.append(text)
-            ids.append(token_id)
-    return Vocabulary(words, ids), dropped
+            found.words.append(text)
+            found.token_ids.append(token_id)
+            found.labels.append(label)
+    return found, dropped
 
 
 def keep_single_tokens(
@@ -63,17 +58,17 @@ def keep_single_tokens(
     dropped["dropped: not one token in the prompt"] = len(found) - len(single)
     dropped["dropped: duplicate"] = len(single) - len(rows)
     kept = single.subset(rows)
-    return Vocabulary(kept.words, kept.token_ids, {"kept": len(kept), **dropped})
+    return Vocabulary(kept.words, kept.token_ids, kept.labels, {"kept": len(kept), **dropped})
 
 
 def sample(vocabulary: Vocabulary, n_words: int, g: torch.Generator) -> Vocabulary:
-    """About n_words of the words, the same share of every letter (at least one each), in order."""
+    """About n_words of the words, the same share of every label (at least one each), in order."""
     share = min(1.0, n_words / max(len(vocabulary), 1))
     return vocabulary.subset(_stratified(vocabulary.labels, lambda n: max(1, round(share * n)), g))
 
 
 def split(vocabulary: Vocabulary, test_share: float, g: torch.Generator) -> torch.Tensor:
-    """Mark test words: the same share of every letter; a letter with a single word trains."""
+    """Mark test words: the same share of every label; a label with a single word trains."""
     is_test = torch.zeros(len(vocabulary), dtype=torch.bool)
     is_test[_stratified(vocabulary.labels, lambda n: round(test_share * n) if n > 1 else 0, g)] = True
     return is_test
@@ -82,8 +77,8 @@ def split(vocabulary: Vocabulary, test_share: float, g: torch.Generator) -> torc
 def _stratified(labels: list[int], how_many: Callable[[int], int], g: torch.Generator) -> list[int]:
     chosen: list[int] = []
     all_labels = torch.tensor(labels)
-    for letter in range(len(LETTERS)):
-        rows = (all_labels == letter).nonzero().squeeze(1)
+    for label in range(max(labels, default=-1) + 1):
+        rows = (all_labels == label).nonzero().squeeze(1)
         chosen += rows[torch.randperm(len(rows), generator=g)[: how_many(len(rows))]].tolist()
     return sorted(chosen)
 
@@ -97,8 +92,3 @@ def _strings(tokenizer: Any) -> list[str]:
         " " + text if piece and piece.startswith("▁") and not text.startswith(" ") else text
         for piece, text in zip(pieces, texts, strict=True)
     ]
-
-
-def _is_word(text: str) -> bool:
-    core = text.removeprefix(" ")
-    return core.isascii() and core.isalpha()

@@ -15,6 +15,7 @@ import torch
 
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, fidelity
+from sae_train.evals.hierarchy import get_hierarchy
 from sae_train.metrics import held_out_metrics
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from sae_train.trainer import Clock
 
 Pairs = Iterable[tuple[str, Any]]
+INTERVALS = ("mean_fraction", "mean_full")
+FIGURES = (
+    "mean_f1", "mean_n_split", "mean_recall_main", "mean_fraction_family", "mean_full_family", "mean_lost_carried",
+    "mean_lost_below", "mean_lost_nobody",
+)  # fmt: skip
 
 
 class TrainingFigures:
@@ -80,21 +86,19 @@ class Fidelity:
 
 
 class Absorption:
-    """The first-letter absorption eval; letters go to the table at every look, words at the last one."""
+    """The absorption eval; letters go to the table at every look, words at the last one."""
 
-    def __init__(self, assets: Assets, preset: str, scale: float, last_step: int, keep: Callable[[pd.DataFrame], None]):
-        self.assets, self.preset, self.scale, self.last_step, self.keep = (
-            assets,
-            preset,
-            scale,
-            last_step,
-            keep,
-        )
+    def __init__(
+        self, lm: LanguageModel, assets: Assets, preset: str, scale: float, last_step: int,
+        keep: Callable[[pd.DataFrame], None],
+    ):  # fmt: skip
+        self.lm, self.assets, self.preset, self.scale = lm, assets.to(lm.device), preset, scale
+        self.last_step, self.keep = last_step, keep
         self.results: dict[str, AbsorptionResult] = {}
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
         start = time.perf_counter()
-        result = absorption.evaluate(learner.export(self.scale), self.assets, preset=self.preset)
+        result = absorption.evaluate(learner.export(self.scale), self.assets, preset=self.preset, lm=self.lm)
         self.results[learner.name] = result
         self.keep(table_of(result, learner.name, step, with_words=step == self.last_step))
         yield from figures_of(result)
@@ -119,12 +123,13 @@ def figures_of(result: AbsorptionResult) -> Pairs:
     if not result.valid:
         yield "absorption/reason", result.reason
         return
-    for name in ("mean_fraction", "mean_full"):
+    for name in INTERVALS:
         low, high = result.interval(name)
         yield f"absorption/{name}", getattr(result, name)
         yield f"absorption/{name}_low", low
         yield f"absorption/{name}_high", high
-    yield "absorption/mean_f1", result.mean_f1
+    for name in FIGURES:
+        yield f"absorption/{name}", getattr(result, name)
 
 
 def cache_folder() -> Path:
@@ -132,21 +137,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae-train"
 
 
-TEMPLATES = ("{word} has the first letter: {letter}", "the word is {word}")
+PLAIN_TEMPLATE = "the word is {word}"
 
 
 def build_assets(lm: LanguageModel, settings: EvalSettings) -> tuple[Assets | None, list[str]]:
     """Make what the eval needs of this model, once; (None, notes) where it is off or the tokenizer rules it out.
 
-    A template that the user named must work (UserError); otherwise the first of TEMPLATES that does is taken.
+    A template that the user named must work (UserError); otherwise the hierarchy's own is taken, or else one that asks
+    for no answer.
     """
     if not settings.absorption:
         return None, []
+    hierarchy = get_hierarchy(settings.hierarchy)
     problems = []
-    for template in [settings.template] if settings.template else TEMPLATES:
+    for template in [settings.template] if settings.template else [hierarchy.template, PLAIN_TEMPLATE]:
         try:
             built = assets.build(
                 lm,
+                hierarchy=hierarchy,
                 template=template,
                 seed=settings.eval_seed,
                 preset=settings.preset,

@@ -110,11 +110,18 @@ class EvalSettings(_Group):
     absorption_evals: Annotated[int, Field(ge=1)] = Field(
         12, description="how many times along the run, early ones closer together"
     )
-    preset: Literal["saebench", "saebench-0.3"] = Field("saebench", description="definition of the scores")
+    preset: Literal["saebench", "saebench-adam", "saebench-0.3", "paper", "paper-exact", "paper-released"] = Field(
+        "saebench", description="definition of the scores"
+    )
+    hierarchy: str = Field(
+        "first-letter",
+        description="what is asked of each word: first-letter, last-letter, word-length, word-class (embedded model) "
+        "or a JSON file {parent: {label: [words]}}",
+    )
     template: str | None = Field(
         None,
-        description="prompt line, such as '{word} has the first letter: {letter}'; without {letter} the word alone "
-        "is read; default: the first of two that the tokenizer allows",
+        description="prompt line, such as '{word} has the first letter: {label}'; without {label} the word alone "
+        "is read; default: the hierarchy's own, or else 'the word is {word}'",
     )
     eval_words: Count | None = Field(None, description="words in the eval, a stratified sample; default: all")
     eval_seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the split, prompts and probes")

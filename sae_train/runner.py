@@ -92,9 +92,11 @@ class Runner:
         ]
         if self.assets is not None:
             preset = settings.eval.preset
-            self.absorption = callbacks.Absorption(self.assets, preset, opened.scale, n_steps, self._keep_absorption)
+            self.absorption = callbacks.Absorption(
+                opened.lm, self.assets, preset, opened.scale, n_steps, self._keep_absorption
+            )
             # Where too few letters can be read off the model itself, one look records that; more would say the same.
-            readable = int(self.assets.letters_that_count.sum()) >= get_preset(preset).min_letters
+            readable = int(self.assets.letters_that_count.sum()) >= self.assets.n_needed(get_preset(preset))
             made.append(trainer.Callback(self.absorption, looks if readable else frozenset({n_steps})))
         return made
 

@@ -12,7 +12,7 @@ from sae_train.errors import UserError
 from sae_train.evals import absorption, assets
 from sae_train.evals.absorption import score_projections, score_words
 from sae_train.evals.baselines import RandomSAE, random_sae
-from sae_train.evals.vocab import LETTERS
+from sae_train.evals.hierarchy import FIRST_LETTER
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_planted_absorption_is_found_word_by_word(built, planted):
     assert result.words["full"].tolist() == truth
     assert result.words["fraction"].tolist() == pytest.approx([float(t) for t in truth])
     for row, word, absorbed in zip(built.tp_rows.tolist(), result.words.to_dict("records"), truth, strict=True):
-        assert word["main_latents"] == [LETTERS.index(word["letter"])]
+        assert word["main_latents"] == [FIRST_LETTER.labels.index(word["letter"])]
         assert (word["main_act"] == 0) == absorbed
         if absorbed:
             assert word["absorbers"] == [26 + row]

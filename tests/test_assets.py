@@ -10,6 +10,7 @@ from eval_fakes import FakeLM, fake_words, word_tokenizer
 
 from sae_train.errors import UserError
 from sae_train.evals import assets, prompts, vocab
+from sae_train.evals.hierarchy import FIRST_LETTER
 from sae_train.evals.presets import get_preset
 
 
@@ -37,20 +38,20 @@ def test_split_is_stratified_and_seeded(built):
     for letter in range(26):
         side = built.is_test[built.labels == letter]
         assert int(side.sum()) == round(0.2 * len(side))
-    words = vocab.Vocabulary(built.words, built.token_ids.tolist())
+    words = vocab.Vocabulary(built.words, built.token_ids.tolist(), built.labels.tolist())
     again = vocab.split(words, 0.2, assets._generator(0, "split"))
     assert torch.equal(again, built.is_test)
     assert not torch.equal(vocab.split(words, 0.2, assets._generator(1, "split")), built.is_test)
 
 
 def test_position_and_prompt_are_as_the_eval_says(lm):
-    found, _ = vocab.entries(lm.tokenizer, lm.special_ids)
-    fmt = prompts.fit_format(lm, prompts.DEFAULT_TEMPLATE, found, get_preset("saebench"))
+    found, _ = vocab.entries(lm.tokenizer, lm.special_ids, FIRST_LETTER)
+    fmt = prompts.fit_format(lm, FIRST_LETTER, found, get_preset("saebench"))
     assert (fmt.word_position, fmt.n_examples, fmt.prefix) == (-6, 10, "\n")
     text = fmt.text(" dog", ["cat", " Egg"])
     assert text == "\ncat has the first letter: C\n Egg has the first letter: E\n dog has the first letter:"
     answers = lm.tokenizer.convert_ids_to_tokens(list(fmt.answer_ids))
-    assert answers == [f" {letter}" for letter in vocab.LETTERS]
+    assert answers == [f" {letter}" for letter in FIRST_LETTER.labels]
 
 
 def test_examples_are_distinct_and_never_the_word_itself():
@@ -65,9 +66,9 @@ def test_examples_are_distinct_and_never_the_word_itself():
 
 
 def test_examples_come_from_the_words_own_split(lm, built):
-    words = vocab.Vocabulary(built.words, built.token_ids.tolist())
-    found, _ = vocab.entries(lm.tokenizer, lm.special_ids)
-    fmt = prompts.fit_format(lm, prompts.DEFAULT_TEMPLATE, found, get_preset("saebench"))
+    words = vocab.Vocabulary(built.words, built.token_ids.tolist(), built.labels.tolist())
+    found, _ = vocab.entries(lm.tokenizer, lm.special_ids, FIRST_LETTER)
+    fmt = prompts.fit_format(lm, FIRST_LETTER, found, get_preset("saebench"))
     side = dict(zip(built.token_ids.tolist(), built.is_test.tolist(), strict=True))
     skip = set(fmt.answer_ids)
     for ids, is_test in zip(
@@ -82,6 +83,8 @@ def test_probe_and_true_positives(built):
     assert int(built.letters_that_count.sum()) == 26
     assert built.probe_figures[:, 0].mean() > 0.9 and built.probe_figures[:, 3].min() > 0.9
     assert built.is_test[built.tp_rows].all() and built.tp_x.shape == (len(built.tp_rows), built.x.shape[1])
+    words_read = built.tp_tokens[:, built.settings["word_position"]]
+    assert torch.equal(words_read, built.token_ids[built.tp_rows]) and len(built.answer_ids) == 26
     logits = built.probe.logits(built.x[built.tp_rows])
     assert (logits.gather(1, built.tp_labels[:, None]) > 0).all()
     assert 0 <= built.model_accuracy <= 1
@@ -154,7 +157,8 @@ def test_real_tokenizers(shared_data):
     craft = FakeLM(tokenizer, letter_scale=0.0, context=64)
     with pytest.raises(UserError, match="newline"):
         assets.build(craft)
-    found, dropped = vocab.entries(tokenizer, craft.special_ids)
-    fmt = prompts.fit_format(craft, "the word is {word}", found, get_preset("saebench"))
+    plain = prompts.with_template(FIRST_LETTER, "the word is {word}")
+    found, dropped = vocab.entries(tokenizer, craft.special_ids, plain)
+    fmt = prompts.fit_format(craft, plain, found, get_preset("saebench"))
     words = vocab.keep_single_tokens(found, dropped, lambda v: prompts.single_token_words(craft, fmt, v))
     assert len(words) > 1500 and fmt.n_examples == 10

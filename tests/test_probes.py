@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
-from sae_train.evals import k_sparse
+from sae_train.evals import k_sparse, lasso
 from sae_train.evals.figures import auroc, f1_precision_recall
 from sae_train.evals.latents import Latents, encode, from_dense
-from sae_train.evals.probes import Schedule, fit_dense, fit_sparse, rank_latents, ranking_schedule
+from sae_train.evals.presets import SAEBENCH
+from sae_train.evals.probes import Schedule, fit_dense, fit_sparse, ranking_schedule
+from sae_train.evals.ranking import rank_latents
 
 
 def _data(n=200, d=40, share=0.06, seed=0):
@@ -45,7 +49,7 @@ def test_probe_follows_its_definition(fit):
     s = Schedule(1e-2, 1e-5, 1e-4, epochs=6, batch=17, l1=0.01)
     weight, bias = _by_autograd(x, labels, s, torch.Generator().manual_seed(1))
     g = torch.Generator().manual_seed(1)
-    probe = fit_dense(x, labels, s, g) if fit == "dense" else fit_sparse(from_dense(x), labels, s, g)
+    probe = fit_dense(x, labels, 26, s, g) if fit == "dense" else fit_sparse(from_dense(x), labels, 26, s, g)
     assert torch.allclose(probe.weight, weight, atol=2e-5)
     assert torch.allclose(probe.bias, bias, atol=2e-5)
 
@@ -53,7 +57,7 @@ def test_probe_follows_its_definition(fit):
 def test_probe_leaves_the_global_generator_alone():
     x, labels = _data()
     before = torch.get_rng_state()
-    fit_dense(x, labels, Schedule(1e-2, 1e-5, 0.0, 2, 16), torch.Generator().manual_seed(0))
+    fit_dense(x, labels, 26, Schedule(1e-2, 1e-5, 0.0, 2, 16), torch.Generator().manual_seed(0))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -66,17 +70,56 @@ def test_ranking_schedule_takes_enough_steps():
     assert tiny.batch == 1 and tiny.epochs * 7 >= 1500
 
 
-def test_ranking_finds_the_letter_latents_and_skips_silent_ones():
+@pytest.mark.parametrize("ranking", ["optimum", "adam"])
+def test_ranking_finds_the_letter_latents_and_skips_silent_ones(ranking):
     x, labels = _data(n=600, d=60, share=0.02)
     x[:, 50:] = 0
-    s = ranking_schedule(
-        600, epochs=50, max_batch=4096, min_steps=300, lr=1e-2, end_lr=1e-5, weight_decay=1e-6, l1=0.01
-    )
-    ranking = rank_latents(from_dense(x), labels, s, torch.Generator().manual_seed(0), 10)
-    assert ranking.shape == (26, 10)
-    assert torch.equal(ranking[:, 0], torch.arange(26))
-    assert int(ranking.max()) < 50
-    assert rank_latents(from_dense(x[:, :3]), labels, s, torch.Generator(), 10).shape == (26, 3)
+    preset = replace(SAEBENCH, ranking=ranking, l1_min_steps=300)
+    found, how = rank_latents(from_dense(x), labels, 26, preset, seed=0)
+    assert found.shape == (26, 10) and how["method"] == ranking and how["n_firing"] == 50
+    assert torch.equal(found[:, 0], torch.arange(26))
+    assert int(found.max()) < 50
+    assert rank_latents(from_dense(x[:, :3]), labels, 26, preset, seed=0)[0].shape == (26, 3)
+
+
+def _kkt_residual(x, labels, weight, bias, l1, l2):
+    """Largest violation of the optimality conditions of the L1 problem, by autograd in float64."""
+    x, y = x.double(), one_hot(labels, 26).double()
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    n = y.sum(0)
+    loss = binary_cross_entropy_with_logits(
+        x @ weight + bias, y, pos_weight=(len(x) - n) / n.clamp(min=1), reduction="none"
+    )  # fmt: skip
+    (loss.mean(0).sum() + l2 / 2 * (weight.square().sum() + bias.square().sum())).backward()
+    at_zero = (weight.grad.abs() - l1).clamp(min=0)
+    elsewhere = (weight.grad + l1 * weight.sign()).abs()
+    return max(torch.where(weight == 0, at_zero, elsewhere).max().item(), bias.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["plain", "duplicates", "few rows", "missing letters", "large values"])
+def test_l1_problem_is_solved_to_its_optimum(kind):
+    x, labels = _data(n=60 if kind == "few rows" else 500, d=80, share=0.05)
+    if kind == "duplicates":
+        x[:, 40:60] = x[:, :20]
+    if kind == "missing letters":
+        labels = labels % 20
+    if kind == "large values":
+        x *= 40
+    found = lasso.fit(from_dense(x), labels, 26, l1=0.01, l2=26e-6, tolerance=1e-4)
+    assert found.residual <= 1e-4 and found.steps < 100
+    assert _kkt_residual(x, labels, found.weight, found.bias, 0.01, 26e-6) < 1e-4 * 0.01 + 1e-7
+    assert 0 < (found.weight != 0).double().mean() < 0.5
+    if kind == "duplicates":  # the quadratic term shares a weight between equal latents
+        assert torch.allclose(found.weight[40:60], found.weight[:20], atol=1e-3)
+
+
+def test_adam_goes_where_the_optimum_is():
+    x, labels = _data(n=300, d=40, share=0.05)
+    latents = from_dense(x)
+    best = lasso.fit(latents, labels, 26, l1=0.01, l2=26e-6)
+    s = Schedule(0.2, 1e-4, 1e-6, epochs=3000, batch=300, l1=0.01)
+    probe = fit_sparse(latents, labels, 26, s, torch.Generator().manual_seed(0))
+    assert torch.allclose(probe.weight.double(), best.weight, atol=0.05)
 
 
 def test_newton_agrees_with_scikit_learn():
@@ -92,7 +135,12 @@ def test_newton_agrees_with_scikit_learn():
             part = x[:, ranking[c, :k]].double().numpy()
             model = LogisticRegression(C=1, class_weight="balanced", tol=1e-8, max_iter=1000).fit(part, y[:, c].numpy())
             predicted = torch.tensor(model.predict(part))
-            assert found.f1[c, k - 1] == pytest.approx(float(f1_precision_recall(predicted, y[:, c])[0]), abs=1e-9)
+            if k <= found.n_main[c] + 1:  # beyond, the splitting rule has stopped
+                assert found.f1[c, k - 1] == pytest.approx(float(f1_precision_recall(predicted, y[:, c])[0]), abs=1e-9)
+            else:
+                assert found.f1[c, k - 1].isnan()
+            if k == found.n_main[c]:
+                assert np.allclose(found.logits[:, c], model.decision_function(part), atol=1e-3)
 
 
 def test_newton_weights_match_scikit_learn_and_folding_is_exact():

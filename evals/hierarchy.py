@@ -1,0 +1,128 @@
+"""What is asked of every word: a name or a JSON file comes in; labels, the prompt's line and each word's label go out.
+
+The first letter is one hierarchy among others: a parent concept (the first letter) with labels (A to Z), each of which
+has children (words). A file {parent: {label: [words]}} makes another, with its prompt line under "template" if the
+usual one, "{word} has the <parent>: {label}", will not do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from sae_train.errors import UserError
+
+LENGTHS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Labels by number; label_of takes a word without its leading space and gives None for one that does not belong."""
+
+    name: str
+    labels: tuple[str, ...]
+    template: str
+    label_of: Callable[[str], int | None]
+    belonging: str
+    """which words belong, for the count of those that do not"""
+    digest: str = ""
+    """of the words, where a file lists them"""
+
+    def label(self, text: str) -> int | None:
+        """Number of a word's label, with or without its leading space."""
+        return self.label_of(text.removeprefix(" "))
+
+
+def get_hierarchy(name: str | Path | Hierarchy = "first-letter") -> Hierarchy:
+    """Look a hierarchy up by name, or read a JSON file; UserError says what is wrong with either."""
+    if isinstance(name, Hierarchy):
+        return name
+    if str(name) in RULES:
+        return RULES[str(name)]
+    shipped = {path.stem: path for path in _embedded().glob("*.json")}
+    path = shipped.get(str(name), Path(name))
+    if path.suffix != ".json":
+        known = [*RULES, *shipped]
+        near = difflib.get_close_matches(str(name), known, 1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise UserError(
+            f"unknown hierarchy '{name}'{hint}; there are {', '.join(known)}, or give a .json file of "
+            "{parent: {label: [words]}}"
+        )
+    return read_hierarchy(path)
+
+
+def read_hierarchy(path: Path) -> Hierarchy:
+    """Read {parent: {label: [words]}}, with an optional "template" beside the parent."""
+    table = _read_json(path)
+    template = table.pop("template", None)
+    if len(table) != 1 or not isinstance(table[parent := next(iter(table))], dict):
+        raise UserError(f"{path} must hold one parent, as {{parent: {{label: [words]}}}}; it holds {_names(table)}.")
+    children = table[parent]
+    if len(children) < 2 or not all(isinstance(words, list) and words for words in children.values()):
+        raise UserError(f"the parent {parent!r} in {path} needs at least two labels, each with a list of words.")
+    numbers = _numbers(children, path)
+    digest = hashlib.sha256(json.dumps(children, sort_keys=True).encode()).hexdigest()[:16]
+    template = template or f"{{word}} has the {parent}: {{label}}"
+    return Hierarchy(parent, tuple(children), template, numbers.get, f"not a word of {parent!r}", digest)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"there is no hierarchy file {str(path)!r}.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"the hierarchy file {str(path)!r} is not readable JSON: {error}.") from error
+    if not isinstance(table, dict) or not isinstance(table.get("template", ""), str):
+        raise UserError(f"{path} must be a JSON object {{parent: {{label: [words]}}}}, its template a string.")
+    return table
+
+
+def _numbers(children: dict[str, list], path: Path) -> dict[str, int]:
+    numbers: dict[str, int] = {}
+    labels = list(children)
+    for number, (label, words) in enumerate(children.items()):
+        for word in words:
+            if not isinstance(word, str) or not word.strip():
+                raise UserError(f"{path} lists {word!r} under {label!r}: words are strings.")
+            if (other := numbers.setdefault(word.strip(), number)) != number:
+                raise UserError(f"{path} lists {word!r} under {labels[other]!r} and {label!r}: a word has one label.")
+    return numbers
+
+
+def _names(table: dict[str, Any]) -> str:
+    return ", ".join(repr(name) for name in table) or "none"
+
+
+def _embedded() -> Path:
+    """Hierarchies that ship with the embedded model, in a wheel as in a checkout."""
+    return Path(__file__).parents[1] / "embedded" / "hierarchies"
+
+
+def _is_word(core: str) -> bool:
+    return core.isascii() and core.isalpha()
+
+
+def _rule(name: str, labels: tuple[str, ...], asked: str, label_of: Callable[[str], int]) -> Hierarchy:
+    return Hierarchy(
+        name, labels, f"{{word}} has the {asked}: {{label}}", lambda core: label_of(core) if _is_word(core) else None,
+        "not a word of A-Z letters",
+    )  # fmt: skip
+
+
+FIRST_LETTER = _rule("first-letter", tuple(ascii_uppercase), "first letter", lambda w: ord(w[0].upper()) - 65)
+RULES = {
+    h.name: h
+    for h in (
+        FIRST_LETTER,
+        _rule("last-letter", tuple(ascii_uppercase), "last letter", lambda w: ord(w[-1].upper()) - 65),
+        _rule("word-length", LENGTHS, "word length", lambda w: min(len(w), len(LENGTHS)) - 1),
+    )
+}
