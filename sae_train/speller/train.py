@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from sae_train.speller import text
+from sae_train.speller import hierarchies, text
 from sae_train.speller.corpus import SHARES, Corpus
 from sae_train.speller.language import Language
 from sae_train.speller.model import N_BEFORE, build_model, build_tokenizer
@@ -49,6 +49,7 @@ def train(stories_folder: Path, word_lists: list[Path], out: Path, settings: Set
     start = time.perf_counter()
     fit(model, corpus, settings)
     save(model, language, out, settings, time.perf_counter() - start)
+    hierarchies.write(language, out)
     text.write(model, corpus, out / "text", settings.n_train_tokens, settings.n_held_out_tokens, settings.seed)
 
 
