@@ -81,6 +81,21 @@ def random_sae(like: Any, x: Float[Tensor, "n d_in"], l0: float | None = None, s
     return RandomSAE(sae.W_dec, b_dec, sae.k, sae.threshold, _gain(sae, sample))
 
 
+def all_scores(
+    sae: Any, x: Float[Tensor, "n d_in"], assets: Assets, preset: str | Preset = "saebench", seed: int = 0,
+    lm: Any = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Figures of every baseline by name; random SAEs have the L0 that `sae` has on x."""
+    random = random_sae(sae, x, seed=seed)
+    return {
+        "random": random_score(sae, x, assets, preset, seed, lm=lm).figures()
+        | {"explained_variance": explained_variance(random, x)},
+        "shuffled_labels": shuffled_labels_score(sae, assets, preset, seed).figures(),
+        "random_directions": random_directions_score(sae, assets, preset, seed),
+        "probe": probe_score(assets, preset, seed).figures(),
+    }
+
+
 def random_score(
     like: Any, x: Float[Tensor, "n d_in"], assets: Assets, preset: str | Preset = "saebench", seed: int = 0,
     draws: int = 3, lm: Any = None,

@@ -31,13 +31,15 @@ _BLOCK_ELEMENTS = 2**24  # of one block of directions or gradients: 64 MB in flo
 class Prompts:
     """Prompts whose word stands at one place counted from the end, and the token that answers each label.
 
-    tokens are right-aligned; shorter prompts are filled up with −1 on the left.
+    tokens are right-aligned; shorter prompts are filled up with −1 on the left. right_ids, where given, take the
+    answers' place as the right ones, not as the others.
     """
 
     tokens: Int[Tensor, "n position"]
     word_position: int
     answer_ids: Int[Tensor, " n_labels"]
     labels: Int[Tensor, " n"]
+    right_ids: Int[Tensor, " n_labels"] | None = None
 
     def __post_init__(self) -> None:
         assert self.word_position < 0, "the word's position is counted from the end"
@@ -50,8 +52,8 @@ class Prompts:
         return replace(self, tokens=self.tokens[rows], labels=self.labels[rows])
 
     def to(self, device: torch.device | str) -> Prompts:
-        moved = {name: getattr(self, name).to(device) for name in ("tokens", "answer_ids", "labels")}
-        return replace(self, **moved)
+        names = ("tokens", "answer_ids", "labels", *(["right_ids"] if self.right_ids is not None else []))
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,13 @@ class Interventions:
 
 
 def answer_margin(
-    logits: Float[Tensor, "n vocab"], labels: Int[Tensor, " n"], answer_ids: Int[Tensor, " n_labels"]
-) -> Float[Tensor, " n"]:
+    logits: Float[Tensor, "n vocab"], labels: Int[Tensor, " n"], answer_ids: Int[Tensor, " n_labels"],
+    right_ids: Int[Tensor, " n_labels"] | None = None,
+) -> Float[Tensor, " n"]:  # fmt: skip
     """Logit of the right answer's token minus the mean of the other answers'."""
     answers = logits[:, answer_ids]
-    right = answers.gather(1, labels[:, None]).squeeze(1)
+    right_ids = answer_ids if right_ids is None else right_ids
+    right = logits.gather(1, right_ids[labels][:, None]).squeeze(1)
     others = answers.scatter(1, labels[:, None], 0.0)
     return right - others.sum(1) / (len(answer_ids) - 1)
 
@@ -218,7 +222,7 @@ def _margin(
         return x
 
     logits = lm.logits(tokens, None if change is None else edit)[:, -1]
-    return answer_margin(logits, prompts.labels[rows], prompts.answer_ids)
+    return answer_margin(logits, prompts.labels[rows], prompts.answer_ids, prompts.right_ids)
 
 
 def _gradients(lm: Any, prompts: Prompts, rows: Tensor, bias: Tensor, steps: int) -> Float[Tensor, "m d_in"]:

@@ -110,19 +110,27 @@ def _is_word(core: str) -> bool:
     return core.isascii() and core.isalpha()
 
 
-def _rule(name: str, labels: tuple[str, ...], asked: str, label_of: Callable[[str], int]) -> Hierarchy:
-    return Hierarchy(
-        name, labels, f"{{word}} has the {asked}: {{label}}", lambda core: label_of(core) if _is_word(core) else None,
-        "not a word of A-Z letters",
-    )  # fmt: skip
+def _rule(name: str, labels: tuple[str, ...], template: str, label_of: Callable[[str], int]) -> Hierarchy:
+    belonging = "not a word of A-Z letters"
+    return Hierarchy(name, labels, template, lambda core: label_of(core) if _is_word(core) else None, belonging)
 
 
-FIRST_LETTER = _rule("first-letter", tuple(ascii_uppercase), "first letter", lambda w: ord(w[0].upper()) - 65)
+PLAIN_TEMPLATE = "the word is {word}"
+FIRST_LETTER = _rule(
+    "first-letter", tuple(ascii_uppercase), "{word} has the first letter: {label}", lambda w: ord(w[0].upper()) - 65
+)
 RULES = {
     h.name: h
     for h in (
         FIRST_LETTER,
-        _rule("last-letter", tuple(ascii_uppercase), "last letter", lambda w: ord(w[-1].upper()) - 65),
-        _rule("word-length", LENGTHS, "word length", lambda w: min(len(w), len(LENGTHS)) - 1),
+        _rule(
+            "last-letter", tuple(ascii_uppercase), "{word} has the last letter: {label}",
+            lambda w: ord(w[-1].upper()) - 65,
+        ),
+        _rule(
+            "word-length", LENGTHS, "{word} has the word length: {label}", lambda w: min(len(w), len(LENGTHS)) - 1
+        ),
+        # A parent above the letters: that it splits into them is no absorption, which the family correction tells.
+        _rule("first-vowel", ("vowel", "consonant"), PLAIN_TEMPLATE, lambda w: int(w[0].upper() not in "AEIOU")),
     )
-}
+}  # fmt: skip

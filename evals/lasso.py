@@ -62,6 +62,8 @@ class _Problem:
     def __init__(self, latents: Latents, labels: Tensor, n_classes: int, l1: float, l2: float):
         self.n, self.l1, self.l2, self.n_classes = latents.n_rows, l1, l2, n_classes
         self.by_row, self.by_column = _csr(latents), _csr_of_transpose(latents)
+        self.column_ptr, self.column_rows = self.by_column.crow_indices(), self.by_column.col_indices()
+        self.column_values = self.by_column.values().float()
         self.y = one_hot(labels, n_classes).double()
         self.b = positive_weight(self.y) * self.y
         # BCE is a·softplus(z) − b·z: its gradient is σ(z)·a − b, its curvature a·σ(z)·(1 − σ(z)).
@@ -123,7 +125,7 @@ class _Problem:
         self, c: int, columns: Tensor, slope: Tensor, d_bias: Tensor, curvature: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Newton's step of some weights and the bias; weights that it would push from zero uphill are left out."""
-        hessian = self._hessian(self.columns(columns), curvature)
+        hessian = self._hessian(columns, curvature)
         gradient, at_zero = torch.cat([slope, d_bias[None]]), pad(self.weight[columns, c] == 0, (0, 1))
         kept = torch.arange(len(gradient), device=slope.device)
         while True:
@@ -133,27 +135,33 @@ class _Problem:
                 return columns[kept[:-1]], step
             kept = kept[~uphill]
 
-    def _hessian(self, block: Tensor, curvature: Tensor) -> Float[Tensor, "m+1 m+1"]:
-        weighted = block * curvature[:, None]
-        hessian = block.new_zeros(block.shape[1] + 1, block.shape[1] + 1)
+    def _hessian(self, columns: Tensor, curvature: Tensor) -> Float[Tensor, "m+1 m+1"]:
+        """Of some weights and the bias, last; the blocks are built in float32, which only bends the step a little."""
+        block, rows = self.columns(columns)
+        weighted = block * curvature[rows, None].float()
+        hessian = curvature.new_zeros(len(columns) + 1, len(columns) + 1)
         hessian[:-1, :-1] = block.T @ weighted
         hessian[:-1, -1] = hessian[-1, :-1] = weighted.sum(0)
         hessian[-1, -1] = curvature.sum()
         diagonal = hessian.diagonal()
-        diagonal += 1e-9 * diagonal + 1e-12
+        diagonal += 1e-6 * diagonal + 1e-12
         diagonal += self.l2
         return hessian
 
-    def columns(self, columns: Tensor) -> Float[Tensor, "n_rows m"]:
-        """Some latents on every row, dense."""
-        start, stop = self.by_column.crow_indices()[columns], self.by_column.crow_indices()[columns + 1]
-        counts = stop - start
+    def columns(self, columns: Tensor) -> tuple[Float[Tensor, "r m"], Int[Tensor, " r"]]:
+        """Some latents, dense, on the rows where any of them fires, and those rows."""
+        start = self.column_ptr[columns]
+        counts = self.column_ptr[columns + 1] - start
         place = torch.arange(len(columns), device=columns.device).repeat_interleave(counts)
         before = pad(counts.cumsum(0), (1, 0))[:-1]
         entries = torch.arange(len(place), device=columns.device) + (start - before).repeat_interleave(counts)
-        block = self.weight.new_zeros(self.n, len(columns))
-        block[self.by_column.col_indices()[entries], place] = self.by_column.values()[entries]
-        return block
+        row = self.column_rows.index_select(0, entries)
+        fires = torch.zeros(self.n, dtype=torch.bool, device=columns.device)
+        fires[row] = True
+        rows = fires.nonzero().squeeze(1)
+        block = self.column_values.new_zeros(len(rows), len(columns))
+        block[(fires.cumsum(0) - 1).index_select(0, row), place] = self.column_values.index_select(0, entries)
+        return block, rows
 
     def line_search(self, slope: Tensor, d_weight: Tensor, d_bias: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Halve the steps of the classes whose objective does not fall; weights that change sign stop at zero."""

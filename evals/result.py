@@ -22,9 +22,9 @@ _WORD_COLUMN = {
     "mean_fraction": "fraction", "mean_full": "full", "mean_full_family": "full_family",
     "mean_fraction_family": "fraction_family", "mean_recall_main": "main_act",
 }  # fmt: skip
-_EXTRA_MEANS = (
-    "mean_f1", "mean_recall_main", "mean_fraction_family", "mean_full_family", "mean_lost_carried", "mean_lost_below",
-    "mean_lost_nobody", "l0", "ev",
+_BESIDE = (
+    "mean_f1", "mean_n_split", "mean_recall_main", "mean_fraction_family", "mean_full_family", "mean_lost_carried",
+    "mean_lost_below", "mean_lost_nobody",
 )  # fmt: skip
 
 
@@ -69,6 +69,16 @@ class AbsorptionResult:
     std_full = property(lambda self: self._std("full"))
     std_n_split = property(lambda self: self._std("n_split"))
 
+    def figures(self) -> dict[str, Any]:
+        """The evaluation in numbers: validity with the reason, means with intervals, what stands beside the score."""
+        out: dict[str, Any] = {"valid": self.valid, "n_letters": self.n_letters}
+        if not self.valid:
+            return out | {"reason": self.reason}
+        for name in ("mean_fraction", "mean_full"):
+            low, high = self.interval(name)
+            out |= {name: getattr(self, name), f"{name}_low": low, f"{name}_high": high}
+        return out | {name: getattr(self, name) for name in _BESIDE}
+
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap interval over words, resampled within each letter, of mean_fraction, mean_full, mean_recall_main
         or a mean over families: what other words of these letters might give, with this SAE and these letters."""
@@ -81,11 +91,16 @@ class AbsorptionResult:
         low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
         return low, high
 
-    def to_saebench_json(self, **eval_fields: Any) -> dict[str, Any]:
-        """The result in SAEBench's output layout; eval_fields fill its other top-level entries, NaN becomes null."""
+    def to_saebench_json(self, baselines: dict[str, Any] | None = None, **eval_fields: Any) -> dict[str, Any]:
+        """The result in SAEBench's output layout; eval_fields fill its other top-level entries, NaN becomes null.
+
+        What SAEBench has no place for stands in eval_result_unstructured. Two kinds of results its reader refuses, as
+        it knows none such: one that is not valid (its means are null), and one of another hierarchy, whose eval_type_id
+        and labels say so.
+        """
         counting = self.by_letter[self.by_letter["counts"]] if len(self.by_letter) else self.by_letter
         out = {
-            "eval_type_id": "absorption_first_letter",
+            "eval_type_id": "absorption_" + self.details["assets"]["hierarchy"].replace("-", "_"),
             "eval_config": self._saebench_config(),
             "eval_id": str(uuid.uuid4()),
             "datetime_epoch_millis": int(time.time() * 1000),
@@ -98,9 +113,9 @@ class AbsorptionResult:
             "sae_cfg_dict": {},
             "eval_result_unstructured": {
                 "preset": self.preset, "seed": self.seed, "asset_hash": self.asset_hash, "valid": self.valid,
-                "reason": self.reason, **{n: getattr(self, n) for n in _EXTRA_MEANS},
+                "reason": self.reason, **{n: getattr(self, n) for n in (*_BESIDE, "l0", "ev")},
                 "intervals": {n: list(self.interval(n)) for n in _WORD_COLUMN},
-                "thresholds": asdict(self.thresholds or get_preset(self.preset)),
+                "baselines": baselines or {}, "thresholds": asdict(self.thresholds or get_preset(self.preset)),
                 **self.details,
             },
             **eval_fields,
@@ -161,7 +176,7 @@ class AbsorptionResult:
 
 def _saebench_letter(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        "first_letter": row["letter"],
+        "first_letter": row["letter"].lower(),
         "mean_absorption_fraction": row["fraction"],
         "full_absorption_rate": row["full"],
         "num_full_absorption": int(row["n_full"]),

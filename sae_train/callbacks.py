@@ -15,7 +15,7 @@ import torch
 
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, fidelity
-from sae_train.evals.hierarchy import get_hierarchy
+from sae_train.evals.hierarchy import PLAIN_TEMPLATE, get_hierarchy
 from sae_train.metrics import held_out_metrics
 
 if TYPE_CHECKING:
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from sae_train.trainer import Clock
 
 Pairs = Iterable[tuple[str, Any]]
-INTERVALS = ("mean_fraction", "mean_full")
-FIGURES = (
-    "mean_f1", "mean_n_split", "mean_recall_main", "mean_fraction_family", "mean_full_family", "mean_lost_carried",
-    "mean_lost_below", "mean_lost_nobody",
-)  # fmt: skip
 
 
 class TrainingFigures:
@@ -118,26 +113,12 @@ def table_of(result: AbsorptionResult, sae: str, step: int, with_words: bool) ->
 
 def figures_of(result: AbsorptionResult) -> Pairs:
     """The summary of one evaluation under the names of metrics.jsonl."""
-    yield "absorption/valid", result.valid
-    yield "absorption/n_letters", result.n_letters
-    if not result.valid:
-        yield "absorption/reason", result.reason
-        return
-    for name in INTERVALS:
-        low, high = result.interval(name)
-        yield f"absorption/{name}", getattr(result, name)
-        yield f"absorption/{name}_low", low
-        yield f"absorption/{name}_high", high
-    for name in FIGURES:
-        yield f"absorption/{name}", getattr(result, name)
+    yield from ((f"absorption/{name}", value) for name, value in result.figures().items())
 
 
 def cache_folder() -> Path:
     """Where eval assets are kept between runs: $XDG_CACHE_HOME/sae-train, by default in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae-train"
-
-
-PLAIN_TEMPLATE = "the word is {word}"
 
 
 def build_assets(lm: LanguageModel, settings: EvalSettings) -> tuple[Assets | None, list[str]]:
@@ -150,7 +131,8 @@ def build_assets(lm: LanguageModel, settings: EvalSettings) -> tuple[Assets | No
         return None, []
     hierarchy = get_hierarchy(settings.hierarchy)
     problems = []
-    for template in [settings.template] if settings.template else [hierarchy.template, PLAIN_TEMPLATE]:
+    fallbacks = dict.fromkeys([hierarchy.template, PLAIN_TEMPLATE])
+    for template in [settings.template] if settings.template else fallbacks:
         try:
             built = assets.build(
                 lm,

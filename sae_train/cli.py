@@ -118,6 +118,7 @@ def evaluate(
     *,
     model: str | None = None,
     hook: str | None = None,
+    hierarchy: str | None = None,
     template: str | None = None,
     preset: str | None = None,
     eval_words: str | None = None,
@@ -125,7 +126,9 @@ def evaluate(
     device: str | None = None,
     out: Path | None = None,
 ) -> None:
-    """Run the first-letter absorption eval on a finished SAE (ours, SAELens' or sparsify's safetensors).
+    """Run the absorption eval on a finished SAE (ours, SAELens' or sparsify's safetensors).
+
+    Writes absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and the page absorption.html.
 
     Parameters
     ----------
@@ -135,10 +138,13 @@ def evaluate(
         Language model; default: the one named in the checkpoint.
     hook:
         Hook name; default: the one named in the checkpoint.
+    hierarchy:
+        What is asked of each word: first-letter, last-letter, first-vowel, word-length, word-class (of the embedded
+        model) or a JSON file {parent: {label: [words]}}; default: first-letter.
     template:
-        Prompt line of the eval.
+        Prompt line of the eval; default: the hierarchy's own.
     preset:
-        Definition of the scores: saebench or saebench-0.3.
+        Definition of the scores: saebench (default), saebench-adam, saebench-0.3, paper, paper-exact, paper-released.
     eval_words:
         Words in the eval, a stratified sample; default: all.
     eval_seed:
@@ -146,13 +152,14 @@ def evaluate(
     device:
         cpu, cuda, …; default: a GPU if there is one.
     out:
-        Folder for absorption.json and absorption.parquet; default: the checkpoint's folder.
+        Folder for what is written; default: the checkpoint's folder.
     """
     from sae_train.run import evaluate_checkpoint
 
     given = {
         "model": model,
         "hook": hook,
+        "hierarchy": hierarchy,
         "template": template,
         "preset": preset,
         "eval_words": eval_words,

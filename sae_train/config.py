@@ -115,8 +115,8 @@ class EvalSettings(_Group):
     )
     hierarchy: str = Field(
         "first-letter",
-        description="what is asked of each word: first-letter, last-letter, word-length, word-class (embedded model) "
-        "or a JSON file {parent: {label: [words]}}",
+        description="what is asked of each word: first-letter, last-letter, first-vowel, word-length, word-class "
+        "(of the embedded model) or a JSON file {parent: {label: [words]}}",
     )
     template: str | None = Field(
         None,

@@ -79,6 +79,13 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def write_parquet(path: Path, table: pd.DataFrame) -> None:
+    """Write a table under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    table.to_parquet(temporary, index=False)
+    temporary.replace(path)
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file of a run; UserError when it is absent or not JSON."""
     try:
@@ -128,9 +135,7 @@ class RunLog:
         import pandas as pd
 
         self._tables.append(table)
-        temporary = self.absorption_path.with_suffix(".tmp")
-        pd.concat(self._tables, ignore_index=True).to_parquet(temporary, index=False)
-        temporary.replace(self.absorption_path)
+        write_parquet(self.absorption_path, pd.concat(self._tables, ignore_index=True))
 
     def rewind(self, step: int) -> None:
         """Keep only rows up to `step`, so that a resumed run logs every step once."""

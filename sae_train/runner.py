@@ -188,9 +188,6 @@ class Runner:
         )
         save_sae(sae, self.folder / "saes" / learner.name)
         if self.absorption is not None and final.get("absorption/valid"):
-            assets, preset = self.absorption.assets, settings.eval.preset
-            result = baselines.random_score(sae, opened.held_out, assets, preset, seed=learner.spec.seed)
-            figures = {name.removeprefix("absorption/"): value for name, value in callbacks.figures_of(result)}
-            random = baselines.random_sae(sae, opened.held_out, seed=learner.spec.seed)
-            figures["explained_variance"] = baselines.explained_variance(random, opened.held_out)
-            self.baselines[learner.name] = {"random": figures}
+            self.baselines[learner.name] = baselines.all_scores(
+                sae, opened.held_out, self.absorption.assets, settings.eval.preset, learner.spec.seed, opened.lm
+            )
