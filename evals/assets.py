@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _BATCH_TOKENS = 8192
 _N_ACCURACY = 256  # prompts for the model's own accuracy, a sanity figure that takes whole forward passes
 _LOGIT_ELEMENTS = 2**26  # of one (batch, position, vocabulary) block: 256 MB in float32
+_SMALL_BATCH = 64
 _TENSORS = (
     "token_ids", "labels", "is_test", "x", "tp_rows", "tp_x", "tp_tokens", "answer_ids", "probe_weight", "probe_bias",
     "probe_figures",
@@ -229,11 +230,11 @@ def ground_truth(
     x: Tensor, labels: Tensor, is_test: Tensor, n_labels: int, preset: Preset, seed: int, device: Any = "cpu"
 ) -> tuple[Probe, Float[Tensor, "n_labels 4"]]:
     """The linear probe of the labels, fitted on the training words, and its figures on the test words."""
-    schedule = Schedule(
-        preset.probe_lr, preset.probe_end_lr, preset.probe_weight_decay, preset.probe_epochs, preset.probe_batch
-    )
+    train = ~is_test
+    # With few words a large batch would leave the probe near its start: some 1,500 steps at least.
+    batch = min(preset.probe_batch, max(_SMALL_BATCH, int(train.sum()) // 30))
+    schedule = Schedule(preset.probe_lr, preset.probe_end_lr, preset.probe_weight_decay, preset.probe_epochs, batch)
     with torch.no_grad():
-        train = ~is_test
         probe = fit_dense(
             x[train].to(device), labels[train].to(device), n_labels, schedule, _generator(seed, "probe")
         )  # fmt: skip
