@@ -191,7 +191,7 @@ def test_one_run_gives_a_page_with_its_numbers_intervals_and_an_example(tmp_path
         " and 0.100 (full; 95 % interval 0.080 to 0.125)",
         "over the 25 letters that count. A random SAE of the same width and L0",
         "scores 0.002 (fraction) and 0.000 (full)",
-        "both scores are above that",
+        "both scores are distinguishably above that",
         "fires instead (cosine 0.41 with the letter’s probe, and carries",
         "The letter latents have mean F1 0.80",
         "sae-train --width 16k --l0 50",

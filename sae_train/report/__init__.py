@@ -1,6 +1,5 @@
-"""The HTML report: reads run folders, writes one self-contained page.
-
-In: the folder of a run, or several to compare. Out: the path of an HTML file that needs no server.
+"""The HTML pages: a run's folder, several to compare, or one SAE's evaluation come in; the path of one self-contained
+HTML file that needs no server goes out.
 """
 
 from __future__ import annotations
@@ -9,8 +8,14 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sae_train.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_train.evals.result import AbsorptionResult
 
 
 def write_report(run_folder: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -29,6 +34,21 @@ def write_report(run_folder: str | Path | Sequence[str | Path], out: str | Path 
     default = folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
     text = page(load_runs(folders))
     return _write(Path(out) if out else default, text)
+
+
+def write_eval_page(
+    result: AbsorptionResult, baselines: dict[str, dict[str, float]], interventions: pd.DataFrame | None,
+    about: dict[str, str], out: Path,
+) -> Path:  # fmt: skip
+    """Write the page of one evaluated SAE.
+
+    baselines holds figures such as mean_full by name: random, shuffled_labels, random_directions, probe; about holds
+    lines such as SAE, model, hook. interventions has a row a word: letter, word, absorber, clean and the changes of
+    the answer's margin in logits. Raises UserError for a page that cannot be written.
+    """
+    from sae_train.report.eval_page import eval_page
+
+    return _write(Path(out), eval_page(result, baselines, interventions, about))
 
 
 def _write(path: Path, text: str) -> Path:

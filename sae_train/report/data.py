@@ -7,14 +7,15 @@ sentence in `Run.gaps`, and only a folder that is no run at all raises UserError
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sae_train.errors import UserError
-from sae_train.report.text import number
+from sae_train.report.text import noun_of, number
 
 SILENT = 1e-8  # an activation below this counts as none
+OUTCOMES = ("recalled", "carried", "below", "nobody")
 LISTS = ("main_latents", "absorbers", "absorber_cos", "absorber_proj")
 
 
@@ -32,10 +33,13 @@ class TrainedSAE:
     failed: str | None
     invalid: str | None
     final: dict[str, Any]
-    baseline: dict[str, Any]
+    baselines: dict[str, dict[str, Any]]
     history: list[dict[str, Any]]
     letters: list[dict[str, Any]]
     words: list[dict[str, Any]]
+    noun: str = "letter"
+    """what one label of the hierarchy is called"""
+    preset: str | None = None
 
     def get(self, metric: str) -> float | None:
         return number(self.final.get(metric))
@@ -45,6 +49,16 @@ class TrainedSAE:
         pairs = {number(row.get("tokens")): number(row.get(metric)) for row in self.history}
         kept = sorted((x, y) for x, y in pairs.items() if x is not None and y is not None)
         return [x for x, _ in kept], [y for _, y in kept]
+
+    @property
+    def baseline(self) -> dict[str, Any]:
+        """Scores of the random SAE."""
+        return self.baselines.get("random", {})
+
+    @property
+    def causal(self) -> bool:
+        """Whether `full` is the causal rate, which asks the language model."""
+        return str(self.preset).startswith("paper")
 
     @property
     def dead(self) -> float | None:
@@ -61,6 +75,11 @@ class TrainedSAE:
     def last_letters(self) -> list[dict[str, Any]]:
         last = max((row["step"] for row in self.letters), default=None)
         return [row for row in self.letters if row["step"] == last]
+
+    @property
+    def outcomes(self) -> list[float] | None:
+        """Shares of the true positives that are recalled, carried, below, nobody's; None where they were not kept."""
+        return outcomes_of({f"lost_{name}": self.get(f"absorption/mean_lost_{name}") for name in OUTCOMES[1:]})
 
 
 @dataclass(frozen=True)
@@ -95,6 +114,18 @@ def carried(word: dict[str, Any]) -> float | None:
     return number(proj[0] / a) if a and proj else None
 
 
+def outcomes_of(row: dict[str, Any]) -> list[float] | None:
+    """Shares of a label's true positives by outcome; None where they were not kept."""
+    lost = [number(row.get(f"lost_{name}")) for name in OUTCOMES[1:]]
+    return None if None in lost else [max(0.0, 1 - sum(lost)), *lost]  # type: ignore[arg-type,list-item]
+
+
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Give every list column a list; a Parquet file has arrays, and nulls where a row has none."""
+    lists = {key: row.get(key) for key in LISTS}
+    return row | {key: list(value) if hasattr(value, "__len__") else [] for key, value in lists.items()}
+
+
 def load_runs(folders: list[Path]) -> list[Run]:
     """Read several runs; their SAEs carry the run's name in the label when there is more than one run."""
     return [load_run(folder, prefixed=len(folders) > 1) for folder in folders]
@@ -116,6 +147,9 @@ def load_run(folder: Path, prefixed: bool = False) -> Run:
         _sae(entry, run, prefixed, *(part.get(entry["name"], []) for part in (history, letters, words)))
         for entry in entries
     ]
+    asked = (facts.get("settings") or {}).get("eval") or {}
+    noun, preset = noun_of(asked.get("hierarchy")), asked.get("preset")
+    saes = [replace(sae, noun=noun, preset=preset) for sae in saes]
     return Run(folder, facts, saes, gaps)
 
 
@@ -162,7 +196,7 @@ def _read_absorption(path: Path, gaps: list[str]) -> tuple[dict[str, list], dict
         letters = table[table["level"] == "letter"].sort_values(["step", "letter"])
         words = table[table["level"] == "word"]
         words = words[words["step"] == words.groupby("sae")["step"].transform("max")]
-        absorbed = words["full"].eq(True) | (pd.to_numeric(words.get("fraction"), errors="coerce") > 0)
+        absorbed = (words[["full", "fraction"]].astype(float) > 0).any(axis=1)
         return _by_sae(letters), _by_sae(words[absorbed].sort_values("word"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         gaps.append(f"absorption.parquet cannot be read: {error}.")
@@ -171,14 +205,8 @@ def _read_absorption(path: Path, gaps: list[str]) -> tuple[dict[str, list], dict
 
 def _by_sae(table: Any) -> dict[str, list[dict[str, Any]]]:
     return {
-        str(name): [_plain(row) for row in part.to_dict("records")] for name, part in table.groupby("sae", sort=False)
+        str(name): [plain(row) for row in part.to_dict("records")] for name, part in table.groupby("sae", sort=False)
     }
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Give every list column a list; the Parquet file has arrays, and nulls where a row has none."""
-    lists = {key: row.get(key) for key in LISTS}
-    return row | {key: list(value) if hasattr(value, "__len__") else [] for key, value in lists.items()}
 
 
 def _sae(entry: dict, run: str, prefixed: bool, history: list, letters: list, words: list) -> TrainedSAE:
@@ -189,7 +217,7 @@ def _sae(entry: dict, run: str, prefixed: bool, history: list, letters: list, wo
     final = {key: value for row in history for key, value in row.items() if value is not None}
     final |= {key: value for key, value in (entry.get("final") or {}).items() if value is not None}
     final = _with_dead_fraction(final, width)
-    random = (entry.get("baseline") or {}).get("random") or {}
+    beside = entry.get("baseline") or {}
     return TrainedSAE(
         name=str(entry["name"]),
         label=f"{run} · {entry['name']}" if prefixed else str(entry["name"]),
@@ -201,7 +229,7 @@ def _sae(entry: dict, run: str, prefixed: bool, history: list, letters: list, wo
         failed=entry.get("failed"),
         invalid=_invalid(entry, final),
         final=final,
-        baseline=random if isinstance(random, dict) else {},
+        baselines={name: figures for name, figures in beside.items() if isinstance(figures, dict)},
         history=history,
         letters=letters,
         words=words,

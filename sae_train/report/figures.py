@@ -21,12 +21,22 @@ CURVES = (  # key, title, note, metric, logarithmic, from zero
     (
         "fraction",
         "Absorption, fraction",
-        "mean over letters, 95 % band",
+        "mean over letters, 95 % band",
         "absorption/mean_fraction",
         False,
         True,
     ),
-    ("full", "Absorption, full", "mean over letters, 95 % band", "absorption/mean_full", False, True),
+    ("full", "Absorption, full", "mean over letters, 95 % band", "absorption/mean_full", False, True),
+    (
+        "family",
+        "Absorption, full, family-corrected",
+        "all latents of a label as one",
+        "absorption/mean_full_family",
+        False,
+        True,
+    ),
+    ("recall", "Recall of the main latents", "mean over letters", "absorption/mean_recall_main", False, True),
+    ("split", "Main latents per letter", "mean over letters", "absorption/mean_n_split", False, True),
     ("f1", "F1 of the letter latents", "mean over letters", "absorption/mean_f1", False, True),
     ("ce", "CE loss recovered", "1: as if the SAE were not there", "metrics/ce_loss_score", False, False),
     (
@@ -80,7 +90,7 @@ def letter_maps(sae: TrainedSAE) -> list[tuple[str, str]]:
         found = {(str(row["letter"]), row["step"]): number(row.get(key)) for row in sae.letters if row.get("counts")}
         most = max((value for value in found.values() if value is not None), default=0)
         values = [[found.get((letter, step)) for step, _ in steps] for letter in letters]
-        title = f"{noun} by letter and tokens (darkest: {most:.2f})"
+        title = f"{noun} by {sae.noun} and tokens (darkest: {most:.2f})"
         maps.append((title, heat_map(letters, columns, values, most, noun)))
     return maps
 

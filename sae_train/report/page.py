@@ -5,69 +5,34 @@ In: runs. Out: one HTML text that loads nothing from anywhere.
 
 from __future__ import annotations
 
-from importlib import resources
-
 from sae_train.report import tables
 from sae_train.report.data import Run, TrainedSAE
 from sae_train.report.figures import curves, legend, letter_maps, styles
-from sae_train.report.text import duration, escape, fixed, number, percent, short, target, tick
-from sae_train.report.verdict import MEASURES, about, verdict
-
-SHELL = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-<noscript><style>.panel[hidden]{{display:block}}.needs-script{{display:none}}</style></noscript>
-</head>
-<body>
-<main>
-{body}
-</main>
-<div id="tip" hidden></div>
-<script type="application/json" id="words">{words}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+from sae_train.report.findings import FAMILY, MEASURES
+from sae_train.report.letters import charts, letter_table, probe_table, recall_bars
+from sae_train.report.seeds import seed_tables
+from sae_train.report.shell import document, figure, flat, folded, paragraphs, section, tiles
+from sae_train.report.text import duration, escape, fixed, nouns, number, percent, short, target, tick
+from sae_train.report.verdict import about, verdict
+from sae_train.report.words import word_lists, word_section
 
 
 def page(runs: list[Run]) -> str:
     """Return the whole report of one or several runs."""
     saes = [sae for run in runs for sae in run.saes]
-    words, cut = tables.words(saes)
+    listed_words, cut = word_lists(saes)
     title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs compared"
     sections = [
         _top(title, runs, saes),
         _table(saes),
         _curves(saes),
         _grids(saes),
+        _seeds(runs),
         _panels(runs),
-        _words(saes, cut),
+        word_section(saes, cut, "Words absorbed", _word_lead(saes)),
+        _facts(runs),
     ]
-    return SHELL.format(
-        title=f"{escape(title)} · sae-train",
-        style=_asset("style.css"),
-        script=_asset("script.js"),
-        words=words,
-        body="\n".join(filter(None, [*sections, _facts(runs)])),
-    )
-
-
-def _asset(name: str) -> str:
-    return resources.files("sae_train.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _section(title: str, body: str, css: str = "", lead: str = "") -> str:
-    lead = f'<p class="lead">{lead}</p>' if lead else ""
-    return f'<section class="{css}"><h2>{title}</h2>{lead}{body}</section>'
-
-
-def _paragraphs(sentences: list[str], css: str = "") -> str:
-    return "".join(f'<p class="{css}">{sentence}</p>' for sentence in sentences)
+    return document(title, sections, listed_words)
 
 
 def _top(title: str, runs: list[Run], saes: list[TrainedSAE]) -> str:
@@ -77,7 +42,7 @@ def _top(title: str, runs: list[Run], saes: list[TrainedSAE]) -> str:
     if scored:
         notes.insert(0, _caveat(str(preset) if preset else None, runs))
     body = _tiles(saes[0]) if len(saes) == 1 and not saes[0].failed else ""
-    body += f'<div class="verdict">{_paragraphs(verdict(runs))}</div>'
+    body += f'<div class="verdict">{paragraphs(verdict(runs))}</div>'
     body += "".join(f'<p class="note">{escape(note)}</p>' for note in dict.fromkeys(notes))
     return f"<header><h1>{escape(title)}</h1>{body}</header>"
 
@@ -85,54 +50,65 @@ def _top(title: str, runs: list[Run], saes: list[TrainedSAE]) -> str:
 def _caveat(preset: str | None, runs: list[Run]) -> str:
     sample = next((words for run in runs if (words := run.setting("eval", "eval_words"))), None)
     return (
-        "Intervals are 95 % bootstraps over the evaluated words; other training seeds would differ more."
+        "Intervals are 95 % bootstraps over the evaluated words; other training seeds would differ more."
         + (f" Scores follow the preset {preset}." if preset else "")
         + (f" The eval used a sample of {sample} words." if sample else "")
     )
 
 
 def _tiles(sae: TrainedSAE) -> str:
-    tiles = [("L0", short(sae.get("metrics/l0")), f"asked for {target(sae.l0)}")]
-    tiles += [("explained variance", fixed(sae.get("metrics/explained_variance")), "of held-out activations")]
-    tiles += [("CE loss recovered", fixed(sae.get("metrics/ce_loss_score")), "1: as without the SAE")]
-    tiles += [("dead latents", percent(sae.dead), f"of {sae.width:,}" if sae.width else "")]
+    cells = [("L0", short(sae.get("metrics/l0")), f"asked for {target(sae.l0)}")]
+    cells += [("explained variance", fixed(sae.get("metrics/explained_variance")), "of held-out activations")]
+    cells += [("CE loss recovered", fixed(sae.get("metrics/ce_loss_score")), "1: as without the SAE")]
+    cells += [("dead latents", percent(sae.dead), f"of {sae.width:,}" if sae.width else "")]
     for measure, metric in MEASURES.items() if not sae.invalid else ():
         low, high = (fixed(sae.get(f"{metric}_{end}")) for end in ("low", "high"))
         span = f"{low} to {high}" if number(sae.get(metric)) is not None else "not evaluated"
-        tiles.append((f"absorption, {measure}", fixed(sae.get(metric)), span))
-    tiles.append(("letters that count", fixed(sae.get("absorption/n_letters"), 0), "of 26"))
+        cells.append((f"absorption, {measure}", fixed(sae.get(metric)), span))
+    if not sae.invalid and sae.get(FAMILY) is not None:
+        cells.append(("absorption, full", fixed(sae.get(FAMILY)), "family-corrected"))
+    noun, labels = escape(sae.noun), len(sae.last_letters) or 26
+    cells.append((f"{nouns(noun)} that count", fixed(sae.get("absorption/n_letters"), 0), f"of {labels}"))
     if not sae.invalid:
-        tiles.append(("F1 of letter latents", fixed(sae.get("absorption/mean_f1"), 2), "mean over letters"))
-    cells = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>" for name, value, note in tiles)
-    return f'<dl class="tiles">{cells}</dl>'
+        cells.append((f"F1 of {noun} latents", fixed(sae.get("absorption/mean_f1"), 2), f"mean over {nouns(noun)}"))
+    return tiles(cells)
 
 
 def _table(saes: list[TrainedSAE]) -> str:
-    lead = "Small numbers are 95 % intervals; the random SAE’s scores are fraction / full."
+    if not saes:
+        return ""
+    lead = "Small numbers are 95 % intervals; baselines’ scores are fraction / full."
     lead += " Click a heading to sort." if len(saes) > 1 else ""
-    return _section("SAEs", tables.overview(saes), lead=lead) if saes else ""
+    bars = recall_bars(saes) if len(saes) > 1 else ""
+    return section("SAEs", tables.overview(saes) + (f'<div class="plots two">{bars}</div>' if bars else ""), lead=lead)
 
 
 def _curves(saes: list[TrainedSAE]) -> str:
     css, meaning = styles(saes)
     drawn = curves(saes, css)
     if not drawn:
-        return _section("Training", "<p>Nothing was logged yet, so there is nothing to draw.</p>") if saes else ""
-    boxes = "".join(
-        f'<figure id="{figure.key}"><figcaption><h3>{escape(figure.title)}</h3>'
-        f"<small>{escape(figure.note)}</small></figcaption>{svg}</figure>"
-        for figure, svg in drawn
-    )
+        return section("Training", "<p>Nothing was logged yet, so there is nothing to draw.</p>") if saes else ""
+    boxes = "".join(figure(curve.title, escape(curve.note), svg, curve.key) for curve, svg in drawn)
     lead = "Hover or touch a curve for its values."
     lead += " Press names to bring their curves forward." if len(saes) > 1 else ""
     lead += f" How to tell them apart – {escape(meaning)}." if meaning else ""
     shown = legend(saes, css) if len(saes) > 1 else ""
-    return _section("Training", f'{shown}<div class="plots">{boxes}</div>', "many" if len(saes) > 6 else "", lead)
+    return section("Training", f'{shown}<div class="plots">{boxes}</div>', "many" if len(saes) > 6 else "", lead)
 
 
 def _grids(saes: list[TrainedSAE]) -> str:
     blocks = tables.grids(saes)
-    return _section("Width and L0", blocks, lead="Last values; seeds averaged.") if blocks else ""
+    return section("Width and L0", blocks, lead="Last values; seeds averaged.") if blocks else ""
+
+
+def _seeds(runs: list[Run]) -> str:
+    lead = (
+        "Intervals are 95 % two-way bootstraps over the labels that count in all seeds and over the training seeds; "
+        "differences are paired by label. A smaller difference than the smallest visible one would be missed in one "
+        "of five cases or more."
+    )
+    found = seed_tables(runs)
+    return section("Training seeds", found, lead=lead) if found else ""
 
 
 def _panels(runs: list[Run]) -> str:
@@ -147,60 +123,32 @@ def _panels(runs: list[Run]) -> str:
         for i, (sae, _) in enumerate(pairs)
     )
     chooser = f'<label class="chooser needs-script">SAE <select id="sae">{options}</select></label>'
-    return _section("Absorption by letter", (chooser if len(pairs) > 1 else "") + "".join(panels))
+    return section(f"Absorption by {escape(pairs[0][0].noun)}", (chooser if len(pairs) > 1 else "") + "".join(panels))
 
 
 def _panel(index: int, sae: TrainedSAE, run: Run, hidden: bool, several: bool) -> str:
-    body = _paragraphs(about(sae, run)) if several else ""
+    body = paragraphs(about(sae, run)) if several else ""
     if not sae.letters:
         body += "<p>There are no letters to show for this SAE: the absorption eval left none.</p>"
     else:
-        maps = "".join(
-            f"<figure><figcaption><h3>{escape(title)}</h3></figcaption>{svg}</figure>"
-            for title, svg in letter_maps(sae)
-        )
+        body += tables.baselines(sae)
+        maps = "".join(figure(title, "", svg) for title, svg in letter_maps(sae))
         body += f'<div class="plots two">{maps}</div>' if maps else "<p>One evaluation only: no course over time.</p>"
-        body += tables.letters(sae)
+        body += probe_table(sae) if sae.invalid else charts(sae) + letter_table(sae)
     return f'<div class="panel" data-sae="{index}"{" hidden" if hidden else ""}>{body}</div>'
 
 
-def _words(saes: list[TrainedSAE], cut: list[str]) -> str:
-    if not any(sae.words for sae in saes):
-        return _section("Words absorbed", "<p>No absorbed word was recorded.</p>") if saes else ""
-    names = [
-        "word",
-        "letter",
-        "main latents",
-        "taken over by",
-        "cosine",
-        "share",
-        "fraction",
-        "full",
-    ]
-    names.append("same absorber also on")
-    search = (
-        '<p class="controls needs-script"><label>Search <input id="search" type="search" '
-        'placeholder="word, letter or latent"></label> <label><input id="only-full" type="checkbox"> '
-        'only full absorption</label> <span id="count"></span></p>'
-    )
-    more = '<p><button type="button" id="more" hidden>show more</button></p>'
-    body = search + tables.table(names, [], "words") + more + "<noscript><p>This table needs JavaScript.</p></noscript>"
-    lead = (
-        "Words with the letter on which its main latents are silent or weak, and the latent that carries the "
-        "letter instead: the cosine of its decoder row with the letter’s probe, and its share of the "
+def _word_lead(saes: list[TrainedSAE]) -> str:
+    noun = "letter" if not saes or saes[0].noun == "letter" else "label"
+    return (
+        f"Words with the {noun} on which its main latents are silent or weak, and the latent that carries the "
+        f"{noun} instead: the cosine of its decoder row with the {noun}’s probe, and its share of the "
         "activation’s projection on the probe."
-    )
-    return _section(
-        'Words absorbed <span id="words-of"></span>',
-        body + _paragraphs([escape(c) for c in cut], "note"),
-        lead=lead,
     )
 
 
 def _facts(runs: list[Run]) -> str:
-    return _section(
-        "The run" if len(runs) == 1 else "The runs", "".join(_facts_of(run, len(runs) == 1) for run in runs)
-    )
+    return section("The run" if len(runs) == 1 else "The runs", "".join(_facts_of(run, len(runs) == 1) for run in runs))
 
 
 def _facts_of(run: Run, alone: bool) -> str:
@@ -217,19 +165,8 @@ def _facts_of(run: Run, alone: bool) -> str:
         rate = f" ({tick(float(f'{tokens / seconds:.3g}'))} tokens/s)" if tokens else ""
         rows.append(["time", duration(seconds) + rate])
     rows.append(["git commit", escape(facts.get("git_commit") or "not known")])
-    rows += [[name, _flat(facts.get(name))] for name in ("hardware", "versions") if facts.get(name)]
+    rows += [[name, flat(facts.get(name))] for name in ("hardware", "versions") if facts.get(name)]
     settings = facts.get("settings")
     groups = settings.items() if isinstance(settings, dict) else []
-    rows += [[f"settings: {escape(group)}", _flat(values)] for group, values in groups]
-    head = f"<summary>{escape(run.title)}</summary>" if not alone else "<summary>Settings, versions, hardware</summary>"
-    body = "".join(f"<tr><th scope='row'>{name}</th><td>{value}</td></tr>" for name, value in rows)
-    table = f'<div class="scroll"><table class="facts">{body}</table></div>'
-    return f"<details{' open' if alone else ''}>{head}{table}</details>"
-
-
-def _flat(value: object) -> str:
-    """A dictionary as 'key value' pairs in one flowing cell."""
-    if not isinstance(value, dict):
-        return escape(", ".join(map(str, value)) if isinstance(value, list) else value)
-    pairs = ((key, ", ".join(map(str, v)) if isinstance(v, list) else v) for key, v in value.items())
-    return " ".join(f"<span><b>{escape(k)}</b> {escape('–' if v is None else v)}</span>" for k, v in pairs)
+    rows += [[f"settings: {escape(group)}", flat(values)] for group, values in groups]
+    return folded("Settings, versions, hardware" if alone else run.title, rows, opened=alone)

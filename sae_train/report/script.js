@@ -32,46 +32,63 @@ $$("table.sortable").forEach((table) => {
   }));
 });
 
-// --- words: [word, letter, main latents, activation, absorber, cosine, share, fraction, full]
+// --- words: [word, letter, main latents, activation, absorber, cosine, share, fraction, full, outcome, next absorbers,
+// and of some: latent of the largest effect, effect, second effect, cosine]; the table's head names its columns
 const words = JSON.parse($("#words").textContent);
 const names = $$("#sae option").map((option) => option.textContent);
 const wordTable = $("table.words");
+const columns = wordTable ? $$("thead th", wordTable).map((head) => head.dataset.column) : [];
 const PAGE = 50;
 let current = $("#sae") ? Number($("#sae").value) : 0;
 let limit = PAGE;
 let order = null;
 
+const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+const rest = (row, family) => (family.get(row[4]) || []).filter((word) => word !== row[0]);
 function others(row, family) {
-  const rest = (family.get(row[4]) || []).filter((word) => word !== row[0]);
-  return rest.slice(0, 8).map((word) => word.trim()).join(", ") + (rest.length > 8 ? ` and ${rest.length - 8} more` : "");
+  const found = rest(row, family);
+  return found.slice(0, 8).map((word) => word.trim()).join(", ") + (found.length > 8 ? ` and ${found.length - 8} more` : "");
 }
+const COLUMNS = { // what a cell says and what it is sorted by
+  word: [(row) => row[0].trim(), (row) => row[0].trim()],
+  letter: [(row) => (row[1].length === 1 ? row[1].toUpperCase() : row[1]), (row) => row[1]],
+  main: [(row) => row[2].join(", "), (row) => row[2][0]],
+  activation: [(row) => (row[3] === null ? "silent" : fixed(row[3])), (row) => row[3] ?? 0],
+  outcome: [(row) => row[9] ?? "–", (row) => row[9]],
+  absorber: [(row) => row[4] ?? "–", (row) => row[4]],
+  cosine: [(row) => fixed(row[5]), (row) => row[5]],
+  share: [(row) => (row[6] === null ? "–" : `${(100 * row[6]).toFixed(0)} %`), (row) => row[6]],
+  fraction: [(row) => fixed(row[7]), (row) => row[7]],
+  full: [(row) => (row[8] ? "yes" : "no"), (row) => row[8]],
+  effect_latent: [(row) => row[11] ?? "–", (row) => row[11]],
+  effect: [(row) => fixed(row[12]), (row) => row[12]],
+  second: [(row) => fixed(row[13]), (row) => row[13]],
+  effect_cos: [(row) => fixed(row[14]), (row) => row[14]],
+  next: [(row) => row[10].map(([latent, cosine]) => `${latent} (${fixed(cosine)})`).join(", ") || "–", (row) => row[10].length],
+  others: [others, (row, family) => (family.get(row[4]) || []).length],
+};
 
 function showWords() {
   if (!wordTable) return;
   const all = words[current] || [];
   const family = new Map();
-  all.forEach((row) => row[4] !== null && family.set(row[4], [...(family.get(row[4]) || []), row[0]]));
+  all.forEach((row) => row[4] !== null && (row[7] > 0 || row[8])
+    && family.set(row[4], [...(family.get(row[4]) || []), row[0]]));
   const sought = $("#search").value.trim().toLowerCase();
   const full = $("#only-full").checked;
   const fits = (row) => !sought || row[0].toLowerCase().includes(sought) || row[1].toLowerCase() === sought
-    || String(row[4]) === sought || row[2].map(String).includes(sought);
+    || row[9] === sought || [row[4], row[11], ...row[2], ...row[10].map((pair) => pair[0])].map(String).includes(sought);
   let rows = all.filter((row) => (!full || row[8]) && fits(row));
   if (order) {
-    const keys = [0, 1, 2, 4, 5, 6, 7, 8];
-    const cell = (row) => (order.column === 2 ? row[2][0] : order.column === keys.length
-      ? (family.get(row[4]) || []).length : row[keys[order.column]]);
-    rows = rows.slice().sort((a, b) => order.sign * compare(cell(a), cell(b)));
+    const key = COLUMNS[columns[order.column]][1];
+    rows = rows.slice().sort((a, b) => order.sign * compare(key(a, family), key(b, family)));
   }
   const body = $("tbody", wordTable);
   body.textContent = "";
-  const text = (value, digits) => (value === null ? "–" : value.toFixed(digits));
   rows.slice(0, limit).forEach((row) => {
     const line = make("tr", undefined, body);
-    make("th", row[0].trim(), line).scope = "row";
-    const activation = row[3] === null ? "silent" : `at ${text(row[3], 2)}`;
-    const cells = [row[1].toUpperCase(), `${row[2].join(", ")} ${activation}`, row[4] ?? "–", text(row[5], 2), row[6] === null ? "–" : `${(100 * row[6]).toFixed(0)} %`, text(row[7], 2), row[8] ? "yes" : "no",
-      others(row, family)];
-    cells.forEach((cell) => make("td", cell, line));
+    columns.forEach((name, i) => make(i ? "td" : "th", COLUMNS[name][0](row, family), line));
+    line.cells[0].scope = "row";
   });
   $("#more").hidden = rows.length <= limit;
   $("#count").textContent = all.length ? `${Math.min(limit, rows.length)} of ${rows.length} words` : "no absorbed word for this SAE";

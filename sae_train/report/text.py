@@ -76,7 +76,26 @@ def listed(items: list[str], most: int = 6) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun if count == 1 else nouns(noun)}"
+
+
+def nouns(noun: str) -> str:
+    """Plural of a noun: letters, classes, countries."""
+    if noun.endswith("y") and noun[-2:-1] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
+
+
+def noun_of(hierarchy: object) -> str:
+    """What one label of a hierarchy is called: letter, word class."""
+    name = str(hierarchy or "first-letter").replace("\\", "/").split("/")[-1].removesuffix(".json")
+    return "letter" if name == "first-letter" else name.replace("-", " ").replace("_", " ")
+
+
+def label_name(label: object) -> str:
+    """A label as it is printed: letters in upper case, everything else as it is."""
+    text = str(label)
+    return text.upper() if len(text) == 1 else text
 
 
 def target(value: float | None) -> str:

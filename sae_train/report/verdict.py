@@ -5,23 +5,20 @@ In: runs. Out: HTML-safe sentences; "not distinguishable" where an interval hold
 
 from __future__ import annotations
 
-from sae_train.report.data import SILENT, Run, TrainedSAE, carried
-from sae_train.report.text import (
-    duration,
-    escape,
-    fixed,
-    interval,
-    listed,
-    number,
-    percent,
-    plural,
-    short,
-    tick,
+from sae_train.report.data import Run, TrainedSAE
+from sae_train.report.findings import (
+    MEASURES,
+    absorption,
+    against_random,
+    against_zero,
+    family,
+    lost,
+    meaning,
+    weak,
 )
+from sae_train.report.text import duration, escape, fixed, interval, listed, number, percent, plural, short, tick
 
 CLOSE_L0 = 0.02
-WEAK_F1 = 0.5
-MEASURES = {"fraction": "absorption/mean_fraction", "full": "absorption/mean_full"}
 
 
 def verdict(runs: list[Run]) -> list[str]:
@@ -38,44 +35,8 @@ def about(sae: TrainedSAE, run: Run) -> list[str]:
     if sae.failed:
         where = f" Its last logged figures are from {tick(_tokens(sae))} tokens." if sae.history else ""
         return [f"<b>{escape(sae.label)} failed</b> and was left out from then on: {escape(sae.failed)}.{where}"]
-    return [s for s in (_reached(sae, run), _quality(sae), _absorption(sae), _meaning(sae), _weak(sae)) if s]
-
-
-def against_zero(sae: TrainedSAE, measure: str) -> bool | None:
-    """Whether the interval of a measure excludes 0; None without an interval."""
-    low = sae.get(f"{MEASURES[measure]}_low")
-    return None if low is None or sae.invalid else low > 0
-
-
-def against_random(sae: TrainedSAE, measure: str) -> bool | None:
-    """Whether the interval lies above the random SAE's (its value, if that has no interval)."""
-    low, key = sae.get(f"{MEASURES[measure]}_low"), f"mean_{measure}"
-    random = number(sae.baseline.get(f"{key}_high", sae.baseline.get(key)))
-    return None if low is None or random is None or sae.invalid else low > random
-
-
-def example(sae: TrainedSAE) -> str:
-    """One absorbed word of this SAE, told as a sentence; empty if there is none."""
-    row = max(sae.words, key=_clearness, default=None)
-    if row is None or not (row["absorbers"] and row["absorber_cos"] and row["main_latents"]):
-        return ""
-    word, main = escape(str(row["word"]).strip()), plural_latents(row["main_latents"])
-    share = carried(row)
-    carries = f", and carries {percent(share, 0)} of the letter’s direction" if share is not None else ""
-    several = len(row["main_latents"]) > 1
-    silent = "are silent" if several else "is silent"
-    if (number(row.get("main_act")) or 0) > SILENT:
-        silent = "are weak" if several else "is weak"
-    return (
-        f"on “{word}” the {escape(str(row['letter']).upper())}-{main} {silent}; "
-        f"latent {int(row['absorbers'][0])} fires instead "
-        f"(cosine {fixed(row['absorber_cos'][0], 2)} with the letter’s probe{carries})"
-    )
-
-
-def plural_latents(latents: list[int]) -> str:
-    numbers = ", ".join(str(int(latent)) for latent in latents)
-    return f"latents {numbers}" if len(latents) > 1 else f"latent {numbers}"
+    found = [part(sae) for part in (_quality, absorption, family, lost, meaning, weak)]
+    return [sentence for sentence in (_reached(sae, run), *found) if sentence]
 
 
 def _unfinished(run: Run) -> str:
@@ -121,66 +82,6 @@ def _quality(sae: TrainedSAE) -> str:
     return f"It {listed(parts)}." if parts else "Its quality was not measured."
 
 
-def _absorption(sae: TrainedSAE) -> str:
-    if sae.invalid:
-        return f"There is no valid absorption score: {escape(sae.invalid)}."
-    parts = [_score(sae, measure) for measure in MEASURES if sae.get(MEASURES[measure]) is not None]
-    if not parts:
-        return "Absorption was not evaluated."
-    letters = sae.get("absorption/n_letters")
-    over = f", as means over the {int(letters)} letters that count" if letters is not None else ""
-    random = [_random_score(sae, measure) for measure in MEASURES if f"mean_{measure}" in sae.baseline]
-    text = f"Absorption is {' and '.join(parts)}{over}."
-    if not random:
-        return f"{text} No random SAE was evaluated beside it."
-    above = [measure for measure in MEASURES if against_random(sae, measure)]
-    than = f"its {listed(above)} score is" if len(above) == 1 else "both scores are"
-    judged = f"{than} above that" if above else "it is not distinguishable from that"
-    return f"{text} A random SAE of the same width and L0 scores {' and '.join(random)}: {judged}."
-
-
-def _score(sae: TrainedSAE, measure: str) -> str:
-    metric = MEASURES[measure]
-    span = interval(sae.get(f"{metric}_low"), sae.get(f"{metric}_high"))
-    apart = against_zero(sae, measure)
-    judged = "no interval" if apart is None else f"95 % interval {span}"
-    judged += ", not distinguishable from 0" if apart is False else ""
-    return f"<b>{fixed(sae.get(metric))}</b> ({measure}; {judged})"
-
-
-def _random_score(sae: TrainedSAE, measure: str) -> str:
-    low, high = (sae.baseline.get(f"mean_{measure}_{end}") for end in ("low", "high"))
-    span = interval(low, high)
-    return f"{fixed(sae.baseline[f'mean_{measure}'])} ({measure}{f'; {span}' if span else ''})"
-
-
-def _meaning(sae: TrainedSAE) -> str:
-    if sae.invalid or sae.get(MEASURES["full"]) is None:
-        return ""
-    text = (
-        "Absorption means that the latent which stands for a first letter stays silent, or weak, on some "
-        "words that have this letter, because a latent of the word itself carries the letter in its place"
-    )
-    shown = example(sae)
-    return f"{text}: {shown}." if shown else f"{text}; no such word was found here."
-
-
-def _weak(sae: TrainedSAE) -> str:
-    f1 = sae.get("absorption/mean_f1")
-    if f1 is None or sae.invalid:
-        return ""
-    start = f"The letter latents have mean F1 <b>{fixed(f1, 2)}</b>"
-    if f1 >= WEAK_F1:
-        return f"{start}, so there are letter latents for which absorption can be judged."
-    return f"{start}: few letters have a good latent, so a low absorption score says little."
-
-
-def _clearness(row: dict) -> tuple[bool, float]:
-    """Prefer full absorption by a latent that carries most, but no more than all, of the direction."""
-    share = carried(row)
-    return number(row.get("full")) == 1, -abs(share - 0.9) if share is not None else -9.0
-
-
 def _compared(saes: list[TrainedSAE], runs: list[Run]) -> list[str]:
     whole = [sae for sae in saes if not sae.failed]
     sentences = [f"<b>{plural(len(saes), 'SAE')}</b> of {plural(len(runs), 'run')}."]
@@ -196,7 +97,7 @@ def _compared(saes: list[TrainedSAE], runs: list[Run]) -> list[str]:
         sentences.append(f"{plural(len(without), 'SAE')} without a valid absorption score: {reasons}.")
     scored = [sae for sae in whole if sae.get(MEASURES["full"]) is not None and not sae.invalid]
     if scored:
-        sentences.append(_meaning(max(scored, key=lambda sae: sae.get(MEASURES["full"]) or 0)))
+        sentences.append(meaning(max(scored, key=lambda sae: sae.get(MEASURES["full"]) or 0)))
     return [sentence for sentence in sentences if sentence]
 
 
