@@ -20,7 +20,9 @@ BATCH = 4096
 VOID = {"meta", "br", "hr", "input", "img", "link"}
 
 
-def fake_run(folder: Path, archs=("topk",), widths=(16384,), l0s=(50.0,), words: int = 900, **facts) -> Path:
+def fake_run(
+    folder: Path, archs=("topk",), widths=(16384,), l0s=(50.0,), words: int = 900, seeds=(0,), **facts
+) -> Path:
     """Write a plausible run: curves that saturate, absorption that rises with width and falls with L0."""
     import numpy as np
     import pandas as pd
@@ -28,7 +30,7 @@ def fake_run(folder: Path, archs=("topk",), widths=(16384,), l0s=(50.0,), words:
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     rows, tables, saes = [], [], []
-    for spec in (SAESpec(arch=a, width=w, l0=t) for a in archs for w in widths for t in l0s):
+    for spec in (SAESpec(arch=a, width=w, l0=t, seed=s) for a in archs for w in widths for t in l0s for s in seeds):
         level = min(0.9, 0.06 * math.log2(spec.width / 256) / math.log2(spec.l0 + 2) * 2)
         history = [_row(spec, step, level * (1 - math.exp(-step / 50)), rng) for step in STEPS]
         tables += [_letters(spec, step, level * (1 - math.exp(-step / 50)), rng) for step in STEPS]
@@ -248,6 +250,94 @@ def test_strings_from_the_run_never_become_markup(tmp_path):
     assert "img" not in page.tags and page.tags.count("script") == 2
     assert page.words[0][0][0] == evil and f"on “{evil}”" in page.text
     assert "a <b>note</b> & more" in page.text and "x <script>alert(1)</script>" in page.text
+
+
+def grow(run: Path) -> Path:
+    """Give a run what newer evaluations hold: intervals and outcomes by letter, means of them, all baselines."""
+    import pandas as pd
+
+    table = pd.read_parquet(run / "absorption.parquet")
+    letters, words = table["level"].eq("letter"), table["level"].eq("word")
+    new = {"lost_carried": 0.2, "lost_below": 0.1, "lost_nobody": 0.05}
+    bounds = {
+        f"{name}_{end}": value for name in ("fraction", "full") for end, value in (("low", 0.012), ("high", 0.678))
+    }
+    for name, value in (new | bounds | {"full_family": 0.0432}).items():
+        table.loc[letters, name] = value
+    table.loc[words, "outcome"] = "carried"
+    table.to_parquet(run / "absorption.parquet")
+    facts = json.loads((run / "run.json").read_text())
+    for sae in facts["saes"]:
+        sae["final"] |= {f"absorption/mean_{name}": value for name, value in new.items()}
+        sae["final"] |= {"absorption/mean_full_family": 0.0764, "absorption/mean_recall_main": 0.6543}
+        sae["baseline"] |= {"shuffled_labels": {"mean_fraction": 0.111, "mean_full": 0.222}}
+        sae["baseline"] |= {"probe": {"mean_fraction": 0.0, "mean_full": 0.0, "mean_f1": 0.988}}
+    (run / "run.json").write_text(json.dumps(facts))
+    return run
+
+
+def test_family_corrected_rate_baselines_and_outcomes_are_shown_where_a_run_has_them(tmp_path):
+    path = write_report(grow(fake_run(tmp_path / "run")))
+    page, text = read(path), path.read_text()
+    assert "takes away 24 % of the full rate and leaves 0.076" in page.text
+    assert "0.111 / 0.222" in page.text and "shuffled labels" in page.text and "0.654" in page.text
+    assert "main latents fire on 65.0 %. They miss 20.0 % because" in page.text
+    assert re.search(r"<title>A, full: \d\.\d{3} \(0\.012 to 0\.678\)</title>", text)
+    assert "<title>A, full, family-corrected: 0.043</title>" in text and "<title>A, nobody: 5.0\u00a0%</title>" in text
+    assert page.words[0][0][9] == "carried" and 'data-column="outcome"' in text
+    several = read(write_report(grow(fake_run(tmp_path / "grid", l0s=(8.0, 50.0))))).text
+    assert "Where recall goes" in several
+
+
+def test_older_runs_show_none_of_it(tmp_path):
+    path = write_report(fake_run(tmp_path / "run"))
+    text = read(path).text
+    for absent in ("Where recall goes", "family", "shuffled labels", "Training seeds", "outcome", "They miss"):
+        assert absent not in text, absent
+    assert "Absorption, full, by letter" in text
+
+
+def test_several_training_seeds_give_two_way_intervals_and_comparisons_of_neighbours(tmp_path):
+    from sae_train.evals.intervals import letters_by_seeds, paired_difference
+
+    run = fake_run(tmp_path / "run", widths=(1024, 4096), l0s=(8.0, 32.0), words=30, seeds=(0, 1, 2))
+    text = write_report(run).read_text()
+    cells = dict(re.findall(r'<tr><th scope="row">(topk, .*?)</th>(.*?)</tr>', text, re.S))
+    narrow, wide = _fractions(run, 1024, 8.0), _fractions(run, 4096, 8.0)
+    assert narrow.shape == (3, 25)
+    own = letters_by_seeds(narrow)
+    assert f"{own.mean:.3f} <small>{own.low:.3f} to {own.high:.3f}</small>" in cells["topk, 1k, L0 8"]
+    assert f"<td>{own.visible:.3f}</td>" in cells["topk, 1k, L0 8"]
+    wider = paired_difference(wide, narrow)
+    difference, judged = cells["topk, L0 8: width 4k − 1k"].split("</td>")[:2]
+    assert f"{wider.mean:.3f} <small>{wider.low:.3f} to {wider.high:.3f}</small>" in difference
+    assert judged.startswith("<td>distinguishable") is wider.excludes_zero
+    assert len([name for name in cells if "−" in name]) == 4
+
+
+def _fractions(run: Path, width: int, l0: float):
+    """Seeds × letters that count, at the last step."""
+    import pandas as pd
+    import torch
+
+    table = pd.read_parquet(run / "absorption.parquet")
+    table = table[table["level"].eq("letter") & table["step"].eq(STEPS[-1]) & table["counts"].eq(True)]
+    names = [SAESpec(arch="topk", width=width, l0=l0, seed=seed).name for seed in range(3)]
+    rows = [table[table["sae"] == name].sort_values("letter")["fraction"].tolist() for name in names]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_runs_of_other_lengths_or_models_are_no_further_seeds(tmp_path):
+    def trained(name: str, seed: int, tokens: int) -> Path:
+        run = fake_run(tmp_path / name, words=30, seeds=(seed,))
+        facts = json.loads((run / "run.json").read_text())
+        facts["settings"]["train"]["tokens"] = tokens
+        (run / "run.json").write_text(json.dumps(facts))
+        return run
+
+    first, longer, second = trained("first", 0, 1000), trained("longer", 1, 9000), trained("second", 1, 1000)
+    assert "Training seeds" not in read(write_report([first, longer])).text
+    assert "Training seeds" in read(write_report([first, longer, second])).text
 
 
 def test_interval_that_includes_zero_is_not_distinguishable(tmp_path):

@@ -109,7 +109,7 @@ def _tiles(sae: TrainedSAE) -> str:
 
 
 def _beside(sae: TrainedSAE) -> str:
-    found = tables.baselines(sae)
+    found = tables.baselines(sae, whole=True)
     lead = (
         "Small numbers are 95 % intervals over words. A broken SAE absorbs nothing, so read scores with recall and F1."
     )

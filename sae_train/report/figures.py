@@ -8,7 +8,7 @@ from __future__ import annotations
 from sae_train.config import width_label
 from sae_train.report.charts import Figure, Line, draw, heat_map
 from sae_train.report.data import TrainedSAE
-from sae_train.report.text import escape, number, tick
+from sae_train.report.text import escape, nouns, number, tick
 
 COLOURS, DASHES, STRENGTHS = 8, 4, 4
 OWN_COLOUR = 6  # up to so many SAEs each has a colour of its own
@@ -69,7 +69,8 @@ def styles(saes: list[TrainedSAE]) -> tuple[list[str], str]:
 def curves(saes: list[TrainedSAE], css: list[str]) -> list[tuple[Figure, str]]:
     """Every figure that has at least one point, with its SVG."""
     drawn = []
-    for key, title, note, metric, log, zero in CURVES:
+    for key, *texts, metric, log, zero in CURVES:
+        title, note = (_worded(text, saes[0].noun if saes else "letter") for text in texts)
         lines = [line for i, sae in enumerate(saes) if (line := _line(i, css[i], sae, metric, log))]
         if lines:
             targets = sorted({sae.l0 for sae in saes if sae.l0}) if key == "l0" else []
@@ -135,6 +136,10 @@ def _line(index: int, css: str, sae: TrainedSAE, metric: str, log: bool) -> Line
     if not all(a in lows and a in highs for a in x):
         return Line(index, css, x, y)
     return Line(index, css, x, y, [lows[a] for a in x], [highs[a] for a in x])
+
+
+def _worded(text: str, noun: str) -> str:
+    return text.replace("letters", nouns(noun)).replace("letter", noun)
 
 
 def _levels(values: list) -> list:

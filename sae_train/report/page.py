@@ -102,10 +102,11 @@ def _grids(saes: list[TrainedSAE]) -> str:
 
 
 def _seeds(runs: list[Run]) -> str:
+    noun = next((sae.noun for run in runs for sae in run.saes), "letter")
     lead = (
-        "Intervals are 95 % two-way bootstraps over the labels that count in all seeds and over the training seeds; "
-        "differences are paired by label. A smaller difference than the smallest visible one would be missed in one "
-        "of five cases or more."
+        f"Intervals are 95 % two-way bootstraps over the training seeds and the {escape(nouns(noun))} that count "
+        "in all of them; differences are paired. Of differences as large as the smallest visible one, four in five "
+        "would be found."
     )
     found = seed_tables(runs)
     return section("Training seeds", found, lead=lead) if found else ""

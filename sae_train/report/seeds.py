@@ -118,7 +118,8 @@ def _pair_row(a: Cell, b: Cell, trait: str) -> list[str]:
     row = [escape(name)]
     for score in SCORES:
         found = paired_difference(b.matrix(score, letters), a.matrix(score, letters))
-        row += [_spanned(found), "distinguishable" if found.excludes_zero else "not distinguishable"]
+        judged = "distinguishable" if found.excludes_zero else "not distinguishable"
+        row += [_spanned(found), f"{judged} <small>(visible from {fixed(found.visible)})</small>"]
     return row
 
 

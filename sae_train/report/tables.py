@@ -24,7 +24,13 @@ BASELINES = {
     "random_directions": ("random directions", "this SAE, random vectors for the probe"),
     "probe": ("probe", "its read-outs as latents: upper bound of recall"),
 }
-COLUMNS = ("mean_fraction", "mean_full", "mean_full_family", "mean_recall_main", "mean_f1")
+COLUMNS = {
+    "mean_fraction": "fraction",
+    "mean_full": "full",
+    "mean_full_family": "full, family",
+    "mean_recall_main": "recall, main latents",
+    "mean_f1": "F1, best latent",
+}
 
 
 def overview(saes: list[TrainedSAE]) -> str:
@@ -38,17 +44,20 @@ def overview(saes: list[TrainedSAE]) -> str:
     return table(head + scores, rows, "sortable")
 
 
-def baselines(sae: TrainedSAE) -> str:
-    """One SAE's scores beside those of its baselines; empty where none was evaluated."""
+def baselines(sae: TrainedSAE, whole: bool = False) -> str:
+    """One SAE's scores beside those of its baselines, of all of them if whole; empty where none was evaluated."""
     if sae.invalid or not any(sae.baselines.get(name) for name in BASELINES):
         return ""
     own = {name: sae.get(f"absorption/{name}") for key in COLUMNS for name in (key, f"{key}_low", f"{key}_high")}
-    rows = [["<b>this SAE</b>", *(_spanned(own, key) for key in COLUMNS)]]
+    beside = {name: sae.baselines.get(name) or {} for name in BASELINES}
+    known = {name for figures in (own, *beside.values()) for name in figures if figures[name] is not None}
+    columns = [name for name in COLUMNS if whole or name in known]
+    rows = [["<b>this SAE</b>", *(_spanned(own, name) for name in columns)]]
     for name, (title, note) in BASELINES.items():
-        figures = sae.baselines.get(name) or {}
-        rows.append([f"{title}<br><small>{note}</small>", *(_spanned(figures, key) for key in COLUMNS)])
-    head = ["", "fraction", "full", "full, family", "recall, main latents", "F1, best latent"]
-    return table(head, rows, "beside")
+        if beside[name] or whole:
+            cells = [_spanned(beside[name], column) for column in columns]
+            rows.append([f"{title}<br><small>{note}</small>", *cells])
+    return table(["", *(COLUMNS[name] for name in columns)], rows, "beside")
 
 
 def grids(saes: list[TrainedSAE]) -> str:
