@@ -156,10 +156,12 @@ def test_a_causal_preset_says_that_full_is_the_causal_rate_and_shows_effects(tmp
     words.loc[words["outcome"] != "carried", ["effect", "second_effect", "effect_cos"]] = math.nan
     words.loc[words["outcome"] != "carried", "effect_latent"] = -1
     page, text = written(tmp_path, planted(preset="paper", words=words))
-    assert "full, the causal rate;" in page.text and "takes the causal rate for full" in page.text
+    assert "(the causal rate;" in page.text and "takes the causal rate for full" in page.text
+    assert _rows(text, "shuffled labels")[0][1] == "0.046 <small>by projections</small>"
+    assert "full by projections, family" in page.text and page.text.count("full by projections, family") == 3
     assert page.words[0][0][8] == 1 and page.words[0][0][11:] == [4000, -3.5, -0.5, 0.41]
     assert page.words[0][-1][11:] == [None] * 4
-    assert 'data-column="effect"' in text and "full, family-corrected:" not in text
+    assert 'data-column="effect"' in text and "Absorption, causal rate, by letter" in page.text
 
 
 def test_labels_of_other_hierarchies_are_called_by_their_name(tmp_path):

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from sae_train.report import tables
 from sae_train.report.data import TrainedSAE, plain
-from sae_train.report.findings import FAMILY, MEASURES, absorption, family, lost, meaning, weak
+from sae_train.report.findings import (
+    FAMILY,
+    MEASURES,
+    absorption,
+    family,
+    family_name,
+    lost,
+    meaning,
+    measure_name,
+    weak,
+)
 from sae_train.report.interventions import intervention_section
 from sae_train.report.letters import charts, letter_table, probe_table
 from sae_train.report.shell import document, flat, folded, paragraphs, section, tiles
@@ -91,11 +101,10 @@ def _caveat(sae: TrainedSAE) -> str:
 
 def _tiles(sae: TrainedSAE) -> str:
     cells = []
-    names = {"absorption, fraction": MEASURES["fraction"], "absorption, full": MEASURES["full"]}
-    names |= {"full, family-corrected": FAMILY, "recall of main latents": RECALL}
+    names = {f"absorption, {measure_name(sae, measure)}": metric for measure, metric in MEASURES.items()}
+    names |= {family_name(sae): FAMILY, "recall of main latents": RECALL}
     for name, metric in names.items():
         span = interval(sae.get(f"{metric}_low"), sae.get(f"{metric}_high"))
-        name = "absorption, causal rate" if sae.causal and metric == MEASURES["full"] else name
         cells.append((name, fixed(sae.get(metric)), span))
     noun = escape(sae.noun)
     counting = fixed(sae.get("absorption/n_letters"), 0)

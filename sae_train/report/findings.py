@@ -21,6 +21,16 @@ MEANING = {
 }
 
 
+def measure_name(sae: TrainedSAE, measure: str) -> str:
+    """What a score is called: the paper's presets have another kind of full score."""
+    return "causal rate" if sae.causal and measure == "full" else measure
+
+
+def family_name(sae: TrainedSAE) -> str:
+    """What the family-corrected full rate is called; it is by projections whatever full is."""
+    return "full by projections, family" if sae.causal else "full, family"
+
+
 def against_zero(sae: TrainedSAE, measure: str) -> bool | None:
     """Whether the interval of a measure excludes 0; None without an interval."""
     low = sae.get(f"{MEASURES[measure]}_low")
@@ -48,7 +58,9 @@ def absorption(sae: TrainedSAE) -> str:
     if not random:
         return f"{text} No random SAE was evaluated beside it."
     above = [measure for measure in MEASURES if against_random(sae, measure)]
-    than = f"its {listed(above)} score is" if len(above) == 1 else "both scores are"
+    than = (
+        f"its {listed([measure_name(sae, measure) for measure in above])} is" if len(above) == 1 else "both scores are"
+    )
     judged = f"{than} distinguishably above that" if above else "it is not distinguishable from that"
     return f"{text} A random SAE of the same width and L0 scores {' and '.join(random)}: {judged}."
 
@@ -146,14 +158,14 @@ def _score(sae: TrainedSAE, measure: str) -> str:
     apart = against_zero(sae, measure)
     judged = "no interval" if apart is None else f"95 % interval {span}"
     judged += ", not distinguishable from 0" if apart is False else ""
-    name = "full, the causal rate" if sae.causal and measure == "full" else measure
-    return f"<b>{fixed(sae.get(metric))}</b> ({name}; {judged})"
+    name = measure_name(sae, measure)
+    return f"<b>{fixed(sae.get(metric))}</b> ({'the ' if name != measure else ''}{name}; {judged})"
 
 
 def _random_score(sae: TrainedSAE, measure: str) -> str:
     low, high = (sae.baseline.get(f"mean_{measure}_{end}") for end in ("low", "high"))
     span = interval(low, high)
-    return f"{fixed(sae.baseline[f'mean_{measure}'])} ({measure}{f'; {span}' if span else ''})"
+    return f"{fixed(sae.baseline[f'mean_{measure}'])} ({measure_name(sae, measure)}{f'; {span}' if span else ''})"
 
 
 def _numbered(latents: list[int]) -> str:

@@ -8,28 +8,27 @@ from __future__ import annotations
 from typing import Any
 
 from sae_train.report.data import OUTCOMES, TrainedSAE, outcomes_of
-from sae_train.report.findings import MEASURES, outcome_key
+from sae_train.report.findings import MEASURES, family_name, measure_name, outcome_key
 from sae_train.report.marks import Mark, Row, dots, key, stacked
 from sae_train.report.shell import figure, table
 from sae_train.report.text import escape, fixed, label_name, nouns, number
 
 COLOURS = [f"out{i}" for i in range(len(OUTCOMES))]
-TITLES = {"fraction": "Absorption, fraction", "full": "Absorption, full"}
 
 
 def charts(sae: TrainedSAE) -> str:
     """Scores with intervals, outcomes and splitting of each label; empty without labels."""
     if not any(row.get("counts") for row in sae.last_letters):
         return ""
-    drawn = [_scores(sae, measure) for measure in TITLES] + [_outcomes(sae), _splitting(sae)]
+    drawn = [_scores(sae, measure) for measure in MEASURES] + [_outcomes(sae), _splitting(sae)]
     return f'<div class="plots two">{"".join(drawn)}</div>'
 
 
 def letter_table(sae: TrainedSAE) -> str:
     """The last evaluation by label."""
-    head = [escape(sae.noun), "fraction", "full"]
+    head = [escape(sae.noun), *(measure_name(sae, measure) for measure in MEASURES)]
     with_family = any("full_family" in row for row in sae.last_letters)
-    head += ["full, family"] if with_family else []
+    head += [family_name(sae)] if with_family else []
     head += [
         "fully absorbed / words",
         "main latents",
@@ -73,7 +72,7 @@ def _scores(sae: TrainedSAE, measure: str) -> str:
     entries += [("rule mean", "mean")] if mean is not None else []
     entries += [("rule random", "random SAE")] if random is not None else []
     lines = [(value, css) for value, css in ((mean, "mean"), (random, "random")) if value is not None]
-    title = f"{TITLES[measure]}, by {sae.noun}"
+    title = f"Absorption, {measure_name(sae, measure)}, by {sae.noun}"
     return figure(title, key(entries), dots(rows, title, lines=lines))
 
 

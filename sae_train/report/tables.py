@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_train.report.data import TrainedSAE
 from sae_train.report.figures import grid
-from sae_train.report.findings import FAMILY, MEASURES
+from sae_train.report.findings import FAMILY, MEASURES, family_name, measure_name
 from sae_train.report.shell import table
 from sae_train.report.text import ABSENT, escape, fixed, interval, nouns, percent, short, target
 
@@ -24,6 +24,7 @@ BASELINES = {
     "random_directions": ("random directions", "this SAE, random vectors for the probe"),
     "probe": ("probe", "its read-outs as latents: upper bound of recall"),
 }
+PROJECTED = ("shuffled_labels", "random_directions", "probe")  # scored so by every preset
 COLUMNS = {
     "mean_fraction": "fraction",
     "mean_full": "full",
@@ -38,8 +39,13 @@ def overview(saes: list[TrainedSAE]) -> str:
     beside = [name for name in BASELINES if name == "random" or any(sae.baselines.get(name) for sae in saes)]
     with_family = any(sae.get(FAMILY) is not None for sae in saes)
     head = ["SAE", "L0 asked", "L0 reached", "EV", "CE recovered", "dead"]
-    scores = ["absorption, fraction", "absorption, full", *(["full, family"] if with_family else [])]
-    scores += [BASELINES[name][0] for name in beside] + [escape(nouns(saes[0].noun)), "mean F1"]
+    scores = [f"absorption, {measure_name(saes[0], measure)}" for measure in MEASURES]
+    scores += [family_name(saes[0])] if with_family else []
+    ways = [", by projections" if saes[0].causal and name in PROJECTED else "" for name in beside]
+    scores += [BASELINES[name][0] + way for name, way in zip(beside, ways, strict=True)] + [
+        escape(nouns(saes[0].noun)),
+        "mean F1",
+    ]
     rows = [_overview_row(sae, beside, with_family, len(scores)) for sae in saes]
     return table(head + scores, rows, "sortable")
 
@@ -55,9 +61,10 @@ def baselines(sae: TrainedSAE, whole: bool = False) -> str:
     rows = [["<b>this SAE</b>", *(_spanned(own, name) for name in columns)]]
     for name, (title, note) in BASELINES.items():
         if beside[name] or whole:
-            cells = [_spanned(beside[name], column) for column in columns]
+            cells = [_spanned(beside[name], column) + _way(sae, name, beside[name], column) for column in columns]
             rows.append([f"{title}<br><small>{note}</small>", *cells])
-    return table(["", *(COLUMNS[name] for name in columns)], rows, "beside")
+    titles = COLUMNS | {"mean_full": measure_name(sae, "full"), "mean_full_family": family_name(sae)}
+    return table(["", *(titles[name] for name in columns)], rows, "beside")
 
 
 def grids(saes: list[TrainedSAE]) -> str:
@@ -95,6 +102,12 @@ def _overview_row(sae: TrainedSAE, beside: list[str], with_family: bool, n_score
 def _pair(figures: dict[str, Any]) -> str:
     pair = [fixed(figures.get(f"mean_{measure}")) for measure in MEASURES]
     return " / ".join(pair) if set(pair) != {ABSENT} else ABSENT
+
+
+def _way(sae: TrainedSAE, baseline: str, figures: dict[str, Any], column: str) -> str:
+    """A full score of another kind than its column's says so."""
+    other = sae.causal and baseline in PROJECTED and column == "mean_full" and figures.get(column) is not None
+    return " <small>by projections</small>" if other else ""
 
 
 def _spanned(figures: dict[str, Any], name: str) -> str:
