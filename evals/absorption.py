@@ -1,7 +1,7 @@
 """Absorption of one SAE: an SAE and a model's eval assets come in, an AbsorptionResult goes out.
 
-The SAE is anything with encode(x) -> (n, d_sae) and W_dec (d_sae, d_in); encode_sparse, decode and W_enc are used where
-they exist. It is only read: no gradient mode, weight, dtype or global random state changes.
+The SAE is anything with encode(x) -> (n, d_sae) and W_dec (d_sae, d_in); encode_entries, decode and W_enc are used
+where they exist. It is only read: no gradient mode, weight, dtype or global random state changes.
 """
 
 from __future__ import annotations

@@ -84,12 +84,14 @@ class Latents:
 
 
 def from_dense(latents: Float[Tensor, "n_rows d_sae"]) -> Latents:
-    rows, columns = latents.nonzero(as_tuple=True)
-    return _from_entries(rows, columns, latents[rows, columns].float(), latents.shape)
+    # One long row searches faster than many short ones.
+    flat = latents.reshape(-1).nonzero().squeeze(1)
+    rows, columns = flat // latents.shape[1], flat % latents.shape[1]
+    return _from_entries(rows, columns, latents.reshape(-1)[flat].float(), latents.shape)
 
 
 def encode(sae: Any, x: Float[Tensor, "n_rows d_in"]) -> Latents:
-    """Encode once, in blocks, keeping what fires; an SAE with `encode_sparse` never builds the dense block."""
+    """Encode once, in blocks, keeping what fires; an SAE with `encode_entries` never builds the dense block."""
     d_sae = sae.W_dec.shape[0]
     rows_per_block = max(16, _CHUNK_ELEMENTS // d_sae)
     parts = [_encode_block(sae, block, d_sae) for block in x.split(rows_per_block)]
@@ -100,14 +102,10 @@ def encode(sae: Any, x: Float[Tensor, "n_rows d_in"]) -> Latents:
 
 
 def _encode_block(sae: Any, x: Tensor, d_sae: int) -> Latents:
-    # Ours has encode_sparse for every architecture and refuses it for all but topk.
-    architecture = getattr(getattr(sae, "cfg", None), "architecture", "topk")
-    if not hasattr(sae, "encode_sparse") or architecture != "topk":
+    if not hasattr(sae, "encode_entries"):
         return from_dense(sae.encode(x))
-    values, columns = sae.encode_sparse(x)
-    hit = values != 0
-    rows = torch.arange(len(x), device=x.device)[:, None].expand_as(columns)[hit]
-    return _from_entries(rows, columns[hit].long(), values[hit].float(), (len(x), d_sae))
+    values, columns, counts = sae.encode_entries(x)
+    return Latents(torch.nn.functional.pad(counts.cumsum(0), (1, 0)), columns.long(), values.float(), d_sae)
 
 
 def _from_entries(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Latents:

@@ -152,11 +152,10 @@ def pre_above(x, W_enc, b_enc, b_dec, floor: Tensor | float) -> tuple[Tensor, Pa
     values, latents, counts = [], [], []
     with torch.no_grad():
         for pre in _slabs(x, W_enc, b_enc, b_dec):
-            mask = pre > floor
-            flat = mask.view(-1).nonzero().view(-1)
+            flat = (pre > floor).view(-1).nonzero().view(-1)
             values.append(pre.view(-1)[flat])
             latents.append(flat % pre.shape[1])
-            counts.append(mask.sum(1))
+            counts.append(torch.bincount(flat // pre.shape[1], minlength=len(pre)))
         counts = torch.cat(counts)
         offsets = nnf.pad(counts.cumsum(0), (1, 0))
         pattern = Pattern(torch.cat(latents), offsets, W_enc.shape[1])

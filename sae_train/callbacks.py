@@ -84,16 +84,17 @@ class Absorption:
     """The absorption eval; letters go to the table at every look, words at the last one."""
 
     def __init__(
-        self, lm: LanguageModel, assets: Assets, preset: str, scale: float, last_step: int,
+        self, lm: LanguageModel, assets: Assets, settings: EvalSettings, scale: float, last_step: int,
         keep: Callable[[pd.DataFrame], None],
     ):  # fmt: skip
-        self.lm, self.assets, self.preset, self.scale = lm, assets.to(lm.device), preset, scale
+        self.lm, self.assets, self.settings, self.scale = lm, assets.to(lm.device), settings, scale
         self.last_step, self.keep = last_step, keep
         self.results: dict[str, AbsorptionResult] = {}
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
         start = time.perf_counter()
-        result = absorption.evaluate(learner.export(self.scale), self.assets, preset=self.preset, lm=self.lm)
+        sae, how = learner.export(self.scale), self.settings
+        result = absorption.evaluate(sae, self.assets, how.preset, how.eval_seed, self.lm)
         self.results[learner.name] = result
         self.keep(table_of(result, learner.name, step, with_words=step == self.last_step))
         yield from figures_of(result)
@@ -108,7 +109,10 @@ def table_of(result: AbsorptionResult, sae: str, step: int, with_words: bool) ->
     if with_words:
         parts.append(result.words.assign(level="word"))
     table = pd.concat([part for part in parts if len(part)], ignore_index=True) if any(map(len, parts)) else parts[0]
-    return table.assign(sae=sae, step=step, preset=result.preset, valid=result.valid, reason=result.reason)
+    return table.assign(
+        sae=sae, step=step, preset=result.preset, eval_seed=result.seed, asset_hash=result.asset_hash,
+        valid=result.valid, reason=result.reason,
+    )  # fmt: skip
 
 
 def figures_of(result: AbsorptionResult) -> Pairs:

@@ -91,12 +91,13 @@ class Runner:
             trainer.Callback(callbacks.Fidelity(opened.lm, data, opened.scale), looks),
         ]
         if self.assets is not None:
-            preset = settings.eval.preset
             self.absorption = callbacks.Absorption(
-                opened.lm, self.assets, preset, opened.scale, n_steps, self._keep_absorption
+                opened.lm, self.assets, settings.eval, opened.scale, n_steps, self._keep_absorption
             )
             # Where too few letters can be read off the model itself, one look records that; more would say the same.
-            readable = int(self.assets.letters_that_count.sum()) >= self.assets.n_needed(get_preset(preset))
+            readable = int(self.assets.letters_that_count.sum()) >= self.assets.n_needed(
+                get_preset(settings.eval.preset)
+            )
             made.append(trainer.Callback(self.absorption, looks if readable else frozenset({n_steps})))
         return made
 
@@ -129,6 +130,7 @@ class Runner:
             "epochs": opened.stream.epoch,
             "seconds": opened.clock.training,
             "eval_seconds": opened.clock.paused_for,
+            "eval_assets": {} if self.assets is None else {"hash": self.assets.hash, **self.assets.settings},
             "saes": [self._describe(learner, finals.get(learner.name, {})) for learner in opened.learners],
         }
         self.log.write_run(self.info)

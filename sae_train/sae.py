@@ -75,6 +75,20 @@ class SAE(nn.Module):
             raise UserError(f"encode_sparse needs a topk SAE; this one is {self.cfg.architecture}: use encode.")
         return ops.encode_topk(x, self.W_enc, self.b_enc, self._input_bias(), self.cfg.k)
 
+    @torch.no_grad()
+    def encode_entries(self, x: Float[Tensor, "batch d_in"]) -> tuple[Tensor, Tensor, Int[Tensor, " batch"]]:
+        """Return the active latents of all rows, row after row: (values, latents, how many of each row).
+
+        The dense block is never kept whole; nothing is differentiable.
+        """
+        if self.cfg.architecture == "topk":
+            values, latents = self.encode_sparse(x)
+            active = values != 0
+            return values[active], latents[active], active.sum(1)
+        floor = self.threshold if self.cfg.architecture == "jumprelu" else 0.0
+        values, pattern = ops.active_above(x, self.W_enc, self.b_enc, self._input_bias(), floor)
+        return values, pattern.latents, pattern.offsets.diff()
+
     def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
         """Return the reconstruction of dense latents."""
         return torch.addmm(self.b_dec, latents, self.W_dec)

@@ -11,10 +11,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
 from sae_train.evals import k_sparse, lasso
 from sae_train.evals.figures import auroc, f1_precision_recall
-from sae_train.evals.latents import Latents, encode, from_dense
+from sae_train.evals.latents import encode, from_dense
 from sae_train.evals.presets import SAEBENCH
 from sae_train.evals.probes import Schedule, fit_dense, fit_sparse, ranking_schedule
 from sae_train.evals.ranking import rank_latents
+from sae_train.sae import SAE, SAEConfig
 
 
 def _data(n=200, d=40, share=0.06, seed=0):
@@ -201,19 +202,22 @@ def test_latents_table_round_trips():
     assert torch.equal(table.fires(), (x != 0).any(0))
 
 
-def test_encoding_is_the_same_sparse_and_dense():
-    class Sparse:
-        W_dec = torch.zeros(12, 5)
-
-        def encode(self, x):
-            return (x @ torch.arange(60.0).view(5, 12).cos()).relu()
-
-        def encode_sparse(self, x):
-            return self.encode(x).topk(12)
+@pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu"])
+def test_encoding_is_the_same_by_entries_and_dense(architecture):
+    k = 5 if architecture == "topk" else None
+    sae = SAE(SAEConfig(architecture=architecture, d_in=6, d_sae=40, k=k))
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=g))
+        if architecture == "jumprelu":
+            sae.threshold.abs_()
 
     class Dense:
-        W_dec, encode = Sparse.W_dec, Sparse.encode
+        W_dec, encode = sae.W_dec, sae.encode
 
-    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
-    sparse, dense = encode(Sparse(), x), encode(Dense(), x)
-    assert isinstance(sparse, Latents) and torch.equal(sparse.dense(), dense.dense())
+    x = torch.randn(50, 6, generator=g)
+    with torch.no_grad():
+        entries, dense = encode(sae, x), encode(Dense(), x)
+    assert torch.allclose(entries.dense(), dense.dense(), atol=1e-5) and 0 < entries.l0 < 40
+    assert torch.equal(entries.dense() != 0, dense.dense() != 0)
