@@ -289,6 +289,21 @@ def test_family_corrected_rate_baselines_and_outcomes_are_shown_where_a_run_has_
     assert "Where recall goes" in several
 
 
+def test_labels_of_another_hierarchy_are_called_by_its_name(tmp_path):
+    import pandas as pd
+
+    run = fake_run(tmp_path / "run", words=30)
+    facts = json.loads((run / "run.json").read_text())
+    facts["settings"]["eval"]["hierarchy"] = "hierarchies/word-class.json"
+    (run / "run.json").write_text(json.dumps(facts))
+    table = pd.read_parquet(run / "absorption.parquet")
+    table["letter"] = table["letter"].replace({"a": "adjective", "b": "a name that is far too long for a margin"})
+    table.to_parquet(run / "absorption.parquet")
+    page = read(write_report(run))
+    assert "over the 25 word classes that count" in page.text and "Absorption by word class" in page.text
+    assert "F1 of the word class latents" in page.text and "a name that is far too …" in page.text
+
+
 def test_older_runs_show_none_of_it(tmp_path):
     path = write_report(fake_run(tmp_path / "run"))
     text = read(path).text

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from sae_train.report.text import escape, fixed, tick
+from sae_train.report.text import escape, fixed, label_name, tick
 
 WIDTH, HEIGHT = 380, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 32
 MOST_POINTS = 160
+CHARACTER, MOST_LEFT = 6.3, 160  # width of a label's character, most room for labels
 WARM_UP = 0.03  # share of the x-axis that does not stretch the y-axis
 
 
@@ -74,30 +75,42 @@ def draw(figure: Figure) -> str:
     )
 
 
-def heat_map(rows: list[str], columns: list[str], values: list[list[float | None]], most: float, noun: str) -> str:
+def heat_map(rows: list[str], columns: list[str], values: list[list[float | None]], most: float, title: str) -> str:
     """Draw rows × columns of values in [0, most] as shaded cells, each with its number on hovering."""
-    cell, left, top = 13, 20, 4
+    cell, left, top = 13, left_margin(rows), 4
     wide = (WIDTH - left - 6) / max(len(columns), 1)
     parts = []
     for i, row in enumerate(rows):
-        mid = top + i * cell + cell - 3
-        parts.append(f'<text x="{left - 5}" y="{mid}" text-anchor="end">{escape(row)}</text>')
+        parts.append(row_label(row, left, top + i * cell + cell - 7))
         for j, value in enumerate(values[i]):
             if value is not None:
                 shade = min(value / most, 1) if most else 0
                 parts.append(
                     f'<rect x="{left + j * wide:.1f}" y="{top + i * cell}" width="{wide - 1:.1f}" '
                     f'height="{cell - 1}" fill-opacity="{0.04 + 0.96 * shade:.2f}">'
-                    f"<title>{escape(row)}, {escape(columns[j])}: {fixed(value)}</title></rect>"
+                    f"<title>{escape(label_name(row))}, {escape(columns[j])}: {fixed(value)}</title></rect>"
                 )
     every = math.ceil(len(columns) / 6)
     bottom = top + len(rows) * cell
     for j in range(len(columns) - 1, -1, -every):
         x = left + (j + 0.5) * wide
         parts.append(f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{escape(columns[j])}</text>')
-    label = f"{noun} by letter (rows) and tokens (columns)"
     size = f'viewBox="0 0 {WIDTH} {bottom + 20}"'
-    return f'<svg class="heat" {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    return f'<svg class="heat" {size} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+
+
+def left_margin(labels: list[str]) -> float:
+    """Room for the rows' labels, within reason."""
+    longest = max((len(label) for label in labels), default=1)
+    return min(max(longest * CHARACTER + 8, 20), MOST_LEFT)
+
+
+def row_label(label: str, left: float, y: float) -> str:
+    """Write a row's label at its left, cut if it is too long for any margin."""
+    name, room = label_name(label), int((MOST_LEFT - 8) / CHARACTER)
+    shown = name if len(name) <= room else name[: room - 1] + "…"
+    whole = f"<title>{escape(name)}</title>" if shown != name else ""
+    return f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(shown)}{whole}</text>'
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -111,7 +111,7 @@ class Run:
 def carried(word: dict[str, Any]) -> float | None:
     """Share of the activation's projection on the letter's probe that the first absorber carries."""
     a, proj = number(word.get("a")), word["absorber_proj"]
-    return number(proj[0] / a) if a and proj else None
+    return number(proj[0] / a) if a and a > 0 and proj else None
 
 
 def outcomes_of(row: dict[str, Any]) -> list[float] | None:

@@ -92,7 +92,7 @@ def letter_maps(sae: TrainedSAE) -> list[tuple[str, str]]:
         most = max((value for value in found.values() if value is not None), default=0)
         values = [[found.get((letter, step)) for step, _ in steps] for letter in letters]
         title = f"{noun} by {sae.noun} and tokens (darkest: {most:.2f})"
-        maps.append((title, heat_map(letters, columns, values, most, noun)))
+        maps.append((title, heat_map(letters, columns, values, most, title)))
     return maps
 
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sae_train.report.charts import Scale, nice_ticks
+from sae_train.report.charts import Scale, left_margin, nice_ticks, row_label
 from sae_train.report.text import escape, fixed, interval, label_name, percent, tick
 
 WIDTH, RIGHT, TOP, BOTTOM = 380, 10, 6, 20
-CHARACTER = 6.3  # width of a character of the labels
-MOST_LEFT = 160
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,14 @@ def dots(
     lines: list[tuple[float, str]] | None = None, right: int = RIGHT,
 ) -> str:  # fmt: skip
     """Draw marks along a shared axis; lines are vertical ones, (value, css)."""
-    left, low, high = _left([row.label for row in rows]), *(span or _span(rows))
+    left, low, high = left_margin([row.label for row in rows]), *(span or _span(rows))
     x = Scale(low, high, left, WIDTH - right)
     bottom = TOP + height * len(rows)
     parts = [_ruling(x, bottom)]
     parts += [_vertical(x, value, css, bottom) for value, css in lines or [] if low <= value <= high]
     for i, row in enumerate(rows):
         y = TOP + height * (i + 0.5)
-        parts.append(_label(row.label, left, y))
+        parts.append(row_label(row.label, left, y))
         parts += [_mark(mark, label_name(row.label), x, y) for mark in row.marks if mark.value is not None]
         if row.note:
             at, anchor = (WIDTH - 2, "end") if row.marks else (left + 4, "start")
@@ -59,12 +57,12 @@ def dots(
 
 def stacked(rows: list[tuple[str, list[float] | None]], names: list[str], css: list[str], title: str) -> str:
     """Draw shares of a whole, one bar a label; rows without shares are said not to count."""
-    left, height = _left([label for label, _ in rows]), 15
+    left, height = left_margin([label for label, _ in rows]), 15
     x, bottom = Scale(0, 1, left, WIDTH - RIGHT), TOP + height * len(rows)
     parts = []
     for i, (label, shares) in enumerate(rows):
         y, start = TOP + height * i, 0.0
-        parts.append(_label(label, left, y + height / 2))
+        parts.append(row_label(label, left, y + height / 2))
         if shares is None:
             parts.append(f'<text class="soft" x="{left + 4}" y="{y + 11.5:.1f}">does not count</text>')
         for share, name, colour in zip(shares or [], names, css, strict=False):
@@ -91,18 +89,6 @@ def _span(rows: list[Row]) -> tuple[float, float]:
     low, high = min(*values, 0.0), max(*values, 0.0)
     pad = 0.05 * (high - low) or 0.05
     return low - pad * (low < 0), high + pad * (high > 0 or low == 0)
-
-
-def _left(labels: list[str]) -> float:
-    longest = max((len(label_name(label)) for label in labels), default=1)
-    return min(max(longest * CHARACTER + 8, 20), MOST_LEFT)
-
-
-def _label(label: str, left: float, y: float) -> str:
-    name, room = label_name(label), int((MOST_LEFT - 8) / CHARACTER)
-    shown = name if len(name) <= room else name[: room - 1] + "…"
-    whole = f"<title>{escape(name)}</title>" if shown != name else ""
-    return f'<text x="{left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(shown)}{whole}</text>'
 
 
 def _mark(mark: Mark, label: str, x: Scale, y: float) -> str:
