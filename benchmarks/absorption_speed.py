@@ -31,9 +31,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "absorption_speed.csv"
 COLUMNS = ("date", "machine", "load", "versions", "threads", "model", "sae", "what", "n", "p20", "p50", "p80")
 PEER_STAGES = {
     "total": "sae-bench, per SAE",
+    "train_sparse_multi_probe": "sae-bench, L1 probe",
+    "train_k_sparse_probes": "sae-bench, L1 probe and 260 k-sparse probes",
     "run_k_sparse_probing_experiment": "sae-bench, k-sparse stage",
     "run_feature_absortion_experiment": "sae-bench, absorption stage",
 }
+WARM_UP = "warm up"
 # A real run for the arithmetic: Gemma-2-2B, residual stream after block 12 of 26, 16k latents, 500M tokens.
 REAL = {
     "parameters_to_hook": 1.0e9,
@@ -117,14 +120,15 @@ def _peer_runs(assets: Any, seed: int) -> list[dict[str, Any]]:
     fast = {"seed": seed, "llm_batch": len(assets.tp_rows), "eval_batch": 4096}
     its, steps = {"batch": 4096, "epochs": 50}, {"batch": -(-n // 30), "epochs": 50}
     defaults = [{"name": "its defaults", "seed": seed, "precalc": False, **its}] if seed == 0 else []
-    return [{"name": "its 50 epochs", **its, **fast}, {"name": "1,500 steps", **steps, **fast}, *defaults]
+    warm_up = {"name": WARM_UP, "batch": 4096, "epochs": 1, **fast}
+    return [warm_up, {"name": "its 50 epochs", **its, **fast}, {"name": "1,500 steps", **steps, **fast}, *defaults]
 
 
 def _collect(answer: dict[str, Any], seconds: dict[str, list[float]]) -> None:
     _add(seconds, "sae-bench, probe (once per model)", answer["probe_seconds"])
     for sae in answer["saes"].values():
         for name, run in sae["runs"].items():
-            for stage, what in PEER_STAGES.items():
+            for stage, what in PEER_STAGES.items() if name != WARM_UP else ():
                 _add(seconds, f"{what}, {name}", run["seconds"][stage])
 
 
