@@ -6,19 +6,21 @@ In: settings or a folder. Out: a `Run`, the folder that holds metrics, absorptio
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.checkpoint import load_sae
 from sae_train.config import Settings, resolve, width_label
 from sae_train.errors import UserError
-from sae_train.run_log import read_json, read_metrics, write_json
+from sae_train.run_log import read_json, read_metrics, write_json, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sae_train.activations import LanguageModel
     from sae_train.evals.absorption import AbsorptionResult
+    from sae_train.evals.assets import Assets
     from sae_train.sae import SAE
 
 
@@ -88,12 +90,13 @@ def resume(folder: str | Path) -> Run:
 
 
 def evaluate_checkpoint(checkpoint: Path, given: dict[str, Any], out: Path | None = None) -> AbsorptionResult:
-    """Run the absorption eval on a saved SAE, print the result and write absorption.json and .parquet.
+    """Run the absorption eval on a saved SAE with its baselines and interventions; print and write what it says.
 
-    `given` holds settings by flag name; the model and the hook default to what the checkpoint says.
+    `given` holds settings by flag name; the model and the hook default to what the checkpoint says. Written are
+    absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and absorption.html.
     """
-    from sae_train.callbacks import build_assets, figures_of, table_of
-    from sae_train.evals import absorption
+    from sae_train.callbacks import build_assets, figures_of
+    from sae_train.evals import absorption, baselines
     from sae_train.session import open_model
     from sae_train.summary import absorption_line
     from sae_train.trainer import choose_device
@@ -109,14 +112,38 @@ def evaluate_checkpoint(checkpoint: Path, given: dict[str, Any], out: Path | Non
     built, notes = build_assets(lm, settings.eval)
     if built is None:
         raise UserError(" ".join(notes))
-    result = absorption.evaluate(sae.to(lm.device), built, preset=settings.eval.preset)
-    out = out or Path(checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "absorption.json", result.to_saebench_json())
-    table_of(result, Path(checkpoint).name, step=-1, with_words=True).to_parquet(out / "absorption.parquet")
-    print(absorption_line(dict(figures_of(result))))
-    print(f"written: {out / 'absorption.json'}, {out / 'absorption.parquet'}")
+    sae, built = sae.to(lm.device), built.to(lm.device)
+    result = absorption.evaluate(sae, built, preset=settings.eval.preset, seed=settings.eval.eval_seed, lm=lm)
+    beside = baselines.all_scores(sae, built.x, built, result.preset, result.seed, lm) if result.valid else {}
+    print("\n".join([*notes, absorption_line(dict(figures_of(result)), beside.get("random"))]))
+    written = _write_evaluation(result, beside, sae, built, lm, Path(checkpoint), Path(out or checkpoint))
+    print(f"written: {', '.join(map(str, written))}")
     return result
+
+
+def _write_evaluation(
+    result: AbsorptionResult, beside: dict[str, dict], sae: SAE, built: Assets, lm: LanguageModel, checkpoint: Path,
+    out: Path,
+) -> list[Path]:  # fmt: skip
+    from sae_train.callbacks import table_of
+    from sae_train.evals.interventions import interventions
+    from sae_train.report import write_eval_page
+
+    out.mkdir(parents=True, exist_ok=True)
+    changes = interventions(sae, lm, built, result, seed=result.seed) if result.valid else None
+    about = {
+        "SAE": str(checkpoint), "model": lm.name, "hook": lm.hook_name, "preset": result.preset,
+        "hierarchy": built.settings["hierarchy"], "seed": str(result.seed), "assets": result.asset_hash,
+    }  # fmt: skip
+    paths = [out / name for name in ("absorption.json", "absorption.parquet", "interventions.parquet")]
+    write_json(paths[0], result.to_saebench_json(beside, sae_cfg_dict=asdict(sae.cfg)))
+    write_parquet(paths[1], table_of(result, checkpoint.name, step=-1, with_words=True))
+    if changes is not None and len(changes):
+        write_parquet(paths[2], changes)
+    else:
+        paths[2].unlink(missing_ok=True)
+    paths.append(write_eval_page(result, beside, changes, about, out / "absorption.html"))
+    return [path for path in paths if path.exists()]
 
 
 def _with_origin(given: dict[str, Any], sae: SAE, checkpoint: Path) -> dict[str, Any]:

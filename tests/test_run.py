@@ -158,6 +158,21 @@ def test_eval_command_reproduces_the_run_s_own_score(finished, tmp_path, capsys)
     now = pd.read_parquet(tmp_path / "absorption.parquet")
     now = now[now["level"] == "letter"].set_index("letter")
     assert (then["fraction"] - now["fraction"]).abs().max() < 1e-6
+    assert (then["asset_hash"] == now["asset_hash"]).all() and (now["preset"] == "saebench").all()
+    beside = content["eval_result_unstructured"]["baselines"]
+    assert set(beside) == {"random", "shuffled_labels", "random_directions", "probe"}
+    page = (tmp_path / "absorption.html").read_text()
+    assert "shuffled labels" in page and f"{now['fraction'].mean():.3f}" in page
+    assert "random SAE" in capsys.readouterr().out
+
+
+def test_eval_command_asks_another_hierarchy_or_says_why_not(finished, tmp_path, capsys):
+    arguments = ["eval", str(finished / "saes" / NAME), "--eval-words", "600", "--out", str(tmp_path), "--hierarchy"]
+    assert main([*arguments, "first-vowel"]) == 0
+    table = pd.read_parquet(tmp_path / "absorption.parquet")
+    assert set(table["letter"]) <= {"vowel", "consonant"}
+    assert main([*arguments, "first-vowl"]) == 2
+    assert "did you mean 'first-vowel'" in capsys.readouterr().err
 
 
 def test_report_command_compares_runs(finished, tmp_path, capsys):
