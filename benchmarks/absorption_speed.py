@@ -7,8 +7,9 @@ a finished run come in, a markdown table and rows of benchmarks/results/absorpti
 
 ENV is an environment with sae-bench. Both sides get the same words, activations, probe, SAE and number of threads.
 sae-bench runs as fast as it can: train latents computed once (off by default), large batches, no progress bars. Its
-language model is a stand-in that costs nothing; the passes over the true positives' prompts that it repeats for each
-SAE are timed apart, as plain forward passes, so the ratio without them favours sae-bench.
+language model is a stand-in that costs nothing, as its TransformerLens does not know every model; the passes over the
+true positives' prompts that it repeats for each SAE are timed apart, by its HookedTransformer at the same sizes. Ratios
+are given with and without them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PEER_STAGES = {
     "run_k_sparse_probing_experiment": "sae-bench, k-sparse stage",
     "run_feature_absortion_experiment": "sae-bench, absorption stage",
 }
-WARM_UP = "warm up"
+WARM_UP, MODEL_PASSES = "warm up", "sae-bench, language model passes per SAE"
 # A real run for the arithmetic: Gemma-2-2B, residual stream after block 12 of 26, 16k latents, 500M tokens.
 REAL = {
     "parameters_to_hook": 1.0e9,
@@ -76,10 +77,11 @@ def side_by_side(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     if not crosscheck.has_peer(args.peer_python):
         raise SystemExit(f"{args.peer_python} has no sae-bench: give the python of an environment that has it.")
-    assets, lm = _assets(args)
+    assets = _assets(args)
     sae = load_sae(path)
     seconds: dict[str, list[float]] = {}
     versions: dict[str, str] = {}
+    peer_parts = {"time_probe": True, "model_sizes": _model_sizes(args.model)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         crosscheck.export(folder, assets, args.model)
@@ -87,11 +89,10 @@ def side_by_side(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         for round_ in range(args.rounds):
             for _ in range(args.ours_per_round):
                 _time_ours(sae, assets, seconds)
-            job = {"saes": [str(Path(path).resolve())], "runs": _peer_runs(assets, round_), "time_probe": True}
+            job = {"saes": [str(Path(path).resolve())], "runs": _peer_runs(assets, round_), **peer_parts}
             answer = crosscheck.run_peer(args.peer_python, folder, job, args.threads)
             versions = answer["versions"]
             _collect(answer, seconds)
-            _add(seconds, "the same language model passes, plain", _timed(lambda: _model_passes(lm, assets)))
     _add(seconds, "ours, probe (once per model)", assets.seconds["probe"])
     common = _common(args, Path(path).name, versions)
     return [{**common, "what": what, "n": len(v), **_quantiles(v)} for what, v in seconds.items()] + _ratios(
@@ -99,12 +100,12 @@ def side_by_side(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     )
 
 
-def _assets(args: argparse.Namespace) -> tuple[Any, Any]:
+def _assets(args: argparse.Namespace) -> Any:
     from sae_train.activations import load_language_model
     from sae_train.evals import assets
 
     lm = load_language_model(args.model, args.hook)
-    return assets.build(lm, cache_dir=args.cache, n_words=args.eval_words), lm
+    return assets.build(lm, cache_dir=args.cache, n_words=args.eval_words)
 
 
 def _time_ours(sae: Any, assets: Any, seconds: dict[str, list[float]]) -> None:
@@ -126,26 +127,30 @@ def _peer_runs(assets: Any, seed: int) -> list[dict[str, Any]]:
 
 def _collect(answer: dict[str, Any], seconds: dict[str, list[float]]) -> None:
     _add(seconds, "sae-bench, probe (once per model)", answer["probe_seconds"])
+    _add(seconds, MODEL_PASSES, answer["model_seconds"])
     for sae in answer["saes"].values():
         for name, run in sae["runs"].items():
             for stage, what in PEER_STAGES.items() if name != WARM_UP else ():
                 _add(seconds, f"{what}, {name}", run["seconds"][stage])
 
 
-def _model_passes(lm: Any, assets: Any) -> None:
-    """Whole forward passes over the true positives' prompts."""
-    import torch
+def _model_sizes(model: str) -> dict[str, int]:
+    """Sizes of the model in TransformerLens' words."""
+    from transformers import AutoConfig
 
-    from sae_train.evals.prompts import batches
+    from sae_train.hub import locate
 
-    rows = [[i for i in row if i >= 0] for row in assets.tp_tokens.tolist()]
-    with torch.no_grad():
-        for _, tokens in batches(rows, 2048):
-            lm.logits(tokens.to(lm.device))
+    source, options = locate(model)
+    c = AutoConfig.from_pretrained(source, **options)
+    heads, d_mlp = c.num_attention_heads, getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    return {
+        "n_layers": c.num_hidden_layers, "d_model": c.hidden_size, "n_heads": heads, "d_head": c.hidden_size // heads,
+        "d_mlp": d_mlp, "n_ctx": c.max_position_embeddings, "d_vocab": c.vocab_size,
+    }  # fmt: skip
 
 
 def _ratios(seconds: dict[str, list[float]], common: dict[str, Any]) -> list[dict[str, Any]]:
-    ours, passes = seconds["ours, per SAE"], seconds["the same language model passes, plain"]
+    ours, passes = seconds["ours, per SAE"], seconds[MODEL_PASSES]
     out = []
     for what, values in seconds.items():
         if what.startswith("sae-bench, per SAE"):
@@ -182,7 +187,7 @@ def arithmetic(args: argparse.Namespace) -> list[dict[str, Any]]:
     from sae_train.checkpoint import load_sae
     from sae_train.evals.absorption import evaluate
 
-    assets, _ = _assets(args)
+    assets = _assets(args)
     sae = load_sae(args.saes[0])
     evaluate(sae, assets, "saebench")
     measured = [evaluate(sae, assets, "saebench") for _ in range(5)]

@@ -55,7 +55,7 @@ def _check(args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict]:
     assets = load_assets(args)
     export(folder, assets, args.model)
     saes = {str(Path(path).resolve()): _our_side(path, assets, folder) for path in args.saes}
-    job = {"saes": list(saes), "runs": _runs(assets, args), "validate": _validated(saes, folder)}
+    job = {"saes": list(saes), "runs": _runs(assets, args.epochs), "validate": _validated(saes, folder)}
     answer = run_peer(args.peer_python, folder, job, threads=1)
     rows = [row for path in saes for row in _compare(Path(path).name, saes[path], answer["saes"][path], folder)]
     return rows, answer
@@ -77,7 +77,7 @@ def export(folder: Path, assets: Any, model: str) -> None:
     tensors = {
         "x_train": assets.x[train], "y_train": assets.labels[train], "x_test": assets.x[test],
         "y_test": assets.labels[test], "tp_x": assets.tp_x, "probe_weight": assets.probe_weight.T,
-        "probe_bias": assets.probe_bias,
+        "probe_bias": assets.probe_bias, "tp_tokens": assets.tp_tokens.clamp(min=0),
     }  # fmt: skip
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "inputs.safetensors")
     words = {
@@ -115,7 +115,7 @@ def export_latents(folder: Path, path: str, sae: Any, assets: Any) -> None:
         save_file({"latents": sae.encode(assets.tp_x)}, folder / f"latents-{Path(path).name}.safetensors")
 
 
-def _runs(assets: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def _runs(assets: Any, epochs: int) -> list[dict[str, Any]]:
     from sae_train.evals.presets import get_preset
     from sae_train.evals.probes import ranking_schedule
 
@@ -124,12 +124,9 @@ def _runs(assets: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
                          end_lr=p.l1_end_lr, weight_decay=p.l1_weight_decay)  # fmt: skip
     same = {"batch": s.batch, "epochs": s.epochs}
     floor = [{"name": f"seed {seed}", "seed": seed, **same} for seed in (1, 2, 3)]
-    return [
-        *floor,
-        {"name": "same start", "seed": 0, "start": "zero", "order": "ours", **same},
-        {"name": "converged", "seed": 0, "order": "full", "batch": n, "epochs": args.epochs, **CONVERGING,
-         "keep_weights": True},
-    ]  # fmt: skip
+    start = {"name": "same start", "seed": 0, "start": "zero", "order": "ours", **same}
+    long = {"name": "converged", "seed": 0, "order": "full", "batch": n, "epochs": epochs, **CONVERGING}
+    return [*floor, start, {**long, "keep_weights": True}]
 
 
 def _validated(saes: dict[str, Any], folder: Path) -> list[str]:
@@ -169,8 +166,8 @@ def run_peer(python: str, folder: Path, job: dict[str, Any], threads: int) -> di
 def _compare(name: str, ours: dict[str, Any], theirs: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     runs = theirs["runs"]
     latents = {"latents_difference": theirs["latents_difference"]}
-    pairs = itertools.combinations([as_scores(runs[f"seed {s}"]) for s in (1, 2, 3)], 2)
-    floor = [difference(a, b) for a, b in pairs]
+    seeds = [as_scores(runs[f"seed {s}"]) for s in (1, 2, 3)]
+    floor = [difference(a, b) for a, b in itertools.combinations(seeds, 2)]
     adam = difference(our_scores(ours["saebench-adam"]), as_scores(runs["same start"]))
     exact = difference(our_scores(ours["saebench"]), as_scores(runs["converged"]))
     exact["objective_excess"] = _objective_excess(ours["train"], folder / f"weights-{name}.safetensors")

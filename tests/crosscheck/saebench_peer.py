@@ -38,6 +38,8 @@ def main(job_file: Path) -> None:
     out: dict[str, Any] = {"versions": {p: version(p) for p in PACKAGES}, "threads": torch.get_num_threads()}
     if job.get("time_probe"):
         out["probe_seconds"] = _probe_seconds(inputs)
+    if job.get("model_sizes"):
+        out["model_seconds"] = _model_seconds(inputs, job["model_sizes"])
     _store_probe(inputs, Path(job["folder"]) / "probes")
     os.chdir(job["folder"])  # run_eval writes artifacts beside it
     out["saes"] = {path: _one_sae(path, inputs, job) for path in job["saes"]}
@@ -227,6 +229,24 @@ def _probe_seconds(inputs: SimpleNamespace) -> float:
     train_linear_probe_for_task(
         *tables, torch.device("cpu"), inputs.x_train.numpy(), inputs.x_test.numpy(), batch_size=64, num_epochs=50
     )
+    return time.perf_counter() - start
+
+
+def _model_seconds(inputs: SimpleNamespace, sizes: dict[str, int]) -> float:
+    """The passes over the true positives' prompts that sae-bench repeats per SAE, by the class it uses, called as it
+    calls it, on random weights of the same sizes."""
+    import torch
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    config = HookedTransformerConfig(
+        act_fn="silu", gated_mlp=True, normalization_type="RMS", positional_embedding_type="rotary", seed=0, **sizes
+    )
+    model, hook = HookedTransformer(config), f"blocks.{inputs.layer}.hook_resid_post"
+    with torch.inference_mode():
+        model.run_with_cache(inputs.tp_tokens[:10], names_filter=[hook])
+        start = time.perf_counter()
+        for tokens in inputs.tp_tokens.split(10):  # its default, and the fastest of 10, 32, 128 and all at once
+            model.run_with_cache(tokens, names_filter=[hook])
     return time.perf_counter() - start
 
 
