@@ -63,6 +63,7 @@ class _Problem:
         self.n, self.l1, self.l2, self.n_classes = latents.n_rows, l1, l2, n_classes
         self.by_row, self.by_column = _csr(latents), _csr_of_transpose(latents)
         self.column_ptr, self.column_rows = self.by_column.crow_indices(), self.by_column.col_indices()
+        self.column_counts = self.column_ptr.diff()
         self.column_values = self.by_column.values().float()
         self.y = one_hot(labels, n_classes).double()
         self.b = positive_weight(self.y) * self.y
@@ -125,43 +126,32 @@ class _Problem:
         self, c: int, columns: Tensor, slope: Tensor, d_bias: Tensor, curvature: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Newton's step of some weights and the bias; weights that it would push from zero uphill are left out."""
-        hessian = self._hessian(columns, curvature)
+        block = self.block(columns)
+        # In float32, which only bends the step a little.
+        hessian = (block.T @ (block * curvature[:, None].float())).double()
+        hessian.diagonal().mul_(1 + 1e-6).add_(self.l2 + 1e-12)
         gradient, at_zero = torch.cat([slope, d_bias[None]]), pad(self.weight[columns, c] == 0, (0, 1))
         kept = torch.arange(len(gradient), device=slope.device)
         while True:
-            step = -torch.linalg.solve_ex(hessian[kept[:, None], kept], gradient[kept])[0].nan_to_num()
-            uphill = at_zero[kept] & (step * gradient[kept] >= 0)
+            step = -torch.linalg.solve_ex(hessian, gradient)[0].nan_to_num_()
+            uphill = at_zero & (step * gradient >= 0)
             if not bool(uphill.any()):
                 return columns[kept[:-1]], step
-            kept = kept[~uphill]
+            left = (~uphill).nonzero().squeeze(1)
+            hessian = hessian.index_select(0, left).index_select(1, left)
+            gradient, at_zero, kept = gradient[left], at_zero[left], kept[left]
 
-    def _hessian(self, columns: Tensor, curvature: Tensor) -> Float[Tensor, "m+1 m+1"]:
-        """Of some weights and the bias, last; the blocks are built in float32, which only bends the step a little."""
-        block, rows = self.columns(columns)
-        weighted = block * curvature[rows, None].float()
-        hessian = curvature.new_zeros(len(columns) + 1, len(columns) + 1)
-        hessian[:-1, :-1] = block.T @ weighted
-        hessian[:-1, -1] = hessian[-1, :-1] = weighted.sum(0)
-        hessian[-1, -1] = curvature.sum()
-        diagonal = hessian.diagonal()
-        diagonal += 1e-6 * diagonal + 1e-12
-        diagonal += self.l2
-        return hessian
-
-    def columns(self, columns: Tensor) -> tuple[Float[Tensor, "r m"], Int[Tensor, " r"]]:
-        """Some latents, dense, on the rows where any of them fires, and those rows."""
-        start = self.column_ptr[columns]
-        counts = self.column_ptr[columns + 1] - start
-        place = torch.arange(len(columns), device=columns.device).repeat_interleave(counts)
-        before = pad(counts.cumsum(0), (1, 0))[:-1]
-        entries = torch.arange(len(place), device=columns.device) + (start - before).repeat_interleave(counts)
-        row = self.column_rows.index_select(0, entries)
-        fires = torch.zeros(self.n, dtype=torch.bool, device=columns.device)
-        fires[row] = True
-        rows = fires.nonzero().squeeze(1)
-        block = self.column_values.new_zeros(len(rows), len(columns))
-        block[(fires.cumsum(0) - 1).index_select(0, row), place] = self.column_values.index_select(0, entries)
-        return block, rows
+    def block(self, columns: Tensor) -> Float[Tensor, "n_rows m+1"]:
+        """Some latents on every row, dense, and a column of ones."""
+        counts, width = self.column_counts[columns], len(columns) + 1
+        place = torch.repeat_interleave(counts)
+        begin = self.column_ptr[columns] - counts.cumsum(0) + counts
+        entries = begin.index_select(0, place).add_(torch.arange(len(place), device=place.device))
+        out = self.column_values.new_zeros(self.n, width)
+        out[:, -1] = 1
+        into = self.column_rows.index_select(0, entries).mul_(width).add_(place)
+        out.view(-1).scatter_(0, into, self.column_values.index_select(0, entries))
+        return out
 
     def line_search(self, slope: Tensor, d_weight: Tensor, d_bias: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Halve the steps of the classes whose objective does not fall; weights that change sign stop at zero."""
