@@ -71,8 +71,7 @@ def random_sae(like: Any, x: Float[Tensor, "n d_in"], l0: float | None = None, s
     x = x.to(like.W_dec.device, torch.float32)
     rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed)).to(x.device)
     b_dec = x.mean(0)
-    cfg = getattr(like, "cfg", None)
-    k = getattr(cfg, "k", None) if getattr(cfg, "architecture", None) == "topk" else None
+    k = getattr(getattr(like, "cfg", None), "k", None)
     sae = RandomSAE(unit(rows), b_dec, round(l0) if k and l0 else k)
     sample = x[:: max(1, len(x) * d_sae // _CHUNK_ELEMENTS)]
     if sae.k is None:

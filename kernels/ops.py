@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_train.errors import UserError
-from sae_train.kernels import reference
+from sae_train.kernels import batch_topk, reference
 from sae_train.kernels.reference import Pattern
 
 if TYPE_CHECKING:
@@ -105,3 +105,23 @@ def decode_active(values, pattern: Pattern, W_dec, b_dec, impl: str | None = Non
 def jumprelu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """Return pre·1[pre > threshold], elementwise, with the straight-through gradient to the threshold."""
     return reference.JumpReLU.apply(pre, threshold, bandwidth)
+
+
+def active_batch_topk(x, W_enc, b_enc, b_dec, count: int, floor: Tensor, impl: str | None = None):
+    """Return the `count` largest positive pre-activations of the batch, their pattern and the smallest (training).
+
+    The result does not depend on floor, a guess from below of the smallest; a good guess saves time.
+    """
+    choose(impl)
+    return batch_topk.pre_batch_topk(x, W_enc, b_enc, b_dec, count, floor)
+
+
+def decode_blocks(values, pattern: Pattern, edges: Tensor, W_dec, impl: str | None = None) -> Tensor:
+    """Return (batch, n_blocks, d_in): what the latents from edges[i] up to edges[i + 1] add to a reconstruction.
+
+    The pattern's rows must ascend by latent.
+    """
+    choose(impl)
+    n_blocks, zero = edges.numel() - 1, W_dec.new_zeros(W_dec.shape[1])
+    flat = reference.decode_pattern(values, batch_topk.blocks_of(pattern, edges), W_dec, zero)
+    return flat.view(-1, n_blocks, W_dec.shape[1])

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sae_train.errors import UserError
+from sae_train.forms import FORMS
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm
 
 SAE_LENS_VERSION = "6.54.12"
-TO_SAE_LENS = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
-FROM_SAE_LENS = {theirs: ours for ours, theirs in TO_SAE_LENS.items()}
+FROM_SAE_LENS = {form.sae_lens: ours for ours, form in FORMS.items()}
 WEIGHTS, SPARSIFY_WEIGHTS = "sae_weights.safetensors", "sae.safetensors"
 PROVENANCE = ("model_name", "hook_name", "context_size", "prepend_bos", "dataset_path", "l0")
 STATE, STATE_VALUES = "state.safetensors", "values"
@@ -34,7 +34,7 @@ def save_sae(sae: SAE, folder: str | Path) -> None:
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """Read an SAE from a folder: ours, SAELens' (standard, topk, jumprelu) or sparsify's (topk)."""
+    """Read an SAE from a folder: ours, SAELens' (standard, topk, jumprelu, gated) or sparsify's (topk)."""
     folder = Path(path)
     cfg = _read_cfg(folder)
     if (folder / SPARSIFY_WEIGHTS).is_file() and not (folder / WEIGHTS).is_file():
@@ -82,7 +82,7 @@ def _flatten(state: dict[str, Any], prefix: str = ""):
 def _sae_lens_cfg(cfg: SAEConfig) -> dict[str, Any]:
     metadata = cfg.metadata | {name: getattr(cfg, name) for name in PROVENANCE}
     return {
-        "architecture": TO_SAE_LENS[cfg.architecture],
+        "architecture": FORMS[cfg.architecture].sae_lens,
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,
         **({"k": cfg.k, "rescale_acts_by_decoder_norm": False} if cfg.architecture == "topk" else {}),
@@ -126,7 +126,7 @@ def _from_sae_lens(cfg: dict, tensors: dict[str, Tensor], folder: Path, device: 
     sae = _build(
         architecture, tensors, folder, device, k=k, metadata=metadata, apply_b_dec_to_input=apply_b_dec, **known
     )
-    if architecture == "jumprelu":
+    if "threshold" in sae.form.vectors:
         # There relu comes before the jump, so a negative threshold acts as 0.
         sae.threshold.data.clamp_(min=0)
     return fold_decoder_norm(sae) if cfg.get("rescale_acts_by_decoder_norm") else sae
@@ -150,8 +150,8 @@ def _build(
     if len(shapes.get("W_dec", ())) != 2:
         raise UserError(f"{folder}: the weights hold no matrix W_dec; found {', '.join(shapes) or 'nothing'}.")
     d_sae, d_in = shapes["W_dec"]
-    want = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    want |= {"threshold": (d_sae,)} if architecture == "jumprelu" else {}
+    want = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    want |= dict.fromkeys(FORMS[architecture].vectors, (d_sae,))
     if shapes != want:
         wrong = sorted(name for name in want.keys() | shapes.keys() if want.get(name) != shapes.get(name))
         raise UserError(f"{folder}: tensors {', '.join(wrong)} are missing, extra or of another shape than {want}.")

@@ -20,6 +20,7 @@ from sae_train.units import (
     parse_count,
     parse_l0,
     parse_seed,
+    parse_share,
     parse_width,
     strings,
     width_label,
@@ -101,6 +102,10 @@ class TrainSettings(_Group):
     jumprelu_bandwidth: Annotated[float, Field(gt=0)] = Field(
         0.5, description="width of the straight-through rectangle, in units of scaled activations"
     )
+    matryoshka_prefixes: Annotated[tuple[float, ...], listed(parse_share)] = Field(
+        (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0),
+        description="nested prefixes that must each reconstruct, as rising shares of the width: 1/8,1/2,1",
+    )
 
 
 class EvalSettings(_Group):
@@ -180,6 +185,8 @@ class Settings(_Group):
         fractional = [f"{l0:g}" for l0 in self.sae.l0 if l0 != int(l0)]
         if "topk" in self.sae.arch and fractional:
             problems.append(f"l0 {', '.join(fractional)} is not whole: topk keeps a whole number of latents per token")
+        if "matryoshka" in self.sae.arch:
+            problems += _prefix_problems(self.train.matryoshka_prefixes, self.sae.width)
         if self.train.tokens < 100 * self.train.batch_tokens:
             problems.append(
                 f"tokens {self.train.tokens} gives under 100 steps of batch_tokens {self.train.batch_tokens}: "
@@ -217,6 +224,17 @@ class Settings(_Group):
             for l0 in self.sae.l0
             for seed in self.sae.seed
         ]
+
+
+def _prefix_problems(shares: tuple[float, ...], widths: tuple[int, ...]) -> list[str]:
+    if list(shares) != sorted(shares) or shares[-1] != 1:
+        return [f"matryoshka_prefixes {', '.join(f'{s:g}' for s in shares)}: give rising shares, the last of them 1"]
+    lengths = {width: [0, *(round(share * width) for share in shares)] for width in widths}
+    return [
+        f"matryoshka_prefixes: at width {width} a prefix adds no latent: leave out the narrowest or raise the width"
+        for width, ends in lengths.items()
+        if len(set(ends)) < len(ends)
+    ]
 
 
 def groups() -> dict[str, type[_Group]]:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sae_train import losses, objectives
+from sae_train.architectures import TRAINED, Forward
 from sae_train.config import SAESpec, TrainSettings
-from sae_train.l0 import L0Controller, level_for, level_on
-from sae_train.metrics import held_out_metrics
+from sae_train.l0 import L0Controller
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm, fold_scale
 from sae_train.schedule import default_lr, lr_factor
 
@@ -27,16 +26,9 @@ DEAD_REFRESH = 8
 MAX_DEAD_TOKENS = 10_000_000
 DEAD_SHARE = 0.05
 
-
-# Where L0 starts, in targets, and how many pre-activations are looked at to find that level.
-START_L0 = 2.0
-QUANTILE_ELEMENTS = 2**24
-# λ at the start; the controller takes it from there.
-FIRST_COEFFICIENT = {"relu": 0.3, "jumprelu": 0.3}
-# With Adam a parameter moves by at most lr a step: levels, of the size of x, need more than the weights do.
-LR_FACTORS = {"b_enc": {"relu": 10.0}, "log_threshold": {"jumprelu": 10.0}}
-# ReLU's bias is offset at the end only if the controller left L0 further than this from its target.
-RELU_TOLERANCE = 0.02
+# Entries (tokens × dead latents) that the loss on dead latents looks at in one step. Where most latents are dead it
+# would cost more than all the rest (2.5 times, with 60 % of 16k dead), so it then takes every n-th token of the batch.
+MAX_REVIVAL_ENTRIES = 5 * 2**20
 
 
 class Learner:
@@ -52,18 +44,21 @@ class Learner:
     ):
         self.spec, self.name, self.settings, self.n_steps = spec, spec.name, settings, n_steps
         self.d_in, self.device = d_in, torch.device(device)
-        k = round(spec.l0) if spec.arch == "topk" else None
-        self.sae = SAE(SAEConfig(spec.arch, d_in, spec.width, k=k), device=device)
+        self.sae = _new_sae(spec, d_in, device)
+        self.arch = TRAINED[spec.arch](self.sae, spec, settings)
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.lr = settings.lr or default_lr(spec, n_steps)
         share = math.ceil(DEAD_SHARE * settings.tokens)
         self.dead_tokens = settings.dead_tokens or min(MAX_DEAD_TOKENS, share)
-        self.trained = self._trained()
+        self.leaves = {"W_enc": self.sae.W_enc, "W_dec": self.sae.W_dec} | self.arch.leaves
+        self.trained = {name: leaf.detach() for name, leaf in self.leaves.items()}
+        # Contiguous, as the optimiser wants it.
+        self.trained["W_enc"] = self.trained["W_enc"].t()
         self.optimiser = self._optimiser()
         self.control = None
-        if spec.arch != "topk":
+        if self.arch.first_coefficient is not None:
             first = round(settings.lr_warm_up * n_steps)
-            self.control = L0Controller(spec.l0, FIRST_COEFFICIENT[spec.arch], first, device)
+            self.control = L0Controller(spec.l0, self.arch.first_coefficient, first, device)
         self.step_count = 0
         self.last: dict[str, Tensor] = {}
         self.failed: str | None = None
@@ -74,34 +69,26 @@ class Learner:
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "n d_in"]) -> None:
-        """Set random decoder rows, W_enc to their transpose, b_dec to the sample's geometric median.
-
-        relu and jumprelu start at the quantile of pre where L0 is START_L0 times the target.
-        """
+        """Set random decoder rows, W_enc to their transpose, b_dec to the geometric median; then the levels."""
         sae = self.sae
         rows = torch.randn(sae.W_dec.shape, generator=self.generator)
         sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
         sae.W_enc.copy_(sae.W_dec.t())
         sae.b_dec.copy_(geometric_median(sample))
-        if self.control:
-            n = max(1, QUANTILE_ELEMENTS // sae.cfg.d_sae)
-            pre = (sample[:n] - sae.b_dec) @ sae.W_enc
-            level = level_for(pre, min(START_L0 * self.spec.l0, sae.cfg.d_sae / 2))
-            self._set_level(level.clamp_min(1e-3))
+        self.arch.start(sample)
 
     def step(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Tensor]:
         """Take one optimiser step; the returned tensors stay on the device."""
         self._set_lr()
-        for p in (*self.sae.parameters(), *self.trained.values()):
+        for p in (*self.leaves.values(), *self.trained.values()):
             p.grad = None
-        threshold = self._threshold()
-        run = objectives.forward(self.sae, x, threshold, self.settings.jumprelu_bandwidth)
-        terms = self._terms(x, run, threshold)
+        run = self.arch.forward(x)
+        terms = self._terms(x, run)
         sum(terms.values()).backward()
         norms = self._gradients()
         finite = torch.stack([x.isfinite().all(), *(t.isfinite() for t in terms.values()), *norms.isfinite()])
         bad = self._note_failure(finite)
-        self._apply(norms, bad)
+        self._apply(norms, run, bad)
         fired = run.fired()
         l0 = fired.sum() / len(x)
         self.idle_tokens = torch.where(fired > 0, 0, self.idle_tokens + len(x))
@@ -120,20 +107,8 @@ class Learner:
 
     @torch.no_grad()
     def calibrate(self, held_out: Float[Tensor, "n d_in"]) -> None:
-        """Bring L0 on held-out activations to the target: one offset of log θ (jumprelu) or of b_enc (relu).
-
-        relu is moved only if its controller left it more than RELU_TOLERANCE off, which very short runs do (300
-        steps: 9 %); the offset shrinks or grows every latent a little. topk needs nothing.
-        """
-        sae, target = self.sae, self.spec.l0
-        if self.spec.arch == "jumprelu":
-            share = level_on(lambda x: self._pre(x) / sae.threshold, held_out, target, (0.7, 0.3, 1e-3))
-            self.log_threshold += math.log(share)
-            sae.threshold.copy_(self.log_threshold.exp())
-        elif self.spec.arch == "relu":
-            l0 = held_out_metrics(sae, held_out)["metrics/l0"]
-            if abs(l0 / target - 1) > RELU_TOLERANCE:
-                sae.b_enc -= level_on(self._pre, held_out, target, (0.0, -0.5, -4.0))
+        """Bring L0 on held-out activations to the target, as the architecture does it."""
+        self.arch.calibrate(held_out)
 
     @torch.no_grad()
     def export(self, scale: float) -> SAE:
@@ -146,6 +121,7 @@ class Learner:
             "weights": {name: p.detach() for name, p in self.trained.items()},
             "adam": {name: dict(self.optimiser.state[p]) for name, p in self.trained.items()},
             "control": self.control.state_dict() if self.control else {},
+            "architecture": dict(self.arch.state),
             "idle_tokens": self.idle_tokens,
             "dead": self.dead,
             "failure": self.failure,
@@ -161,8 +137,8 @@ class Learner:
             p.copy_(state["weights"][name])
             saved = state["adam"].get(name, {})
             self.optimiser.state[p] = {key: value.to(p.device).clone() for key, value in saved.items()}
-        if self.spec.arch == "jumprelu":
-            self.sae.threshold.copy_(self.log_threshold.exp())
+        self.arch.state = {name: value.to(self.device).clone() for name, value in state["architecture"].items()}
+        self.arch.settle()
         if self.control:
             self.control.load_state_dict(state["control"])
         for name in ("idle_tokens", "dead", "failure"):
@@ -170,24 +146,9 @@ class Learner:
         self.generator.set_state(state["generator"])
         self.step_count, self.failed = state["step_count"], state["failed"]
 
-    def _pre(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.sae.b_enc, x - self.sae.b_dec, self.sae.W_enc)
-
-    def _trained(self) -> dict[str, Tensor]:
-        """Return what the optimiser updates: views of the weights, contiguous, and log θ in place of θ."""
-        sae = self.sae
-        views = {"W_enc": sae.W_enc.detach().t(), "W_dec": sae.W_dec.detach()}
-        views |= {"b_enc": sae.b_enc.detach(), "b_dec": sae.b_dec.detach()}
-        if self.spec.arch == "jumprelu":
-            self.log_threshold = torch.zeros_like(sae.b_enc.detach())
-            views["log_threshold"] = self.log_threshold
-        return views
-
     def _optimiser(self) -> torch.optim.Adam:
-        arch = self.spec.arch
-        groups = [
-            {"params": [p], "factor": LR_FACTORS.get(name, {}).get(arch, 1.0)} for name, p in self.trained.items()
-        ]
+        factors = self.arch.lr_factors
+        groups = [{"params": [p], "factor": factors.get(name, 1.0)} for name, p in self.trained.items()]
         return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
 
     def _set_lr(self) -> None:
@@ -196,28 +157,16 @@ class Learner:
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr_now * group["factor"]
 
-    def _threshold(self) -> Tensor | None:
-        if self.spec.arch != "jumprelu":
-            return None
-        self._leaf = self.log_threshold.detach().requires_grad_()
-        return self._leaf.exp()
-
-    @torch.no_grad()
-    def _set_level(self, level: Tensor) -> None:
-        if self.spec.arch == "jumprelu":
-            self.log_threshold.fill_(level.log())
-            self.sae.threshold.copy_(self.log_threshold.exp())
-        else:
-            self.sae.b_enc.fill_(-level)
-
-    def _terms(self, x: Tensor, run: objectives.Forward, threshold: Tensor | None) -> dict[str, Tensor]:
+    def _terms(self, x: Tensor, run: Forward) -> dict[str, Tensor]:
         zero = torch.zeros((), device=self.device)
-        terms = {"mse_loss": losses.mse(x, run.recon), "aux_loss": zero, "sparsity_loss": zero}
+        terms = {"mse_loss": run.error, "aux_loss": zero, "sparsity_loss": zero}
         if self.step_count % DEAD_REFRESH == 0:
             self.dead = (self.idle_tokens >= self.dead_tokens).nonzero().view(-1)
         if self.dead.numel() and self.settings.aux_coefficient:
-            aux = objectives.revival(self.sae, x, run.recon, self.dead, threshold)
-            terms["aux_loss"] = aux * (self.settings.aux_coefficient if self.spec.arch == "topk" else 1.0)
+            stride = -(-len(x) * self.dead.numel() // MAX_REVIVAL_ENTRIES)
+            terms["aux_loss"] = self.arch.revival(run, x[::stride], run.recon[::stride], self.dead)
+        if run.extra is not None:
+            terms["aux_loss"] = terms["aux_loss"] + run.extra
         if self.control:
             terms["sparsity_loss"] = self.control.coefficient * run.sparsity
         return terms
@@ -235,12 +184,9 @@ class Learner:
         sae = self.sae
         along = torch.linalg.vecdot(sae.W_dec.grad, sae.W_dec)
         sae.W_dec.grad.addcmul_(along[:, None], sae.W_dec, value=-1)
-        grads = {"W_enc": sae.W_enc.grad.t(), "W_dec": sae.W_dec.grad}
-        grads |= {"b_enc": sae.b_enc.grad, "b_dec": sae.b_dec.grad}
-        if self.spec.arch == "jumprelu":
-            grads["log_threshold"] = self._leaf.grad
         for name, p in self.trained.items():
-            p.grad = grads[name]
+            grad = self.leaves[name].grad
+            p.grad = grad.t() if name == "W_enc" else grad
         return torch.stack([p.grad.norm() for p in self.trained.values()])
 
     @torch.no_grad()
@@ -251,21 +197,22 @@ class Learner:
         return self.failure[0] >= 0
 
     @torch.no_grad()
-    def _apply(self, norms: Tensor, bad: Tensor) -> None:
+    def _apply(self, norms: Tensor, run: Forward, bad: Tensor) -> None:
         """Clip, step and renormalise; a learner that has failed keeps its weights bit for bit."""
         self.optimiser.grad_scale = (norms.norm() / self.settings.grad_clip).clamp_min(1.0)
         self.optimiser.found_inf = bad.to(torch.float32)
         self.optimiser.step()
         length = self.sae.W_dec.norm(dim=1, keepdim=True)
         self.sae.W_dec.div_(torch.where(bad, 1.0, length))
-        if self.spec.arch == "jumprelu":
-            self.sae.threshold.copy_(self.log_threshold.exp())
+        for name, value in run.state.items():
+            self.arch.state[name] = torch.where(bad, self.arch.state[name], value)
+        self.arch.settle()
 
     @torch.no_grad()
     def _metrics(self, terms: dict[str, Tensor], l0: Tensor, norms: Tensor) -> dict[str, Tensor]:
         terms = {name: term.detach() for name, term in terms.items()}
         extra = {"details/l0_coefficient": self.control.coefficient} if self.control else {}
-        if self.spec.arch == "jumprelu":
+        if "threshold" in self.sae.form.vectors:
             extra["details/threshold"] = self.sae.threshold.mean()
         return {
             "losses/loss": sum(terms.values()),
@@ -276,6 +223,14 @@ class Learner:
             "details/grad_norm": norms.norm(),
             **extra,
         }
+
+
+def _new_sae(spec: SAESpec, d_in: int, device: str | torch.device) -> SAE:
+    """The SAE that will be finished: of its architecture's form, whose name is kept where the form has another."""
+    form = TRAINED[spec.arch].form
+    metadata = {} if form == spec.arch else {"trained_as": spec.arch}
+    k = round(spec.l0) if form == "topk" else None
+    return SAE(SAEConfig(form, d_in, spec.width, k=k, metadata=metadata), device=device)
 
 
 def geometric_median(x: Float[Tensor, "n d_in"], n_steps: int = 30) -> Float[Tensor, " d_in"]:

@@ -22,6 +22,11 @@ def mse(x: Float[Tensor, "batch d_in"], recon: Float[Tensor, "batch d_in"]) -> F
     return (x - recon).square().sum(1).mean()
 
 
+def nested_mse(x: Float[Tensor, "batch d_in"], prefixes: Float[Tensor, "batch n_prefixes d_in"]) -> Float[Tensor, ""]:
+    """Mean over prefixes of ⟨‖x − x̂_prefix‖²⟩ (Bussmann et al. 2025)."""
+    return (x[:, None] - prefixes).square().sum(2).mean()
+
+
 def l1(values: Tensor, latents: Tensor, W_dec: Tensor, batch: int) -> Float[Tensor, ""]:
     """⟨Σ_i f_i·‖W_dec,i‖⟩ over the active latents (Anthropic, April 2024 update)."""
     total = torch.zeros_like(W_dec[:, 0]).index_add(0, latents, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from sae_train.kernels import ops
@@ -42,9 +43,6 @@ def held_out_metrics(sae: SAE, x: Float[Tensor, "n d_in"]) -> dict[str, float | 
 
 def _run(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the reconstruction, and on how many rows each latent is active."""
-    if sae.cfg.architecture == "topk":
-        values, indices = sae.encode_sparse(x)
-        fired = x.new_zeros(sae.cfg.d_sae).index_add_(0, indices.view(-1), (values > 0).to(x.dtype).view(-1))
-        return ops.decode(values, indices, sae.W_dec, sae.b_dec), fired
-    latents = sae.encode(x)
-    return sae.decode(latents), (latents > 0).sum(0)
+    values, latents, counts = sae.encode_entries(x)
+    pattern = ops.Pattern(latents, nnf.pad(counts.cumsum(0), (1, 0)), sae.cfg.d_sae)
+    return ops.decode_active(values, pattern, sae.W_dec, sae.b_dec), torch.bincount(latents, minlength=sae.cfg.d_sae)

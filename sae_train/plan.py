@@ -6,8 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sae_train.architectures import TRAINED
 from sae_train.config import width_label
 from sae_train.errors import UserError
+from sae_train.forms import FORMS
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,7 @@ GIB = 2**30
 TRAINING_BYTES = 4 * (1 + 1 + 2)  # float32 weights, gradients and Adam's two moments
 SLAB_BYTES = 128 * 2**20  # pre-activations that a step holds at a time, with selection
 ENTRY_BYTES = 64  # what one active latent of one token costs: value, indices, both sort orders, gradients
+PREFIX_COPIES = 4  # what matryoshka holds of a batch for each prefix: block, sum, error, gradient
 HEADROOM = 0.9
 EFFICIENCY = 0.5  # share of that matrix rate which the parts of a step reach
 ENCODER_SHARE = 2.0  # a whole step in encoder products; 1.9 measured at d_in 256, width 16k, L0 50
@@ -97,14 +100,17 @@ def make_plan(settings: Settings) -> Plan:
 
 def weights_of(spec: SAESpec, d_in: int) -> int:
     """Number of weights of one SAE."""
-    return spec.width * (2 * d_in + 1 + (spec.arch == "jumprelu")) + d_in
+    vectors = FORMS[TRAINED[spec.arch].form].vectors
+    return spec.width * (2 * d_in + len(vectors)) + d_in
 
 
 def memory_of(settings: Settings, facts: ModelFacts) -> dict[str, float]:
     """Bytes by part at the run's peak."""
     s, d = settings, facts.d_model
-    # relu and jumprelu start at twice their target.
+    # Controlled architectures start at twice their target; batchtopk looks at up to four times as many candidates.
     step = SLAB_BYTES + ENTRY_BYTES * 2 * s.train.batch_tokens * max(spec.l0 for spec in s.specs)
+    if "matryoshka" in s.sae.arch:
+        step += 4.0 * PREFIX_COPIES * s.train.batch_tokens * d * len(s.train.matryoshka_prefixes)
     weights = sum(weights_of(spec, d) for spec in s.specs)
     return {
         "language model": facts.n_parameters * (4 if s.lm.dtype == "float32" else 2) * 1.2,

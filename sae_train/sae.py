@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from sae_train.errors import UserError
+from sae_train.forms import FORMS
 from sae_train.kernels import ops
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-ARCHITECTURES = ("relu", "topk", "jumprelu")
+ARCHITECTURES = tuple(FORMS)
 
 
 @dataclass(frozen=True)
@@ -43,37 +44,31 @@ class SAEConfig:
 class SAE(nn.Module):
     """latents = act((x − b_dec)·W_enc + b_enc), recon = latents·W_dec + b_dec.
 
-    act is relu, the k largest of relu (topk), or pre·1[pre > threshold] (jumprelu).
+    act is relu, the k largest of relu (topk), or pre·1[pre > threshold] (jumprelu); gated has b_gate, b_mag and r_mag
+    in place of b_enc (see forms).
     """
 
     def __init__(self, cfg: SAEConfig, device: str | torch.device = "cpu"):
         super().__init__()
-        if cfg.architecture not in ARCHITECTURES:
-            raise UserError(f"architecture {cfg.architecture!r} is unknown; allowed: {', '.join(ARCHITECTURES)}.")
-        self.cfg = cfg
+        if cfg.architecture not in FORMS:
+            raise UserError(f"architecture {cfg.architecture!r} is unknown; allowed: {', '.join(FORMS)}.")
+        self.cfg, self.form = cfg, FORMS[cfg.architecture]
         new = {"dtype": getattr(torch, cfg.dtype), "device": device}
         self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in, **new).t())
-        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, **new))
         self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in, **new))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, **new))
-        if cfg.architecture == "jumprelu":
-            self.threshold = nn.Parameter(torch.zeros(cfg.d_sae, **new))
+        for name in self.form.vectors:
+            self.register_parameter(name, nn.Parameter(torch.zeros(cfg.d_sae, **new)))
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Return dense latents."""
-        if self.cfg.architecture == "topk":
-            values, indices = self.encode_sparse(x)
-            return torch.zeros(len(x), self.cfg.d_sae, dtype=x.dtype, device=x.device).scatter(1, indices, values)
-        weights = self.W_enc, self.b_enc, self._input_bias()
-        if self.cfg.architecture == "relu":
-            return ops.encode_relu(x, *weights)
-        return ops.encode_jumprelu(x, *weights, self.threshold, 1.0)
+        return self.form.encode(self, x)
 
     def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
         """Return values and indices of the k active latents of each token (topk only)."""
         if self.cfg.architecture != "topk":
             raise UserError(f"encode_sparse needs a topk SAE; this one is {self.cfg.architecture}: use encode.")
-        return ops.encode_topk(x, self.W_enc, self.b_enc, self._input_bias(), self.cfg.k)
+        return ops.encode_topk(x, self.W_enc, self.b_enc, self.input_bias, self.cfg.k)
 
     @torch.no_grad()
     def encode_entries(self, x: Float[Tensor, "batch d_in"]) -> tuple[Tensor, Tensor, Int[Tensor, " batch"]]:
@@ -81,13 +76,7 @@ class SAE(nn.Module):
 
         The dense block is never kept whole; nothing is differentiable.
         """
-        if self.cfg.architecture == "topk":
-            values, latents = self.encode_sparse(x)
-            active = values != 0
-            return values[active], latents[active], active.sum(1)
-        floor = self.threshold if self.cfg.architecture == "jumprelu" else 0.0
-        values, pattern = ops.active_above(x, self.W_enc, self.b_enc, self._input_bias(), floor)
-        return values, pattern.latents, pattern.offsets.diff()
+        return self.form.entries(self, x)
 
     def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
         """Return the reconstruction of dense latents."""
@@ -95,11 +84,11 @@ class SAE(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """Return the reconstruction of x."""
-        if self.cfg.architecture == "topk":
-            return ops.decode(*self.encode_sparse(x), self.W_dec, self.b_dec)
-        return self.decode(self.encode(x))
+        return self.form.reconstruct(self, x)
 
-    def _input_bias(self) -> Tensor:
+    @property
+    def input_bias(self) -> Tensor:
+        """What is taken from x before encoding: b_dec, or 0 in checkpoints that say so."""
         return self.b_dec if self.cfg.apply_b_dec_to_input else torch.zeros_like(self.b_dec)
 
 
@@ -119,18 +108,16 @@ def fold_scale(sae: SAE, scale: float) -> SAE:
 
 @torch.no_grad()
 def fold_decoder_norm(sae: SAE) -> SAE:
-    """Return the same function with unit decoder rows: W_enc, b_enc and threshold take over the norms.
+    """Return the same function with unit decoder rows: W_enc and the form's scaled vectors take over the norms.
 
-    Exact for relu and jumprelu. For topk the selection compares latents, so it is exact only where all rows have the
-    same norm, as after training.
+    Exact, but for topk only where all rows have the same norm, as after training: its selection compares latents.
     """
     out = copy_of(sae)
     norm = out.W_dec.norm(dim=1).clamp_min(1e-12)
     out.W_dec.div_(norm[:, None])
     out.W_enc.mul_(norm)
-    out.b_enc.mul_(norm)
-    if out.cfg.architecture == "jumprelu":
-        out.threshold.mul_(norm)
+    for name in out.form.scaled:
+        getattr(out, name).mul_(norm)
     return out
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from sae_train.architectures import TRAINED
+
 if TYPE_CHECKING:
     from sae_train.config import SAESpec
 
 
 def default_lr(spec: SAESpec, n_steps: int) -> float:
-    """base·√(2^14/width)·min(8, max(1, √(30,000/n_steps))), base 2e-4 for topk (Gao et al. 2024), else 1e-4.
+    """base·√(2^14/width)·min(8, max(1, √(30,000/n_steps))), base by architecture.
 
     The last factor is for short runs and measured at 500 steps, where it is 7.7.
     """
-    base = 2e-4 if spec.arch == "topk" else 1e-4
     short = min(8.0, max(1.0, math.sqrt(30_000 / n_steps)))
-    return base * math.sqrt(2**14 / spec.width) * short
+    return TRAINED[spec.arch].base_lr * math.sqrt(2**14 / spec.width) * short
 
 
 def lr_factor(step: int, n_steps: int, warm_up: float, decay: float) -> float:

@@ -6,11 +6,12 @@ import difflib
 import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from pydantic import BeforeValidator
 
-ARCHITECTURES = ("relu", "topk", "jumprelu")
+ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu", "matryoshka", "gated")
 WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
     "65k": 2**16,
     "131k": 2**17,
@@ -67,6 +68,17 @@ def parse_arch(value: object) -> str:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"{value!r} is not an architecture{hint}: choose from {', '.join(ARCHITECTURES)}")
     return text
+
+
+def parse_share(value: object) -> float:
+    """Read a share of a whole: .25 or 1/4, above 0 and at most 1; raise ValueError otherwise."""
+    try:
+        share = float(Fraction(str(value).strip()))
+    except (ValueError, ZeroDivisionError):
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ValueError(f"{value!r} is not a share: give a number above 0 and at most 1, such as 1/4 or .25")
+    return share
 
 
 def parse_seed(value: object) -> int:

@@ -43,12 +43,15 @@ def test_an_sae_comes_back_bit_for_bit_with_its_provenance(architecture, tmp_pat
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize(("architecture", "theirs"), [("relu", "standard"), ("topk", "topk"), ("jumprelu", "jumprelu")])
+@pytest.mark.parametrize(
+    ("architecture", "theirs"), [("relu", "standard"), ("topk", "topk"), ("jumprelu", "jumprelu"), ("gated", "gated")]
+)
 def test_files_are_those_of_saelens(architecture, theirs, tmp_path):
     save_sae(random_sae(architecture), tmp_path)
     cfg, tensors = json.loads((tmp_path / "cfg.json").read_text()), load_file(tmp_path / "sae_weights.safetensors")
-    names = {"W_enc", "W_dec", "b_enc", "b_dec"} | ({"threshold"} if architecture == "jumprelu" else set())
-    assert tensors.keys() == names and tensors["W_enc"].shape == (6, 32) and tensors["W_dec"].shape == (32, 6)
+    vectors = {"jumprelu": {"b_enc", "threshold"}, "gated": {"b_gate", "b_mag", "r_mag"}}
+    assert tensors.keys() == {"W_enc", "W_dec", "b_dec"} | vectors.get(architecture, {"b_enc"})
+    assert tensors["W_enc"].shape == (6, 32) and tensors["W_dec"].shape == (32, 6)
     assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == (theirs, 6, 32, "float32")
     assert cfg["apply_b_dec_to_input"] is True and cfg["normalize_activations"] == "none"
     assert cfg["metadata"]["sae_lens_version"] >= "6.0.0" and cfg["metadata"]["hook_name"]
@@ -96,8 +99,8 @@ def damaged(kind: str, folder) -> None:
         weights.write_bytes(weights.read_bytes()[:5])
     elif kind == "without weights":
         weights.unlink()
-    elif kind == "gated":
-        edit(folder, architecture="gated")
+    elif kind == "temporal":
+        edit(folder, architecture="temporal")
     elif kind == "normalised":
         edit(folder, normalize_activations="layer_norm")
     elif kind == "k missing":
@@ -119,7 +122,7 @@ def damaged(kind: str, folder) -> None:
         ("truncated", "truncated"),
         ("cut in its header", "truncated"),
         ("without weights", "does not exist"),
-        ("gated", "'gated' is not read"),
+        ("temporal", "'temporal' is not read"),
         ("normalised", "normalize_activations 'layer_norm'"),
         ("k missing", "gives k None"),
         ("extra tensor", "extra"),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from sae_train.architectures import TRAINED
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.l0 import L0Controller, level_for, level_on
 from sae_train.learner import Learner
@@ -53,10 +54,13 @@ def test_level_on_leaves_exactly_l0_margins_above_it_from_any_floor(floors):
     assert (x > level_on(lambda rows: rows, x, 1.5, floors)).sum().item() == 4500
 
 
-@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
+@pytest.mark.parametrize("arch", ["relu", "batchtopk", "jumprelu", "matryoshka", "gated"])
 def test_calibration_mends_an_l0_that_is_far_off(arch):
     learner = Learner(SAESpec(arch=arch, width=128, l0=6), TrainSettings(tokens=25600, batch_tokens=256), 16, 100)
     learner.initialise(features(1024, 1))
+    if "threshold" in learner.arch.state:
+        learner.arch.state["threshold"] *= 0.7
+        learner.arch.settle()
     assert held_out_metrics(learner.sae, features(2048, 2))["metrics/l0"] > 8
     learner.calibrate(features(2048, 2))
     assert held_out_metrics(learner.sae, features(2048, 2))["metrics/l0"] == pytest.approx(6, rel=2e-3)
@@ -70,7 +74,7 @@ def features(n: int, seed: int) -> torch.Tensor:
     return x * (16 / x.square().sum(1).mean()).sqrt()
 
 
-@pytest.mark.parametrize("arch", ["relu", "topk", "jumprelu"])
+@pytest.mark.parametrize("arch", TRAINED)
 def test_training_reaches_the_l0_asked_for_on_held_out_data(arch):
     n_steps, batch = 400, 256
     learner = Learner(

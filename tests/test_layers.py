@@ -12,8 +12,10 @@ ROWS = [
     {"errors", "units"},
     {"config"},
     {"kernels"},
-    {"sae", "losses", "l0", "metrics", "schedule"},
-    {"objectives"},
+    {"forms"},
+    {"sae", "losses", "l0", "metrics"},
+    {"architectures"},
+    {"schedule"},
     {"learner"},
     {"hub"},
     {"documents", "tokens", "activations"},
@@ -43,7 +45,8 @@ DOORS = {
 
 def modules() -> dict[Path, str]:
     """Source files with the name of their row: a module's own name, or its package's."""
-    files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("report/*.py"), *PACKAGE.glob("speller/*.py")]
+    files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("report/*.py"), *PACKAGE.glob("architectures/*.py")]
+    files += [*PACKAGE.glob("speller/*.py")]
     files += [*(ROOT / "evals").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
     named = {}
     for file in files:

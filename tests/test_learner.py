@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from sae_train.architectures import TRAINED
 from sae_train.checkpoint import load_state, save_state
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.learner import Learner, geometric_median
@@ -14,7 +15,7 @@ from sae_train.schedule import default_lr, lr_factor
 
 D, BATCH, STEPS = 12, 64, 40
 SETTINGS = TrainSettings(tokens=STEPS * BATCH, batch_tokens=BATCH)
-ARCHS = ["relu", "topk", "jumprelu"]
+ARCHS = list(TRAINED)
 
 
 def batches(seed: int = 0) -> list[torch.Tensor]:
@@ -86,8 +87,8 @@ def test_metrics_have_the_promised_names_and_stay_finite(arch):
     found = learner(arch).step(batches()[0])
     names = {"losses/loss", "losses/mse_loss", "losses/aux_loss", "losses/sparsity_loss", "metrics/l0"}
     names |= {"sparsity/dead_features", "details/lr", "details/grad_norm"}
-    names |= {"details/l0_coefficient"} if arch != "topk" else set()
-    names |= {"details/threshold"} if arch == "jumprelu" else set()
+    names |= {"details/l0_coefficient"} if arch in ("relu", "jumprelu", "gated") else set()
+    names |= {"details/threshold"} if arch in ("batchtopk", "jumprelu", "matryoshka") else set()
     assert found.keys() == names and all(t.isfinite().all() and not t.requires_grad for t in found.values())
 
 

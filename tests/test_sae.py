@@ -30,11 +30,12 @@ X = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
 @torch.no_grad()
 def test_encode_and_decode_follow_the_formula(architecture):
     sae = random_sae(architecture)
-    pre = (X - sae.b_dec) @ sae.W_enc + sae.b_enc
+    pre = (X - sae.b_dec) @ sae.W_enc + (sae.b_gate if architecture == "gated" else sae.b_enc)
     expected = {
         "relu": lambda: pre.relu(),
         "topk": lambda: pre.relu() * (pre >= pre.topk(4).values[:, -1:]),
         "jumprelu": lambda: pre * (pre > sae.threshold),
+        "gated": lambda: (pre > 0) * ((pre - sae.b_gate) * sae.r_mag.exp() + sae.b_mag).relu(),
     }[architecture]()
     torch.testing.assert_close(sae.encode(X), expected)
     torch.testing.assert_close(sae(X), expected @ sae.W_dec + sae.b_dec)
@@ -51,7 +52,7 @@ def test_folding_the_scale_lets_the_sae_take_raw_activations_with_unit_decoder_r
     torch.testing.assert_close(raw.W_dec.norm(dim=1), torch.ones(32))
 
 
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "gated"])
 @torch.no_grad()
 def test_folding_decoder_norms_keeps_the_function(architecture):
     sae = random_sae(architecture, unit=False)

@@ -1,0 +1,60 @@
+"""jumprelu: latents pre·1[pre > θ], loss ⟨‖e‖²⟩ + λ·L0 with straight-through gradients (Rajamanoharan et al. 2024b)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sae_train import losses
+from sae_train.architectures.base import (
+    START_L0,
+    Architecture,
+    Forward,
+    pre_activations,
+    revival_by_level,
+    start_level,
+)
+from sae_train.kernels import ops
+from sae_train.l0 import level_on
+
+
+class JumpReLU(Architecture):
+    """log θ is trained; L0 by the controller, at the end one offset of log θ on held-out activations."""
+
+    form, base_lr = "jumprelu", 1e-4
+    lr_factors, first_coefficient = {"log_threshold": 10.0}, 0.3
+
+    def make_leaves(self):
+        log_threshold = torch.zeros_like(self.sae.b_enc, requires_grad=True)
+        return {"b_enc": self.sae.b_enc, "b_dec": self.sae.b_dec, "log_threshold": log_threshold}
+
+    def start(self, sample):
+        self.leaves["log_threshold"].fill_(start_level(self.sae, sample, START_L0 * self.spec.l0).log())
+        self.settle()
+
+    def forward(self, x):
+        sae, width = self.sae, self.settings.jumprelu_bandwidth
+        threshold = self.leaves["log_threshold"].exp()
+        # Every entry whose gradient is not zero: active, or inside the rectangle just below the threshold.
+        pre, pattern = ops.active_above(x, sae.W_enc, sae.b_enc, sae.b_dec, threshold.detach() - width / 2)
+        theta = threshold[pattern.latents]
+        values = ops.jumprelu(pre, theta, width)
+        sparsity = losses.step_l0(pre, theta, width, len(x))
+        recon = ops.decode_active(values, pattern, sae.W_dec, sae.b_dec)
+        return Forward(recon, values, pattern, losses.mse(x, recon), sparsity, level=threshold)
+
+    def revival(self, run, x, recon, dead):
+        return revival_by_level(self.sae, x, self.sae.b_enc, run.level, dead)
+
+    @torch.no_grad()
+    def settle(self):
+        self.sae.threshold.copy_(self.leaves["log_threshold"].exp())
+
+    @torch.no_grad()
+    def calibrate(self, held_out):
+        sae = self.sae
+        ratio = lambda x: pre_activations(sae, x, sae.b_enc) / sae.threshold  # noqa: E731
+        share = level_on(ratio, held_out, self.spec.l0, (0.7, 0.3, 1e-3))
+        self.leaves["log_threshold"] += math.log(share)
+        self.settle()
