@@ -27,6 +27,8 @@ SMALL = {
     "device": "cpu",
 }
 NAME = "topk-256-l0_8"
+ARCHS = "relu,topk,jumprelu,matryoshka,gated"
+NAMES = [f"{arch}-256-l0_8" for arch in ARCHS.split(",")]
 
 
 def flags(settings: dict) -> list[str]:
@@ -46,15 +48,15 @@ def assert_equal_weights(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """One small run of three architectures."""
+    """One small run of five architectures."""
     out = tmp_path_factory.mktemp("runs")
-    return train(**SMALL, arch="relu,topk,jumprelu", out=str(out), name="three").path
+    return train(**SMALL, arch=ARCHS, out=str(out), name="five").path
 
 
 def test_a_run_leaves_everything_that_the_design_names(finished):
     for name in ("run.json", "metrics.jsonl", "absorption.parquet", "report.html"):
         assert (finished / name).stat().st_size > 0
-    for name in ("relu-256-l0_8", "topk-256-l0_8", "jumprelu-256-l0_8"):
+    for name in NAMES:
         assert {path.name for path in (finished / "saes" / name).iterdir()} == {
             "cfg.json",
             "sae_weights.safetensors",
@@ -82,7 +84,7 @@ def test_absorption_table_has_letters_at_every_look_and_words_at_the_last(finish
     letters = table[table["level"] == "letter"]
     assert set(letters["step"]) >= {0, 118}
     assert set(table[table["level"] == "word"]["step"]) == {118}
-    assert set(letters["sae"]) == {"relu-256-l0_8", "topk-256-l0_8", "jumprelu-256-l0_8"}
+    assert set(letters["sae"]) == set(NAMES)
 
 
 def test_a_saved_sae_takes_raw_activations_and_loads_bit_equal(finished):
@@ -97,8 +99,8 @@ def test_a_saved_sae_takes_raw_activations_and_loads_bit_equal(finished):
 
 
 def test_a_run_with_evals_and_one_without_give_the_same_weights(finished, tmp_path):
-    bare = train(**SMALL, arch="relu,topk,jumprelu", out=str(tmp_path), name="bare", absorption=False).path
-    for name in ("relu-256-l0_8", "topk-256-l0_8", "jumprelu-256-l0_8"):
+    bare = train(**SMALL, arch=ARCHS, out=str(tmp_path), name="bare", absorption=False).path
+    for name in NAMES:
         assert_equal_weights(finished / "saes" / name, bare / "saes" / name)
 
 
@@ -109,7 +111,7 @@ def test_an_sae_of_a_grid_equals_the_one_trained_alone(finished, tmp_path):
 
 def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(finished, tmp_path):
     folder = tmp_path / "killed"
-    given = SMALL | {"arch": "relu,topk,jumprelu", "out": tmp_path, "name": "killed", "save_every": 10}
+    given = SMALL | {"arch": ARCHS, "out": tmp_path, "name": "killed", "save_every": 10}
     process = subprocess.Popen(
         [sys.executable, "-m", "sae_train", *flags(given)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -118,7 +120,7 @@ def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(finished, tmp_p
     process.wait()
     assert not (folder / "saes").exists(), "killed too late for this test to mean anything"
     assert main(["resume", str(folder)]) == 0
-    for name in ("relu-256-l0_8", "topk-256-l0_8", "jumprelu-256-l0_8"):
+    for name in NAMES:
         assert_equal_weights(finished / "saes" / name, folder / "saes" / name)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
@@ -127,7 +129,7 @@ def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(finished, tmp_p
 
 def test_ctrl_c_saves_says_how_to_resume_and_the_resumed_run_is_the_unbroken_one(finished, tmp_path):
     folder = tmp_path / "broken"
-    given = SMALL | {"arch": "relu,topk,jumprelu", "out": tmp_path, "name": "broken"}
+    given = SMALL | {"arch": ARCHS, "out": tmp_path, "name": "broken"}
     process = subprocess.Popen(
         [sys.executable, "-m", "sae_train", *flags(given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
