@@ -22,6 +22,7 @@ from sae_train.units import (
     parse_seed,
     parse_share,
     parse_width,
+    prefix_problems,
     strings,
     width_label,
 )
@@ -186,7 +187,7 @@ class Settings(_Group):
         if "topk" in self.sae.arch and fractional:
             problems.append(f"l0 {', '.join(fractional)} is not whole: topk keeps a whole number of latents per token")
         if "matryoshka" in self.sae.arch:
-            problems += _prefix_problems(self.train.matryoshka_prefixes, self.sae.width)
+            problems += prefix_problems(self.train.matryoshka_prefixes, self.sae.width)
         if self.train.tokens < 100 * self.train.batch_tokens:
             problems.append(
                 f"tokens {self.train.tokens} gives under 100 steps of batch_tokens {self.train.batch_tokens}: "
@@ -224,17 +225,6 @@ class Settings(_Group):
             for l0 in self.sae.l0
             for seed in self.sae.seed
         ]
-
-
-def _prefix_problems(shares: tuple[float, ...], widths: tuple[int, ...]) -> list[str]:
-    if list(shares) != sorted(shares) or shares[-1] != 1:
-        return [f"matryoshka_prefixes {', '.join(f'{s:g}' for s in shares)}: give rising shares, the last of them 1"]
-    lengths = {width: [0, *(round(share * width) for share in shares)] for width in widths}
-    return [
-        f"matryoshka_prefixes: at width {width} a prefix adds no latent: leave out the narrowest or raise the width"
-        for width, ends in lengths.items()
-        if len(set(ends)) < len(ends)
-    ]
 
 
 def groups() -> dict[str, type[_Group]]:

@@ -81,6 +81,18 @@ def parse_share(value: object) -> float:
     return share
 
 
+def prefix_problems(shares: tuple[float, ...], widths: tuple[int, ...]) -> list[str]:
+    """What is wrong with nested prefixes, given as shares of each width: sentences, none if all is well."""
+    if list(shares) != sorted(shares) or shares[-1] != 1:
+        return [f"matryoshka_prefixes {', '.join(f'{s:g}' for s in shares)}: give rising shares, the last of them 1"]
+    lengths = {width: [0, *(round(share * width) for share in shares)] for width in widths}
+    return [
+        f"matryoshka_prefixes: at width {width} a prefix adds no latent: leave out the narrowest or raise the width"
+        for width, ends in lengths.items()
+        if len(set(ends)) < len(ends)
+    ]
+
+
 def parse_seed(value: object) -> int:
     text = str(value).strip()
     if not re.fullmatch(r"\d+", text):
