@@ -1,7 +1,7 @@
 """Which path and which tile sizes a shape gets: sizes in, a Plan out; the one place where such choices are made.
 
-No GPU has timed these choices yet. All tiles compile for sm_90 without spills; for sm_80 the 2-byte encoder tile uses 16
-bytes of stack for d_in 768 and more. The switch from fused to slab is an estimate.
+No GPU has timed these choices yet. All tiles compile for sm_90 without spills; for sm_80 the 2-byte encoder tile uses
+16 bytes of stack for d_in 768 and more. The switch from fused to slab is an estimate.
 """
 
 from __future__ import annotations

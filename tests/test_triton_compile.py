@@ -121,7 +121,13 @@ if ALL:
     for d in (512, 768, 2304, 4096):
         for dtype, p in (("*bf16", "ieee"), (FLOAT, "tf32"), (FLOAT, "ieee")):
             CASES |= {f"{dtype[1:]}-{p}-{d}-{k}": (encoder, d, dtype, p, k) for k in (20, 50, 200, None)}
-            CASES[f"repair-{dtype[1:]}-{p}-{d}"] = (repair, d, dtype, p, plan(50, d, D_SAE, 2 if dtype == "*bf16" else 4, "fused"))
+            CASES[f"repair-{dtype[1:]}-{p}-{d}"] = (
+                repair,
+                d,
+                dtype,
+                p,
+                plan(50, d, D_SAE, 2 if dtype == "*bf16" else 4, "fused"),
+            )
 
 
 @pytest.mark.parametrize("case", CASES)
