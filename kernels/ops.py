@@ -6,6 +6,11 @@ In: activations x (batch, d_in) and weights in the public orientation. Out: valu
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,16 +23,40 @@ from sae_train.kernels.reference import Pattern
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("triton", "reference")
+log = logging.getLogger("sae_train")
 
 
-def choose(impl: str | None) -> str:
-    """Return the implementation to run; None means the best one present, and an absent one is refused."""
-    if impl == "triton":
-        raise UserError("impl='triton': this version has no fused kernels; use impl='reference' or leave it out.")
+def choose(impl: str | None, device: torch.device | str) -> str:
+    """Return the implementation to run on a device; None means triton on CUDA and reference elsewhere, logged once.
+
+    An implementation that was asked for and cannot run there is refused.
+    """
     if impl not in (None, *IMPLEMENTATIONS):
         raise UserError(f"impl={impl!r} is unknown; allowed: {', '.join(IMPLEMENTATIONS)}.")
-    return impl or "reference"
+    kind, present = torch.device(device).type, find_spec("triton") is not None
+    if impl == "triton" and not present:
+        raise UserError("impl='triton' needs the package triton, which is not installed; use impl='reference'.")
+    if impl == "triton" and kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"impl='triton' runs on CUDA, not on {kind} (TRITON_INTERPRET=1 interprets it, slowly, there).")
+    if impl is None:
+        impl = "triton" if kind == "cuda" and present else "reference"
+        _log_once(impl, kind)
+    return impl
+
+
+@cache
+def _log_once(impl: str, kind: str) -> None:
+    log.info("kernels on %s: %s", kind, impl)
+
+
+def _twin(impl: str | None, x: Tensor) -> ModuleType:
+    """Return the module that runs: kernels/reference.py or kernels/fused.py, which have the same functions."""
+    if choose(impl, x.device) == "reference":
+        return reference
+    from sae_train.kernels import fused
+
+    return fused
 
 
 def encode_topk(
@@ -39,9 +68,8 @@ def encode_topk(
     impl: str | None = None,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """Return values and indices of the k largest of relu((x − b_dec)·W_enc + b_enc), in no particular order."""
-    choose(impl)
-    pre, pattern = reference.pre_topk(x, W_enc, b_enc, b_dec, k)
-    return pre.view(-1, k).relu(), pattern.latents.view(-1, k)
+    pre, pattern = _twin(impl, x).pre_topk(x, W_enc, b_enc, b_dec, k)
+    return pre.view(-1, k).relu(), pattern.latents.view(-1, k).long()
 
 
 def encode_relu(
@@ -52,8 +80,9 @@ def encode_relu(
     impl: str | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
     """Return relu((x − b_dec)·W_enc + b_enc)."""
-    choose(impl)
-    return torch.addmm(b_enc, x - b_dec, W_enc).relu()
+    if choose(impl, x.device) == "reference":
+        return torch.addmm(b_enc, x - b_dec, W_enc).relu()
+    return _dense(*active_above(x, W_enc, b_enc, b_dec, 0.0, impl))
 
 
 def encode_jumprelu(
@@ -66,9 +95,10 @@ def encode_jumprelu(
     impl: str | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
     """Return pre·1[pre > threshold]; the threshold's gradient is the straight-through one of that bandwidth."""
-    choose(impl)
-    pre = torch.addmm(b_enc, x - b_dec, W_enc)
-    return reference.JumpReLU.apply(pre, threshold, bandwidth)
+    if choose(impl, x.device) == "reference":
+        return reference.JumpReLU.apply(torch.addmm(b_enc, x - b_dec, W_enc), threshold, bandwidth)
+    pre, pattern = active_above(x, W_enc, b_enc, b_dec, threshold.detach() - bandwidth / 2, impl)
+    return _dense(jumprelu_active(pre, pattern, threshold, bandwidth, impl)[0], pattern)
 
 
 def decode(
@@ -79,27 +109,39 @@ def decode(
     impl: str | None = None,
 ) -> Float[Tensor, "batch d_in"]:
     """Return Σ_j values[:, j]·W_dec[indices[:, j]] + b_dec."""
-    choose(impl)
     pattern = reference.row_pattern(indices, W_dec.shape[0])
-    return reference.decode_pattern(values.reshape(-1), pattern, W_dec, b_dec)
+    return _twin(impl, values).decode_pattern(values.reshape(-1), pattern, W_dec, b_dec)
 
 
 def active_topk(x, W_enc, b_enc, b_dec, k: int, impl: str | None = None) -> tuple[Tensor, Pattern]:
     """Return the k largest pre-activations of each token, flat and before relu, and their pattern (for training)."""
-    choose(impl)
-    return reference.pre_topk(x, W_enc, b_enc, b_dec, k)
+    return _twin(impl, x).pre_topk(x, W_enc, b_enc, b_dec, k)
 
 
 def active_above(x, W_enc, b_enc, b_dec, floor, impl: str | None = None) -> tuple[Tensor, Pattern]:
     """Return the pre-activations above floor (a number or (d_sae,)), flat, and their pattern (for training)."""
-    choose(impl)
-    return reference.pre_above(x, W_enc, b_enc, b_dec, floor)
+    return _twin(impl, x).pre_above(x, W_enc, b_enc, b_dec, floor)
 
 
 def decode_active(values, pattern: Pattern, W_dec, b_dec, impl: str | None = None) -> Tensor:
     """Return reconstructions from flat values at a pattern's entries (for training)."""
-    choose(impl)
-    return reference.decode_pattern(values, pattern, W_dec, b_dec)
+    return _twin(impl, values).decode_pattern(values, pattern, W_dec, b_dec)
+
+
+def decode_error(values, pattern: Pattern, W_dec, b_dec, x, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """Return reconstructions and Σ (recon − x)² over the batch; in one gather where tokens have up to 128 entries."""
+    return _twin(impl, values).decode_error(values, pattern, W_dec, b_dec, x)
+
+
+def jumprelu_active(pre, pattern: Pattern, threshold, bandwidth: float, impl: str | None = None):
+    """Return pre·1[pre > θ] at a pattern's entries and how many are above, with straight-through gradients to θ."""
+    return _twin(impl, pre).jumprelu_active(pre, pattern, threshold, bandwidth)
+
+
+def _dense(values: Tensor, pattern: Pattern) -> Tensor:
+    """Return (batch, d_sae) with the values at the pattern's entries and 0 elsewhere."""
+    out = values.new_zeros(pattern.offsets.numel() - 1, pattern.d_sae)
+    return out.index_put((pattern.tokens, pattern.latents.long()), values)
 
 
 def jumprelu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

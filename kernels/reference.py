@@ -33,6 +33,8 @@ class Pattern:
     latents: Int[Tensor, " n"]
     offsets: Int[Tensor, " batch_plus_1"]
     d_sae: int
+    # Whether every token is known to have the same number of entries.
+    even: bool = False
 
     @cached_property
     def tokens(self) -> Int[Tensor, " n"]:
@@ -135,7 +137,7 @@ def row_pattern(indices: Int[Tensor, "batch k"], d_sae: int) -> Pattern:
     """Return the Pattern of k latents on every token."""
     batch, k = indices.shape
     offsets = torch.arange(0, batch * k + 1, k, device=indices.device)
-    return Pattern(indices.reshape(-1), offsets, d_sae)
+    return Pattern(indices.reshape(-1), offsets, d_sae, even=True)
 
 
 def pre_topk(x, W_enc, b_enc, b_dec, k: int) -> tuple[Tensor, Pattern]:
@@ -165,6 +167,18 @@ def pre_above(x, W_enc, b_enc, b_dec, floor: Tensor | float) -> tuple[Tensor, Pa
 def decode_pattern(values: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor) -> Tensor:
     """Return the reconstruction (batch, d_in) from flat values at the pattern's entries."""
     return _Decode.apply(values, W_dec, b_dec, pattern)
+
+
+def decode_error(values: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the reconstruction and Σ (recon − x)²."""
+    recon = decode_pattern(values, pattern, W_dec, b_dec)
+    return recon, (recon - x).square().sum()
+
+
+def jumprelu_active(pre: Tensor, pattern: Pattern, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """Return pre·1[pre > θ] at the entries and the number of entries above, both differentiable in θ."""
+    theta = threshold[pattern.latents]
+    return JumpReLU.apply(pre, theta, bandwidth), Step.apply(pre, theta, bandwidth).sum()
 
 
 class JumpReLU(torch.autograd.Function):

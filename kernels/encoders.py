@@ -1,0 +1,158 @@
+"""Encoders by Triton: centred activations and latent-major weights in, active pre-activations out, nothing dense kept.
+
+In: x (batch, d_in) with b_dec already taken off, W (d_sae, d_in) contiguous, both float32, bfloat16 or float16. Out:
+float32 pre-activations and int32 latents, exact for the pre-activations as computed, ties to the lowest latent.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as nnf
+import triton
+from torch import Tensor
+
+from sae_train.kernels.encode import encode_kernel, group_kernel
+from sae_train.kernels.select import compact_kernel, repair_kernel, select_kernel
+from sae_train.kernels.shapes import Plan, plan, warps_for
+
+# Pre-activations of one slab: 32 MB in float32, so that they stay in an H200's L2.
+SLAB_ELEMENTS = 8 * 2**20
+# Rows of tiles that share the weights of a group through L2.
+BAND = 8
+# Programs of the repair kernel: it walks through all rows and stops at the flagged ones.
+REPAIR_PROGRAMS = 512
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def precision() -> str:
+    """Return tl.dot's precision for float32, as torch.set_float32_matmul_precision sets it for all matmuls."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def topk(x: Tensor, W: Tensor, b_enc: Tensor, k: int, how: Plan | None = None) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row of x·Wᵀ + b_enc: values (batch, k), latents (batch, k), in no order."""
+    how = how or plan(k, x.shape[1], W.shape[0], x.element_size())
+    if how.path == "fused":
+        return _select(k, *_candidates(x, W, b_enc, None, how)[:2], how, (x, W, b_enc))
+    parts = [_topk_dense(pre, k, how) for pre in _slabs(x, W, b_enc)]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def above(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor, how: Plan | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the entries of x·Wᵀ + b_enc above floor (d_sae,): values, latents, offsets (batch + 1) of the rows.
+
+    Waits for the device once, for the number of entries. Rows with more than R in one group are redone densely.
+    """
+    how = how or plan(None, x.shape[1], W.shape[0], x.element_size())
+    if how.path == "fused":
+        keys, latents, counts = _candidates(x, W, b_enc, floor, how)
+    elif how.path == "slab":
+        parts = [_group(pre, floor, how) for pre in _slabs(x, W, b_enc)]
+        keys, latents, counts = (torch.cat(p) for p in zip(*parts, strict=True))
+    else:
+        return _above_dense(x, W, b_enc, floor)
+    full = (counts > how.R).any(1)
+    per_row = counts.sum(1)
+    offsets = nnf.pad(per_row.where(~full, 0).cumsum(0), (1, 0))
+    n_full, n = torch.stack([full.sum(), offsets[-1]]).tolist()
+    values, found = x.new_empty(n, dtype=torch.float32), latents.new_empty(n)
+    block = triton.next_power_of_2(keys.shape[1])
+    compact_kernel[(len(x),)](keys, latents, offsets, values, found, keys.shape[1], block, num_warps=warps_for(block))
+    if not n_full:
+        return values, found, offsets
+    return _with_redone(values, found, offsets, full, _above_dense(x[full], W, b_enc, floor))
+
+
+def _candidates(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor | None, how: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the fused encoder: keys, latents (batch, n_groups·R), and counts above the floor (batch, n_groups)."""
+    (batch, d_in), d_sae = x.shape, W.shape[0]
+    n_groups = how.n_groups(d_sae)
+    keys, latents = (x.new_empty(batch, n_groups * how.R, dtype=torch.int32) for _ in range(2))
+    counts = x.new_empty(batch, n_groups if floor is not None else 0, dtype=torch.int32)
+    encode_kernel[(triton.cdiv(batch, how.block_m) * n_groups,)](
+        x, W, b_enc, b_enc if floor is None else floor, keys, latents, counts, batch, d_sae, n_groups, d_in,
+        floor is not None, how.R, how.block_m, how.group, how.block_k, BAND, precision(), interpreted(),
+        num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+    return keys, latents, counts
+
+
+def _group(pre: Tensor, floor: Tensor | None, how: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what _candidates does, from dense pre-activations."""
+    batch, d_sae = pre.shape
+    n_groups = how.n_groups(d_sae)
+    keys, latents = (pre.new_empty(batch, n_groups * how.R, dtype=torch.int32) for _ in range(2))
+    counts = pre.new_empty(batch, n_groups if floor is not None else 0, dtype=torch.int32)
+    block = 32 if n_groups >= 32 else triton.next_power_of_2(n_groups)
+    group_kernel[(batch, triton.cdiv(n_groups, block))](
+        pre, pre if floor is None else floor, keys, latents, counts, batch, d_sae, n_groups,
+        floor is not None, how.R, how.group, block, num_warps=4,
+    )  # fmt: skip
+    return keys, latents, counts
+
+
+def _select(k: int, keys: Tensor, latents: Tensor, how: Plan, source: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Return the exact top k from candidates; source is (x, W, b_enc), or (pre,) to read members again."""
+    batch, n = keys.shape
+    values, found = keys.new_empty(batch, k, dtype=torch.float32), keys.new_empty(batch, k)
+    flags = keys.new_empty(batch)
+    block = triton.next_power_of_2(n)
+    select_kernel[(batch,)](keys, latents, values, found, flags, n, k, how.R, block, num_warps=warps_for(block))
+    dense = len(source) == 1
+    x, W, b_enc = source * 3 if dense else source
+    d_sae = x.shape[1] if dense else W.shape[0]
+    n_groups = n // how.R
+    repair_kernel[(min(batch, REPAIR_PROGRAMS),)](
+        flags, keys, latents, values, found, x, x, W, b_enc, batch, d_sae, n_groups, k,
+        1 if dense else x.shape[1], dense, how.R, triton.next_power_of_2(k), triton.next_power_of_2(n_groups),
+        how.block_m, how.group, how.block_k, precision(), interpreted(), num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+    return values, found
+
+
+def _topk_dense(pre: Tensor, k: int, how: Plan) -> tuple[Tensor, Tensor]:
+    if how.path == "sort":  # stable, so that ties go to the lowest latent
+        values, order = pre.sort(dim=1, descending=True, stable=True)
+        return values[:, :k].contiguous(), order[:, :k].int()
+    return _select(k, *_group(pre, None, how)[:2], how, (pre,))
+
+
+def _slabs(x: Tensor, W: Tensor, b_enc: Tensor):
+    """Yield dense float32 pre-activations of a few rows at a time; the buffer is reused: use each before the next."""
+    rows = max(1, SLAB_ELEMENTS // W.shape[0])
+    buffer = x.new_empty(min(rows, len(x)), W.shape[0], dtype=torch.float32)
+    for chunk in x.split(rows):
+        out = buffer[: len(chunk)]
+        if x.dtype == torch.float32:
+            yield torch.addmm(b_enc, chunk, W.t(), out=out)
+        elif x.is_cuda:
+            yield torch.mm(chunk, W.t(), out_dtype=torch.float32, out=out).add_(b_enc)
+        else:
+            yield torch.addmm(b_enc, chunk.float(), W.t().float(), out=out)
+
+
+def _above_dense(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what above does in plain PyTorch: for rows that are no longer sparse. Waits for the device per slab."""
+    values, latents, counts = [], [], []
+    for pre in _slabs(x, W, b_enc):
+        active = ~(pre <= floor)
+        counts.append(active.sum(1))
+        latents.append(active.nonzero()[:, 1].int())
+        values.append(pre[active])
+    return torch.cat(values), torch.cat(latents), nnf.pad(torch.cat(counts).cumsum(0), (1, 0))
+
+
+def _with_redone(values, latents, offsets, full, redone) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the entries of redone rows (those where full) among the others."""
+    counts = offsets.diff()
+    counts[full] = redone[2].diff()
+    rows = torch.arange(len(counts), device=counts.device)
+    tokens = torch.cat([rows[~full].repeat_interleave(counts[~full]), rows[full].repeat_interleave(counts[full])])
+    order = tokens.argsort(stable=True)
+    together = torch.cat([values, redone[0]])[order], torch.cat([latents, redone[1]])[order]
+    return *together, nnf.pad(counts.cumsum(0), (1, 0))

@@ -1,0 +1,119 @@
+"""Triton selection: candidates of each row in, its exact top k out; or all entries above a floor, compacted.
+
+The top k of the candidates is the top k of the row if no group's last candidate is in it; a row where one is gets
+flagged and repaired. Proof: kernels/README.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sae_train.kernels.encode import tile
+from sae_train.kernels.keys import EMPTY, in_top, kth_key, last_latent, to_key, to_value
+
+
+@triton.jit
+def select_kernel(
+    keys, latents, out_values, out_latents, flags, n_candidates, k,
+    R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: the k first candidates in candidate order; flags the row if a group's last candidate is one of them."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < n_candidates
+    key = tl.load(keys + row * n_candidates + at, mask=inside, other=EMPTY)
+    latent = tl.load(latents + row * n_candidates + at, mask=inside, other=0x7FFFFFFF)
+    none = tl.full((1,), EMPTY, tl.int32)
+    kth = kth_key(key, none, k)
+    chosen = inside & in_top(key, latent, kth, last_latent(key, latent, none, none, kth, k))
+    place = row * k + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(out_values + place, to_value(key), mask=chosen)
+    tl.store(out_latents + place, latent, mask=chosen)
+    tl.store(flags + row, tl.max((chosen & (at % R == R - 1)).to(tl.int32), 0))
+
+
+@triton.jit
+def next_group(keys, latents, row, n_groups, after, kth, last, R: tl.constexpr, N_GROUPS: tl.constexpr):
+    """Return the first group behind `after` whose last candidate is in the top k, or n_groups."""
+    group = tl.arange(0, N_GROUPS)
+    inside = (group < n_groups) & (group > after)
+    place = (row * n_groups + group) * R + R - 1
+    key = tl.load(keys + place, mask=inside, other=EMPTY)
+    latent = tl.load(latents + place, mask=inside, other=0)
+    return tl.min(tl.where(inside & in_top(key, latent, kth, last), group, n_groups), 0)
+
+
+@triton.jit
+def unseen(key, member, latents, row, n_groups, group, R: tl.constexpr):
+    """Return the keys of a group's members with those that were candidates taken out."""
+    seen = tl.load(latents + (row * n_groups + group) * R + tl.arange(0, R))
+    return tl.where(tl.max((member[:, None] == seen[None, :]).to(tl.int32), 1) > 0, EMPTY, key)
+
+
+@triton.jit
+def merge(values, latents, row, k, key, member, K_PAD: tl.constexpr):
+    """Replace a row's k entries by the k first of them and the given ones; return the new k-th key and last latent."""
+    at = tl.arange(0, K_PAD)
+    old = to_key(tl.load(values + row * k + at, mask=at < k, other=0.0))
+    old = tl.where(at < k, old, EMPTY)
+    old_latent = tl.load(latents + row * k + at, mask=at < k, other=0x7FFFFFFF)
+    kth = kth_key(old, key, k)
+    last = last_latent(old, old_latent, key, member, kth, k)
+    keep, add = (at < k) & in_top(old, old_latent, kth, last), (key != EMPTY) & in_top(key, member, kth, last)
+    place = row * k + tl.cumsum(keep.to(tl.int32), 0) - 1
+    new_place = row * k + tl.sum(keep.to(tl.int32), 0) + tl.cumsum(add.to(tl.int32), 0) - 1
+    tl.debug_barrier()  # all threads have read the old row before any writes the new one
+    tl.store(values + place, to_value(old), mask=keep)
+    tl.store(latents + place, old_latent, mask=keep)
+    tl.store(values + new_place, to_value(key), mask=add)
+    tl.store(latents + new_place, member, mask=add)
+    tl.debug_barrier()
+    return kth, last
+
+
+@triton.jit
+def repair_kernel(
+    flags, keys, latents, out_values, out_latents, pre, x, W, b_enc, batch, d_sae, n_groups, k,
+    d_in: tl.constexpr, DENSE: tl.constexpr, R: tl.constexpr, K_PAD: tl.constexpr, N_GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Merge all members of every group whose last candidate is in the top k, for the flagged rows, row by row.
+
+    The k-th entry only rises while groups are merged, so one walk through the groups in order misses none. Members
+    are read from `pre` (DENSE) or computed again by the encoder's own tile, all of whose rows are then this row.
+    """
+    none = tl.full((1,), EMPTY, tl.int32)
+    number = tl.program_id(0)
+    while number < batch:
+        if tl.load(flags + number) > 0:
+            row = number.to(tl.int64)
+            kth, last = merge(out_values, out_latents, row, k, none, none, K_PAD)
+            group = next_group(keys, latents, row, n_groups, -1, kth, last, R, N_GROUPS)
+            while group < n_groups:
+                member = group + tl.arange(0, GROUP) * n_groups
+                if DENSE:
+                    value = tl.load(pre + row * d_sae + member, mask=member < d_sae, other=0.0).to(tl.float32)
+                else:
+                    rows = number + tl.zeros((BLOCK_M,), tl.int32)
+                    values = tile(x, W, b_enc, rows, member, batch, d_sae, d_in, BLOCK_K, PRECISION, UPCAST)
+                    value = tl.sum(tl.where(tl.arange(0, BLOCK_M)[:, None] == 0, values, 0.0), 0)
+                key = tl.where(member < d_sae, to_key(value), EMPTY)
+                key = unseen(key, member, latents, row, n_groups, group, R)
+                kth, last = merge(out_values, out_latents, row, k, key, member, K_PAD)
+                group = next_group(keys, latents, row, n_groups, group, kth, last, R, N_GROUPS)
+        number += tl.num_programs(0)
+
+
+@triton.jit
+def compact_kernel(keys, latents, offsets, out_values, out_latents, n_candidates, BLOCK: tl.constexpr):
+    """One row: all candidates that are there, in candidate order, from offsets[row] on; nothing if it has no room."""
+    row = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
+    at = tl.arange(0, BLOCK)
+    inside = (at < n_candidates) & (end > start)
+    key = tl.load(keys + row * n_candidates + at, mask=inside, other=EMPTY)
+    latent = tl.load(latents + row * n_candidates + at, mask=inside, other=0)
+    place = start + tl.cumsum((key != EMPTY).to(tl.int32), 0) - 1
+    tl.store(out_values + place, to_value(key), mask=key != EMPTY)
+    tl.store(out_latents + place, latent, mask=key != EMPTY)

@@ -1,0 +1,82 @@
+"""Which path and which tile sizes a shape gets: sizes in, a Plan out; the one place where such choices are made.
+
+No GPU has timed these choices yet. All tiles compile for sm_90 without spills; for sm_80 the 2-byte encoder tile uses
+16 bytes of stack for d_in 768 and more. The switch from fused to slab is an estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+# Groups of the fused encoder are the columns of one tile; those of the slab path are free.
+GROUP = {"fused": 128, "slab": 64}
+# Rows expected to need repair, were the latents independent, by which R is chosen.
+MAX_REPAIRED = 0.005
+# Above this d_in a Triton GEMM would have to come closer to cuBLAS than it usually does.
+MAX_FUSED_D_IN = 1500
+# Candidates of one row that one program holds in registers.
+MAX_CANDIDATES = 32_768
+# Candidates per group for entries above a floor: up to R / group of all latents before a row is redone.
+R_ABOVE = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one encoder call runs: R candidates from each group of latents, and the GEMM's tile."""
+
+    path: str
+    group: int
+    R: int
+    block_m: int = 128
+    block_k: int = 64
+    warps: int = 8
+    stages: int = 3
+
+    def n_groups(self, d_sae: int) -> int:
+        return -(-d_sae // self.group)
+
+    def candidates(self, d_sae: int) -> int:
+        return self.n_groups(d_sae) * self.R
+
+
+def expected_repairs(n_groups: int, k: int, R: int) -> float:
+    """Expected groups of one row with R or more of its top k, for latents that are independent: a Poisson tail."""
+    mean = k / n_groups
+    below = sum(math.exp(r * math.log(mean) - mean - math.lgamma(r + 1)) for r in range(R))
+    return n_groups * max(0.0, 1.0 - below)
+
+
+@cache
+def plan(k: int | None, d_in: int, d_sae: int, itemsize: int, path: str | None = None) -> Plan:
+    """Return how to find the k largest (k None: all above a floor) of d_sae pre-activations of inputs of width d_in.
+
+    path: "fused" (GEMM tile to candidates), "slab" (cuBLAS, then candidates), "sort" (a stable sort in slabs, for k
+    that is no small share of d_sae); None chooses.
+    """
+    path = path or ("fused" if d_in < MAX_FUSED_D_IN else "slab")
+    if path != "sort":
+        for R in (R_ABOVE,) if k is None else (2, 4, 8, 16):
+            found = Plan(path, GROUP[path], R, **(tile_for(itemsize) if path == "fused" else {}))
+            if fits(found, k, d_sae) and (k is None or expected_repairs(found.n_groups(d_sae), k, R) <= MAX_REPAIRED):
+                return found
+    return Plan("sort", 1, 1)
+
+
+def fits(found: Plan, k: int | None, d_sae: int) -> bool:
+    """Whether every group has R members, the candidates hold k entries, and a program holds the candidates."""
+    n_groups, candidates = found.n_groups(d_sae), found.candidates(d_sae)
+    return d_sae // n_groups >= found.R and (k or 0) <= candidates <= MAX_CANDIDATES
+
+
+def tile_for(itemsize: int) -> dict[str, int]:
+    """Return the GEMM tile for elements of that many bytes."""
+    if itemsize == 2:
+        return {"block_m": 128, "block_k": 64, "warps": 8, "stages": 3}
+    return {"block_m": 64, "block_k": 32, "warps": 8, "stages": 3}
+
+
+def warps_for(block: int) -> int:
+    """Return warps so that a thread holds about 16 of `block` elements."""
+    return min(32, max(1, block // 512))

@@ -1,0 +1,137 @@
+"""Triton sums over active entries: rows of a table, weights and offsets in; reconstructions, gradients and losses out.
+
+Every sum is made by one program in a fixed order: no atomics, the same bits each time for a fixed configuration.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gather_sum(rows, weights, table, start, end, columns, d: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Return Σ over entries start to end of weight · table[row], at the given columns, in float32."""
+    acc = tl.zeros((BLOCK_E, columns.shape[0]), tl.float32)
+    for first in range(start, end, BLOCK_E):
+        at = first + tl.arange(0, BLOCK_E)
+        row = tl.load(rows + at, mask=at < end, other=0).to(tl.int64)
+        weight = tl.load(weights + at, mask=at < end, other=0.0).to(tl.float32)
+        inside = (at < end)[:, None] & (columns < d)[None, :]
+        line = tl.load(table + row[:, None] * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        acc += weight[:, None] * line
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def bag_kernel(
+    rows, weights, table, starts, ends, bias, out, sums, d: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SUMS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[bag] = Σ weight·table[row] (+ bias), sums[bag] = Σ weight, over entries starts[bag] to ends[bag]."""
+    bag = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(starts + bag), tl.load(ends + bag)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = gather_sum(rows, weights, table, start, end, columns, d, BLOCK_E)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=columns < d, other=0.0).to(tl.float32)
+    tl.store(out + bag * d + columns, total, mask=columns < d)
+    if HAS_SUMS:
+        acc = tl.zeros((BLOCK_E,), tl.float32)
+        for first in range(start, end, BLOCK_E):
+            at = first + tl.arange(0, BLOCK_E)
+            acc += tl.load(weights + at, mask=at < end, other=0.0).to(tl.float32)
+        tl.store(sums + bag, tl.sum(acc, 0), mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def join_kernel(parts, offsets, out, d: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[bag] = Σ of its parts, in order; a bag without parts is left as it is."""
+    bag = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start, end = tl.load(offsets + bag), tl.load(offsets + bag + 1)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for part in range(start, end):
+        acc += tl.load(parts + part * d + columns, mask=columns < d, other=0.0)
+    tl.store(out + bag * d + columns, acc, mask=(columns < d) & (end > start))
+
+
+@triton.jit
+def dots_kernel(
+    a, table, latents, offsets, out, d: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[entry] = a[token] · table[latent] for the entries of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(offsets + token), tl.load(offsets + token + 1)
+    for first in range(start, end, BLOCK_E):
+        at = first + tl.arange(0, BLOCK_E)
+        latent = tl.load(latents + at, mask=at < end, other=0).to(tl.int64)
+        acc = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+        for chunk in range(0, d, BLOCK_D):
+            columns = chunk + tl.arange(0, BLOCK_D)
+            inside = (at < end)[:, None] & (columns < d)[None, :]
+            line = tl.load(table + latent[:, None] * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+            acc += line * tl.load(a + token * d + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + at, tl.sum(acc, 1), mask=at < end)
+
+
+@triton.jit
+def decode_loss_kernel(
+    values, latents, offsets, W_dec, b_dec, x, recon, error, dots, d: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One token with at most BLOCK_E entries: recon, Σ (recon − x)², and (recon − x) · W_dec[latent] of each entry.
+
+    Each decoder row is read once: a chunk of it is in registers while the chunk's residual is formed and used.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(offsets + token), tl.load(offsets + token + 1)
+    at = start + tl.arange(0, BLOCK_E)
+    latent = tl.load(latents + at, mask=at < end, other=0).to(tl.int64)
+    value = tl.load(values + at, mask=at < end, other=0.0).to(tl.float32)
+    dot, loss = tl.zeros((BLOCK_E,), tl.float32), tl.zeros((BLOCK_D,), tl.float32)
+    for chunk in range(0, d, BLOCK_D):
+        columns = chunk + tl.arange(0, BLOCK_D)
+        inside = (at < end)[:, None] & (columns < d)[None, :]
+        line = tl.load(W_dec + latent[:, None] * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        total = tl.sum(value[:, None] * line, 0)
+        total += tl.load(b_dec + columns, mask=columns < d, other=0.0).to(tl.float32)
+        residual = total - tl.load(x + token * d + columns, mask=columns < d, other=0.0).to(tl.float32)
+        tl.store(recon + token * d + columns, total, mask=columns < d)
+        loss += tl.where(columns < d, residual * residual, 0.0)
+        dot += tl.sum(line * tl.where(columns < d, residual, 0.0)[None, :], 1)
+    tl.store(error + token, tl.sum(loss, 0))
+    tl.store(dots + at, dot, mask=at < end)
+
+
+@triton.jit
+def jumprelu_kernel(
+    pre, latents, threshold, values, counts, n, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """values = pre·1[pre > θ] of n entries; counts[program] = how many are above."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(pre + at, mask=at < n, other=float("-inf"))
+    theta = tl.load(threshold + tl.load(latents + at, mask=at < n, other=0), mask=at < n, other=0.0)
+    # NaN is no number above θ, but must reach the loss.
+    tl.store(values + at, tl.where(value <= theta, 0.0, value), mask=at < n)
+    tl.store(counts + tl.program_id(0), tl.sum((value > theta).to(tl.int32), 0))
+
+
+@triton.jit
+def jumprelu_backward_kernel(
+    pre, order, starts, ends, threshold, d_values, d_count, bandwidth, d_pre, d_threshold, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One latent, its entries in token order: d_pre = d_value·1[pre > θ], dθ = −Σ (θ·d_value + d_count)/ε near θ."""
+    latent = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(starts + latent), tl.load(ends + latent)
+    theta, up = tl.load(threshold + latent), tl.load(d_count)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        entry = tl.load(order + at, mask=at < end, other=0)
+        value = tl.load(pre + entry, mask=at < end, other=0.0)
+        grad = tl.load(d_values + entry, mask=at < end, other=0.0)
+        near = (tl.abs(value - theta) < bandwidth / 2) & (at < end)
+        acc -= tl.where(near, (theta * grad + up) / bandwidth, 0.0)
+        tl.store(d_pre + entry, tl.where(value > theta, grad, 0.0), mask=at < end)
+    tl.store(d_threshold + latent, tl.sum(acc, 0))

@@ -1,0 +1,141 @@
+"""The Triton kernels compiled ahead of time for sm_80 and sm_90, on any machine: nothing spilled, shared memory fits.
+
+Full sizes with TRITON_COMPILE_ALL=1; by default the shapes of one model, which keeps the suite quick.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from sae_train.kernels.shapes import Plan, plan, warps_for  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted functions do not compile"
+)
+ALL = os.environ.get("TRITON_COMPILE_ALL") == "1"
+D_SAE = 65_536
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+FLOAT, INT, LONG = "*fp32", "*i32", "*i64"
+
+
+def usage(fn, types: list[str], constants: dict, cc: int, warps: int, stages: int, tmp_path) -> tuple[int, int]:
+    """Compile and return (bytes of stack, bytes of shared memory) of one program."""
+    runtime = iter(types)
+    signature = {name: "constexpr" if name in constants else next(runtime) for name in fn.arg_names}
+    pointers = [i for i, name in enumerate(fn.arg_names) if signature[name].startswith("*")]
+    source = ASTSource(fn, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
+    options = {"num_warps": warps, "num_stages": stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", report)[1]) + int(re.search(r"LOCAL:(\d+)", report)[1]), kernel.metadata.shared
+
+
+def encoder(d_in: int, dtype: str, precision: str, k: int | None) -> tuple:
+    from sae_train.kernels.encode import encode_kernel
+
+    how = plan(k, d_in, D_SAE, 2 if dtype == "*bf16" else 4, "fused")
+    types = [dtype, dtype, FLOAT, FLOAT, INT, INT, INT, "i32", "i32", "i32"]
+    constants = dict(d_in=d_in, HAS_FLOOR=k is None, R=how.R, BLOCK_M=how.block_m, GROUP=how.group, BLOCK_K=how.block_k)
+    return encode_kernel, types, constants | dict(BAND=8, PRECISION=precision, UPCAST=False), how.warps, how.stages
+
+
+def repair(d_in: int, dtype: str, precision: str, how: Plan) -> tuple:
+    from sae_train.kernels.select import repair_kernel
+
+    types = [INT, INT, INT, FLOAT, INT, FLOAT, dtype, dtype, FLOAT, "i32", "i32", "i32", "i32"]
+    constants = dict(d_in=d_in, DENSE=how.path == "slab", R=how.R, K_PAD=64, N_GROUPS=how.n_groups(D_SAE))
+    constants |= dict(BLOCK_M=how.block_m, GROUP=how.group, BLOCK_K=how.block_k, PRECISION=precision, UPCAST=False)
+    return repair_kernel, types, constants, how.warps, how.stages
+
+
+def selection(name: str) -> tuple:
+    from sae_train.kernels import encode, select
+
+    how = plan(50, 2304, D_SAE, 2)
+    block = how.candidates(D_SAE)
+    return {
+        "group": (
+            encode.group_kernel,
+            [FLOAT, FLOAT, INT, INT, INT, "i32", "i32", "i32"],
+            dict(HAS_FLOOR=False, R=how.R, GROUP=how.group, BLOCK=32),
+            4,
+            3,
+        ),
+        "select": (select.select_kernel, [INT, INT, FLOAT, INT, INT, "i32", "i32"], dict(R=how.R, BLOCK=block), 4, 3),
+        "compact": (select.compact_kernel, [INT, INT, LONG, FLOAT, INT, "i32"], dict(BLOCK=8192), warps_for(8192), 3),
+    }[name]
+
+
+def sums(name: str, d: int) -> tuple:
+    from sae_train.kernels import sparse
+
+    block = dict(d=d, BLOCK_E=16, BLOCK_D=256)
+    return {
+        "bag": (
+            sparse.bag_kernel,
+            [LONG, FLOAT, FLOAT, LONG, LONG, FLOAT, FLOAT, FLOAT],
+            block | dict(HAS_BIAS=True, HAS_SUMS=True),
+            4,
+            3,
+        ),
+        "dots": (sparse.dots_kernel, [FLOAT, FLOAT, INT, LONG, FLOAT], block, 4, 3),
+        "join": (sparse.join_kernel, [FLOAT, LONG, FLOAT], dict(d=d, BLOCK_D=256), 4, 3),
+        "error": (
+            sparse.decode_loss_kernel,
+            [FLOAT, INT, LONG, *[FLOAT] * 6],
+            dict(d=d, BLOCK_E=64, BLOCK_D=64),
+            4,
+            3,
+        ),
+        "jumprelu": (sparse.jumprelu_kernel, [FLOAT, INT, FLOAT, FLOAT, INT, "i32"], dict(BLOCK=1024), 4, 3),
+        "jumprelu_backward": (
+            sparse.jumprelu_backward_kernel,
+            [FLOAT, LONG, LONG, LONG, FLOAT, FLOAT, FLOAT, "fp32", FLOAT, FLOAT],
+            dict(BLOCK=32),
+            1,
+            3,
+        ),
+    }[name]
+
+
+CASES = {f"{dtype[1:]}-{p}-{d}-{k}": (encoder, d, dtype, p, k) for d, dtype, p, k in [
+    (768, "*bf16", "ieee", 50), (768, "*bf16", "ieee", None), (768, FLOAT, "tf32", 50),
+]}  # fmt: skip
+CASES["repair"] = (repair, 768, "*bf16", "ieee", plan(50, 768, D_SAE, 2, "fused"))
+CASES["repair-slab"] = (repair, 1, FLOAT, "ieee", plan(50, 2304, D_SAE, 2, "slab"))
+CASES |= {name: (selection, name) for name in ("group", "select", "compact")}
+CASES |= {name: (sums, name, 2304) for name in ("bag", "dots", "join", "error", "jumprelu", "jumprelu_backward")}
+if ALL:
+    for d in (512, 768, 2304, 4096):
+        for dtype, p in (("*bf16", "ieee"), (FLOAT, "tf32"), (FLOAT, "ieee")):
+            CASES |= {f"{dtype[1:]}-{p}-{d}-{k}": (encoder, d, dtype, p, k) for k in (20, 50, 200, None)}
+            CASES[f"repair-{dtype[1:]}-{p}-{d}"] = (
+                repair,
+                d,
+                dtype,
+                p,
+                plan(50, d, D_SAE, 2 if dtype == "*bf16" else 4, "fused"),
+            )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("cc", (80, 90) if ALL else (90,))
+def test_a_kernel_compiles_without_spills_and_within_shared_memory(case, cc, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    make, *args = CASES[case]
+    fn, types, constants, warps, stages = make(*args)
+    stack, shared = usage(fn, types, constants, cc, warps, stages, tmp_path)
+    assert stack == 0
+    assert shared <= MAX_SHARED[cc]

@@ -1,0 +1,236 @@
+"""The Triton kernels: under the interpreter on a CPU (in a process of its own), and as they are where there is a GPU.
+
+Tolerances are relative RMS against float64: 1e-5, some thirty float32 roundings of sums of this length.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="no GPU; the interpreter runs these in another process"
+)
+RMS = 1e-5
+
+if INTERPRETED or torch.cuda.is_available():
+    from sae_train.kernels import encoders, fused, ops, reference
+    from sae_train.kernels import select as select_module
+    from sae_train.kernels.shapes import Plan
+
+    TILE = {"block_m": 16, "block_k": 16, "warps": 4, "stages": 2}
+    PLANS = [
+        Plan("fused", 16, 4, **TILE),
+        Plan("fused", 32, 2, **TILE),
+        Plan("slab", 16, 2, **TILE),
+        Plan("sort", 1, 1),
+    ]
+else:
+    PLANS = [None]
+each_plan = pytest.mark.parametrize("how", PLANS, ids=lambda how: how and f"{how.path}-{how.group}-{how.R}")
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests below run in this process")
+def test_the_kernels_pass_their_tests_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+
+
+def inputs(batch: int, d_in: int, d_sae: int, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(batch, d_in), (d_in, d_sae), (d_sae,), (d_in,), (d_sae, d_in)]
+    return [torch.randn(s, generator=g).to(DEVICE).requires_grad_() for s in shapes]
+
+
+def rms(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    error, scale = (ours.double() - theirs.double()).square().mean(), theirs.double().square().mean()
+    return (error / scale.clamp_min(1e-30)).sqrt().item()
+
+
+def assert_like_float64(function, tensors):
+    """Value and gradients of function(impl, tensors) by Triton in float32 and by the reference in float64."""
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    ours, theirs = function("triton", tensors), function("reference", wide)
+    probe = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64, device=ours.device).view(ours.shape)
+    assert rms(ours, theirs) < RMS
+    gradients = [
+        torch.autograd.grad((out * probe.to(out.dtype)).sum(), leaves, allow_unused=True)
+        for out, leaves in ((ours, tensors), (theirs, wide))
+    ]
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or rms(a, b) < RMS
+
+
+def assert_exact(x, W, b, k, how):
+    """The selection equals a stable full sort of the pre-activations as float64 has them (inputs are exact there)."""
+    values, latents = encoders.topk(x, W, b, k, how)
+    pre = x.double() @ W.double().t() + b.double()
+    expected = pre.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(latents.long().sort(1).values, expected.indices[:, :k].sort(1).values)
+    assert rms(values.sort(1, descending=True).values, expected.values[:, :k]) < RMS
+
+
+@runs
+@each_plan
+@pytest.mark.parametrize(("batch", "d_in", "d_sae", "k"), [(5, 20, 203, 7), (17, 16, 128, 1)])
+def test_top_k_is_the_set_of_a_full_sort(how, batch, d_in, d_sae, k):
+    x, W_enc, b_enc, *_ = (t.detach() for t in inputs(batch, d_in, d_sae))
+    assert_exact(x, W_enc.t().contiguous(), b_enc, k, how)
+
+
+@runs
+@each_plan
+def test_ties_go_to_the_lowest_latent(how):
+    g = torch.Generator().manual_seed(3)
+    x, W = (torch.randint(-2, 3, s, generator=g).float().to(DEVICE) for s in ((5, 6), (150, 6)))
+    assert_exact(x, W, W.new_zeros(150), 9, how)
+
+
+@runs
+@each_plan
+def test_all_equal_and_all_negative_rows_keep_the_first_latents(how):
+    x, W = torch.zeros(2, 6, device=DEVICE), torch.ones(150, 6, device=DEVICE)
+    assert encoders.topk(x, W, W.new_full((150,), -3.0), 9, how)[1].sort(1).values.tolist() == [list(range(9))] * 2
+
+
+def one_group_holds_the_top() -> tuple[torch.Tensor, torch.Tensor]:
+    """d_sae 160 in groups of 16: latents 3, 13, 23, … are one group of 10, and hold all of the largest values."""
+    g = torch.Generator().manual_seed(4)
+    W = torch.rand(160, 8, generator=g) * 0.01
+    W[3::10] += 1
+    return torch.rand(5, 8, generator=g).to(DEVICE), W.to(DEVICE)
+
+
+@runs
+@pytest.mark.parametrize("path", ["fused", "slab"])
+def test_rows_whose_top_k_lies_in_one_group_are_repaired(path):
+    x, W = one_group_holds_the_top()
+    assert_exact(x, W, W.new_zeros(160), 12, Plan(path, 16, 2, **TILE))
+
+
+class Nothing:
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+@runs
+def test_without_the_repair_the_test_above_would_fail(monkeypatch):
+    monkeypatch.setattr(encoders, "repair_kernel", Nothing())
+    x, W = one_group_holds_the_top()
+    with pytest.raises(AssertionError):
+        assert_exact(x, W, W.new_zeros(160), 12, Plan("fused", 16, 2, **TILE))
+
+
+@runs
+def test_nan_is_selected_not_dropped():
+    x, W_enc, b_enc, *_ = (t.detach() for t in inputs(3, 8, 64))
+    x[1, 2] = float("nan")
+    for how in PLANS[:3]:
+        assert encoders.topk(x, W_enc.t().contiguous(), b_enc, 4, how)[0].isnan().any(1).tolist() == [
+            False,
+            True,
+            False,
+        ]
+        values, _, offsets = encoders.above(x, W_enc.t().contiguous(), b_enc, b_enc + 2, how)
+        assert values[offsets[1] : offsets[2]].isnan().all() and offsets[2] > offsets[1]
+
+
+@runs
+@each_plan
+@pytest.mark.parametrize("level", [-50.0, 0.5, 3.0, 1e6])
+def test_entries_above_a_floor_are_all_and_only_those(how, level):
+    x, W_enc, b_enc, *_ = (t.detach() for t in inputs(9, 8, 100))
+    floor = level + torch.rand(100, device=DEVICE)
+    values, latents, offsets = encoders.above(x, W_enc.t().contiguous(), b_enc, floor, how)
+    pre = x @ W_enc + b_enc
+    dense = torch.zeros_like(pre)
+    dense[torch.arange(9, device=DEVICE).repeat_interleave(offsets.diff()), latents.long()] = values
+    assert torch.equal(offsets.diff(), (pre > floor).sum(1))
+    torch.testing.assert_close(dense, pre * (pre > floor), rtol=1e-5, atol=1e-5)
+
+
+@runs
+@pytest.mark.parametrize(("batch", "d_in", "d_sae", "k"), [(7, 5, 150, 3), (3, 20, 64, 64), (4, 40, 1000, 1)])
+def test_topk_and_decode_have_the_values_and_gradients_of_the_reference(batch, d_in, d_sae, k):
+    def run(impl, t):
+        return ops.decode(*ops.encode_topk(*t[:4], k, impl=impl), t[4], t[3], impl=impl)
+
+    assert_like_float64(run, inputs(batch, d_in, d_sae))
+
+
+@runs
+def test_relu_and_jumprelu_have_the_values_and_gradients_of_the_reference():
+    tensors = inputs(6, 12, 90)
+    assert_like_float64(lambda impl, t: ops.encode_relu(*t[:4], impl=impl), tensors)
+    theta = torch.full((90,), 2.0, device=DEVICE, requires_grad=True)
+    assert_like_float64(lambda impl, t: ops.encode_jumprelu(*t[:4], t[5], 1.5, impl=impl), [*tensors, theta])
+
+
+@runs
+def test_the_one_gather_error_has_the_gradients_of_the_reference_also_where_the_reconstruction_is_used_again():
+    for share in (0.0, 0.3):
+
+        def run(impl, t, share=share):
+            pre, pattern = ops.active_topk(*t[:4], 5, impl=impl)
+            recon, error = ops.decode_error(pre.relu(), pattern, t[4], t[3], t[0], impl=impl)
+            return error if share == 0 else error + share * recon.square().sum()
+
+        assert_like_float64(lambda impl, t, run=run: run(impl, t)[None].expand(3), inputs(6, 20, 128))
+
+
+@runs
+def test_the_l0_count_of_jumprelu_has_the_straight_through_gradient():
+    def run(impl, t):
+        pre, pattern = ops.active_above(*t[:4], t[5].detach() - 0.75, impl=impl)
+        values, count = ops.jumprelu_active(pre, pattern, t[5], 1.5, impl=impl)
+        return torch.stack([values.square().sum(), count, count])
+
+    assert_like_float64(run, [*inputs(6, 12, 90), torch.full((90,), 2.0, device=DEVICE, requires_grad=True)])
+
+
+@runs
+def test_latents_with_more_entries_than_a_segment_are_summed_in_parts(monkeypatch):
+    monkeypatch.setattr(fused, "SEGMENT", 4)
+    tensors = inputs(23, 6, 8)
+    assert_like_float64(
+        lambda impl, t: ops.decode(*ops.encode_topk(*t[:4], 6, impl=impl), t[4], t[3], impl=impl), tensors
+    )
+
+
+@runs
+def test_a_batch_without_active_latents_reconstructs_the_bias_and_has_zero_gradients():
+    tensors = inputs(4, 6, 100)
+    pre, pattern = ops.active_above(*tensors[:4], 1e6, impl="triton")
+    recon = ops.decode_active(pre, pattern, tensors[4], tensors[3], impl="triton")
+    assert torch.equal(recon, tensors[3].expand_as(recon))
+    assert not any(grad.any() for grad in torch.autograd.grad(recon.sum(), [tensors[1], tensors[4]]))
+
+
+@runs
+def test_two_runs_give_the_same_bits():
+    tensors = inputs(9, 12, 150)
+
+    def once():
+        recon = ops.decode(*ops.encode_topk(*tensors[:4], 5, impl="triton"), tensors[4], tensors[3], impl="triton")
+        return [recon, *torch.autograd.grad(recon.square().sum(), tensors)]
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+@runs
+def test_float64_is_refused_in_one_sentence():
+    from sae_train.errors import UserError
+
+    with pytest.raises(UserError, match="float32, bfloat16 or float16"):
+        ops.encode_topk(*(t.double() for t in inputs(2, 4, 64)[:4]), 2, impl="triton")
+    assert reference.Pattern is ops.Pattern and select_module.EMPTY.value == -(2**31)
