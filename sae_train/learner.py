@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sae_train import losses, objectives
-from sae_train.config import SAESpec, TrainSettings
 from sae_train.l0 import L0Controller, level_for, level_on
 from sae_train.metrics import held_out_metrics
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm, fold_scale
@@ -21,6 +20,8 @@ from sae_train.schedule import default_lr, lr_factor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from sae_train.config import SAESpec, TrainSettings
 
 # The list of dead latents is rebuilt every so many steps: building it is the one place that waits for the device.
 DEAD_REFRESH = 8
