@@ -154,7 +154,7 @@ def active_batch_topk(x, W_enc, b_enc, b_dec, count: int, floor: Tensor, impl: s
 
     The result does not depend on floor, a guess from below of the smallest; a good guess saves time.
     """
-    choose(impl)
+    _plain_only(impl, "active_batch_topk")
     return batch_topk.pre_batch_topk(x, W_enc, b_enc, b_dec, count, floor)
 
 
@@ -163,7 +163,13 @@ def decode_blocks(values, pattern: Pattern, edges: Tensor, W_dec, impl: str | No
 
     The pattern's rows must ascend by latent.
     """
-    choose(impl)
+    _plain_only(impl, "decode_blocks")
     n_blocks, zero = edges.numel() - 1, W_dec.new_zeros(W_dec.shape[1])
     flat = reference.decode_pattern(values, batch_topk.blocks_of(pattern, edges), W_dec, zero)
     return flat.view(-1, n_blocks, W_dec.shape[1])
+
+
+def _plain_only(impl: str | None, name: str) -> None:
+    """Refuse a fused kernel where there is none."""
+    if impl not in (None, "reference"):
+        raise UserError(f"{name} has no implementation {impl!r}: leave impl out or give 'reference'.")

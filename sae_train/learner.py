@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from sae_train.architectures import TRAINED, Forward
-from sae_train.config import SAESpec, TrainSettings
 from sae_train.l0 import L0Controller
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm, fold_scale
 from sae_train.schedule import default_lr, lr_factor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from sae_train.config import SAESpec, TrainSettings
 
 # The list of dead latents is rebuilt every so many steps: building it is the one place that waits for the device.
 DEAD_REFRESH = 8

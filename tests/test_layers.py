@@ -29,7 +29,7 @@ ROWS = [
     {"run"},
     {"cli"},
     {"__main__"},
-    {"speller"},
+    {"speller", "bench"},
 ]
 DOORS = {
     "triton": {"kernels"},
@@ -44,14 +44,18 @@ DOORS = {
 
 
 def modules() -> dict[Path, str]:
-    """Source files with the name of their row: a module's own name, or its package's."""
+    """Source files with the name of their row: a module's own name, or its package's.
+
+    The kernels' benchmark is a program beside the kernels that times the learner above them: a row of its own.
+    """
     files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("report/*.py"), *PACKAGE.glob("architectures/*.py")]
     files += [*PACKAGE.glob("speller/*.py")]
     files += [*(ROOT / "evals").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
     named = {}
     for file in files:
         parts = file.relative_to(PACKAGE if PACKAGE in file.parents else ROOT).parts
-        named[file] = parts[0].removesuffix(".py")
+        is_bench = parts[0] == "kernels" and file.name.startswith("bench")
+        named[file] = "bench" if is_bench else parts[0].removesuffix(".py")
     return {file: name for file, name in named.items() if name != "__init__"}
 
 
@@ -81,7 +85,9 @@ def test_a_module_imports_only_from_rows_above_its_own(file):
     for name in imports(file):
         package, _, rest = name.partition(".")
         other = rest.split(".")[0]
-        is_module = (PACKAGE / other).is_dir() or (PACKAGE / f"{other}.py").exists()
+        if rest.startswith("kernels.bench"):
+            other = "bench"
+        is_module = other == "bench" or (PACKAGE / other).is_dir() or (PACKAGE / f"{other}.py").exists()
         if package == "sae_train" and rest and other != own and is_module:
             assert row_of(other) <= row_of(own), f"{own} imports {other}"
 

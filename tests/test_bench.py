@@ -1,0 +1,90 @@
+"""The kernels' benchmark: red checks stop it, sides do the same maths, absent peers are named, rows are tidy."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sae_train.kernels import bench, bench_worker, checks, ops, reference
+from sae_train.kernels.bench_problem import Problem, batches, decoder_rows, level
+from sae_train.kernels.bench_sides import SIDES
+
+SIZES = ["--d-in", "16", "--d-sae", "256", "--batch", "64", "--k", "4", "--threads", "1"]
+FEW = ["--rounds", "2", "--part-rounds", "1", "--seconds", "0"]
+
+
+def test_the_kernels_pass_the_benchmarks_own_check():
+    found = checks.differences()
+    assert len(found) > 100 and all(d.good for d in found)
+
+
+@pytest.mark.parametrize("bug", ["an entry", "a sign", "a nan"])
+def test_a_planted_bug_is_caught_and_nothing_is_timed(bug, monkeypatch, capsys):
+    encode = reference.pre_topk
+
+    def wrong(*args):
+        values, pattern = encode(*args)
+        if bug == "an entry":
+            pattern = reference.Pattern(pattern.latents.roll(1), pattern.offsets, pattern.d_sae)
+        return {"an entry": values, "a sign": -values, "a nan": values * float("nan")}[bug], pattern
+
+    monkeypatch.setattr(ops.reference, "pre_topk", wrong)
+    monkeypatch.setattr(sys, "argv", ["bench", "--quick"])
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        bench.main()
+    assert "relative RMS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", ["topk", "relu", "jumprelu"])
+def test_all_our_sides_reconstruct_alike_and_take_like_steps(arch):
+    p = Problem(arch, 16, 256, 64, 4)
+    rows = decoder_rows(p)
+    xs = batches(p, rows)
+    made = [make(p, rows, level(p, rows, xs[0]), False) for make, archs in SIDES.values() if arch in archs]
+    sides = [side for side in made if hasattr(side, "reconstruct")]
+    for _ in range(2):
+        recons = [side.reconstruct(xs[0]).detach() for side in sides]
+        for other in recons[1:]:
+            torch.testing.assert_close(recons[0], other, rtol=1e-4, atol=1e-4)
+        for side in sides:
+            side.step(xs[0])
+
+
+@pytest.mark.parametrize("arch", ["relu", "jumprelu"])
+def test_levels_give_the_asked_l0(arch):
+    p = Problem(arch, 16, 256, 64, 4)
+    rows = decoder_rows(p)
+    x = batches(p, rows)[0]
+    assert ((x @ rows.t()) >= level(p, rows, x)).sum() == 64 * 4
+
+
+def test_the_benchmark_writes_tidy_rows_and_names_what_it_leaves_out(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "kernels.csv"
+    options = ["--arch", "topk", "--peer-python", sys.executable, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench", *SIZES, *FEW, *options])
+    bench.main()
+    captured = capsys.readouterr()
+    assert "left out: dictionary_learning" in captured.err and "| sae-train | as shipped |" in captured.out
+    rows = list(csv.DictReader(out.open()))
+    steps = {row["side"]: row for row in rows if row["part"] == "step"}
+    assert {"sae-train", "strong dense", "strong sparse", "encoder GEMM"} <= steps.keys()
+    for row in steps.values():
+        assert float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) and row["versions"].startswith("torch")
+    assert {r["part"] for r in rows if r["side"] == "sae-train"} == {"step", "forward", "backward", "optimiser"}
+
+
+def test_the_benchmark_needs_nothing_but_torch():
+    code = "import sys; import sae_train.kernels.bench, sae_train.kernels.bench_worker; import sae_train.learner; "
+    code += "print([m for m in ('pydantic', 'transformers', 'numpy.testing', 'yaml') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_unknown_package_is_missing_and_no_crash():
+    answer = bench_worker.answer({"do": "build", "side": "SAELens", "equalised": False, "threads": 1,
+                                  **vars(Problem("topk", 8, 64, 8, 2))}, bench_worker.Worker())  # fmt: skip
+    assert "missing" in answer
