@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,8 +33,16 @@ class Ours:
         with torch.no_grad():
             self.learner.sae.W_dec.copy_(rows)
             self.learner.sae.W_enc.copy_(rows.t())
-        if p.arch != "topk":
-            self.learner._set_level(torch.tensor(level, device=p.device))
+        self._set_level(p.arch, level)
+
+    @torch.no_grad()
+    def _set_level(self, arch: str, level: float) -> None:
+        """Let the pre-activations above level be active: what `Architecture.start` finds from a sample."""
+        if arch == "relu":
+            self.learner.sae.b_enc.fill_(-level)
+        elif arch == "jumprelu":
+            self.learner.arch.leaves["log_threshold"].fill_(math.log(level))
+            self.learner.arch.settle()
 
     @staticmethod
     def _settings(p: Problem) -> Any:

@@ -6,9 +6,7 @@ In: activations x (batch, d_in) and weights in the public orientation. Out: valu
 
 from __future__ import annotations
 
-import logging
 import os
-from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -24,11 +22,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 IMPLEMENTATIONS = ("triton", "reference")
-log = logging.getLogger("sae_train")
 
 
 def choose(impl: str | None, device: torch.device | str) -> str:
-    """Return the implementation to run on a device; None means triton on CUDA and reference elsewhere, logged once.
+    """Return the implementation to run on a device; None means reference, also on CUDA until triton is timed there.
 
     An implementation that was asked for and cannot run there is refused.
     """
@@ -39,15 +36,7 @@ def choose(impl: str | None, device: torch.device | str) -> str:
         raise UserError("impl='triton' needs the package triton, which is not installed; use impl='reference'.")
     if impl == "triton" and kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"impl='triton' runs on CUDA, not on {kind} (TRITON_INTERPRET=1 interprets it, slowly, there).")
-    if impl is None:
-        impl = "triton" if kind == "cuda" and present else "reference"
-        _log_once(impl, kind)
-    return impl
-
-
-@cache
-def _log_once(impl: str, kind: str) -> None:
-    log.info("kernels on %s: %s", kind, impl)
+    return impl or "reference"
 
 
 def _twin(impl: str | None, x: Tensor) -> ModuleType:
