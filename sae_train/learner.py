@@ -16,6 +16,7 @@ from sae_train import losses, objectives
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.l0 import L0Controller, level_for, level_on
 from sae_train.metrics import held_out_metrics
+from sae_train.ranks import Ranks
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm, fold_scale
 from sae_train.schedule import default_lr, lr_factor
 
@@ -40,7 +41,11 @@ RELU_TOLERANCE = 0.02
 
 
 class Learner:
-    """Train one SAE on x with ⟨‖x‖²⟩ = d_in."""
+    """Train one SAE on x with ⟨‖x‖²⟩ = d_in.
+
+    With `ranks` of several processes each steps on its equal share of a batch; gradients, losses and counts are those
+    of the whole batch, so that all processes hold the same weights.
+    """
 
     def __init__(
         self,
@@ -49,7 +54,9 @@ class Learner:
         d_in: int,
         n_steps: int,
         device: str | torch.device = "cpu",
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks or Ranks()
         self.spec, self.name, self.settings, self.n_steps = spec, spec.name, settings, n_steps
         self.d_in, self.device = d_in, torch.device(device)
         k = round(spec.l0) if spec.arch == "topk" else None
@@ -98,13 +105,14 @@ class Learner:
         run = objectives.forward(self.sae, x, threshold, self.settings.jumprelu_bandwidth)
         terms = self._terms(x, run, threshold)
         sum(terms.values()).backward()
+        terms = {name: self.ranks.mean(term) for name, term in terms.items()}
         norms = self._gradients()
         finite = torch.stack([x.isfinite().all(), *(t.isfinite() for t in terms.values()), *norms.isfinite()])
         bad = self._note_failure(finite)
         self._apply(norms, bad)
-        fired = run.fired()
-        l0 = fired.sum() / len(x)
-        self.idle_tokens = torch.where(fired > 0, 0, self.idle_tokens + len(x))
+        fired, n_tokens = self.ranks.sum(run.fired()), len(x) * self.ranks.size
+        l0 = fired.sum() / n_tokens
+        self.idle_tokens = torch.where(fired > 0, 0, self.idle_tokens + n_tokens)
         metrics = self._metrics(terms, l0, norms)
         if self.control:
             self.control.update(l0, self.step_count, ~bad)
@@ -216,7 +224,7 @@ class Learner:
         if self.step_count % DEAD_REFRESH == 0:
             self.dead = (self.idle_tokens >= self.dead_tokens).nonzero().view(-1)
         if self.dead.numel() and self.settings.aux_coefficient:
-            aux = objectives.revival(self.sae, x, run.recon, self.dead, threshold)
+            aux = objectives.revival(self.sae, x, run.recon, self.dead, threshold, self.ranks.mean)
             terms["aux_loss"] = aux * (self.settings.aux_coefficient if self.spec.arch == "topk" else 1.0)
         if self.control:
             terms["sparsity_loss"] = self.control.coefficient * run.sparsity
@@ -240,7 +248,7 @@ class Learner:
         if self.spec.arch == "jumprelu":
             grads["log_threshold"] = self._leaf.grad
         for name, p in self.trained.items():
-            p.grad = grads[name]
+            p.grad = self.ranks.mean(grads[name])
         return torch.stack([p.grad.norm() for p in self.trained.values()])
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,12 +60,14 @@ def forward(sae: SAE, x: Tensor, threshold: Tensor | None, bandwidth: float) -> 
 MAX_REVIVAL_ENTRIES = 5 * 2**20
 
 
-def revival(sae: SAE, x: Tensor, recon: Tensor, dead: Tensor, threshold: Tensor | None) -> Tensor:
+def revival(
+    sae: SAE, x: Tensor, recon: Tensor, dead: Tensor, threshold: Tensor | None, mean: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Return the loss that brings dead latents back: AuxK for topk, else the weighted pre-activation loss."""
     stride = -(-len(x) * dead.numel() // MAX_REVIVAL_ENTRIES)
     x, recon = x[::stride], recon[::stride]
     weights = sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec
     if sae.cfg.architecture == "topk":
-        return losses.aux_k(x, recon, *weights, dead)
+        return losses.aux_k(x, recon, *weights, dead, mean)
     level = 0.0 if threshold is None else threshold
     return PRE_ACTIVATION_COEFFICIENT * losses.pre_activation(x, *weights, level, dead)
