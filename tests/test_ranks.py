@@ -27,6 +27,15 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def one_thread():
+    """As many threads as each of two processes has: sums then round alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def data() -> torch.Tensor:
     return torch.randn(STEPS, BATCH, D, generator=torch.Generator().manual_seed(0))
 
@@ -101,8 +110,7 @@ def flags(settings: dict) -> list[str]:
     return [part for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", str(value))]
 
 
-def test_a_grid_over_two_processes_stopped_and_resumed_has_the_weights_of_one_process(tmp_path):
-    torch.set_num_threads(1)
+def test_a_grid_over_two_processes_stopped_and_resumed_has_the_weights_of_one_process(tmp_path, one_thread):
     grid = SMALL | {"arch": "topk,jumprelu", "out": str(tmp_path)}
     one, two = train(**grid, absorption=False, name="one").path, tmp_path / "two"
     broken = torchrun(*flags(grid | {"name": "two"}), "--no-absorption")
