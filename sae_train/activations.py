@@ -8,6 +8,7 @@ eagerly (three times slower and four times the memory at context 1024).
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ import torch
 
 from sae_train.errors import UserError
 from sae_train.hub import load_errors, load_tokenizer, locate, quiet
+from sae_train.ranks import Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,6 +65,8 @@ class _Stop(Exception):
 class LanguageModel:
     """A frozen causal language model seen from one hook."""
 
+    _ranks = Ranks()
+
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, point: HookPoint, context: int) -> None:
         self.name = name
         self.tokenizer = tokenizer
@@ -78,8 +82,24 @@ class LanguageModel:
 
     def activations(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_in"]:
         """Return the activations at the hook in float32, computing nothing beyond the hooked module."""
-        n = max(1, CPU_TOKENS // tokens.shape[1]) if self.device.type == "cpu" else len(tokens)
-        return torch.cat([self._activations(part) for part in tokens.split(n)])
+        ranks = self._ranks
+        n = max(1, CPU_TOKENS // tokens.shape[1]) if self.device.type == "cpu" else -(-len(tokens) // ranks.size)
+        parts = tokens.split(n)
+        if ranks.size == 1:
+            return torch.cat([self._activations(part) for part in parts])
+        x = torch.empty(*tokens.shape, self.d_in, device=self.device)
+        ranks.fill(x.split(n), lambda i: self._activations(parts[i]))
+        return x
+
+    def shared_by(self, ranks: Ranks) -> LanguageModel:
+        """Return this model with activations that all processes compute together, each its share of the rows.
+
+        All of them then get all activations, on a CPU the same bits as one process: the parts of a batch that go
+        through the model at a time stay the same.
+        """
+        shared = copy.copy(self)
+        shared._ranks = ranks
+        return shared
 
     def _activations(self, tokens: Tensor) -> Tensor:
         caught: list[Tensor] = []

@@ -6,7 +6,9 @@ Flags and their help are made from the settings tree; nothing heavy is imported 
 from __future__ import annotations
 
 import inspect
+import os
 import sys
+import time
 import types
 import typing
 from pathlib import Path
@@ -18,6 +20,7 @@ from cyclopts import App, Group, Parameter
 from sae_train.config import groups, resolve
 from sae_train.errors import UserError
 
+OTHERS_WAIT = 10.0  # seconds that other processes leave the first one to say what is wrong
 EPILOGUE = """Examples:
 
 - `sae-train --width 16k --l0 50`
@@ -74,7 +77,9 @@ def _train(*, config: str | None = None, dry_run: bool = False, **given: Any) ->
     if dry_run:
         from sae_train.plan import make_plan
 
-        print(make_plan(settings).text())
+        plan = make_plan(settings)
+        if _rank() == 0:
+            print(plan.text())
         return
     from sae_train.run import start
 
@@ -187,17 +192,33 @@ def report(*runs: Path, out: Path | None = None) -> None:
     print(write_report(list(runs) if len(runs) > 1 else runs[0], out))
 
 
+def _rank() -> int:
+    """This process's number among those that a launcher such as torchrun started; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _complain(text: str) -> None:
+    """Print a mistake, each line as a sentence of sae-train's.
+
+    Of several processes the first speaks: the launcher then ends the others. If it does not, the mistake was not the
+    first one's too, and is said here.
+    """
+    if _rank() > 0:
+        time.sleep(OTHERS_WAIT)
+    for line in text.strip().splitlines():
+        print(f"sae-train: {line}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code (0 done, 2 a mistake of the caller, 130 interrupted)."""
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.UnusedCliTokensError as error:
         words = " ".join(error.unused_tokens)
-        print(f"sae-train: {words!r} is no command (eval, report, resume) and no option", file=sys.stderr)
+        _complain(f"{words!r} is no command (eval, report, resume) and no option")
         return 2
     except (UserError, cyclopts.CycloptsError) as error:
-        for line in str(error).strip().splitlines():
-            print(f"sae-train: {line}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except KeyboardInterrupt:
         return 130

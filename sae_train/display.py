@@ -25,8 +25,16 @@ PLAIN_LINES = 20  # about this many progress lines when the output is not a term
 class Display:
     """Shows the newest value of each figure; use as a context manager around the loop."""
 
-    def __init__(self, targets: dict[str, float], n_steps: int, batch_tokens: int, console: Console | None = None):
-        self.console = console or Console(highlight=False)
+    def __init__(
+        self,
+        targets: dict[str, float],
+        n_steps: int,
+        batch_tokens: int,
+        console: Console | None = None,
+        quiet: bool = False,
+    ):
+        """`quiet` shows nothing: another process does."""
+        self.console = console or Console(highlight=False, quiet=quiet, force_terminal=False if quiet else None)
         self.targets, self.n_steps, self.batch_tokens = targets, n_steps, batch_tokens
         self.latest: dict[str, dict[str, Any]] = {name: {} for name in targets}
         self._next_plain = 0.0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_train.architectures import TRAINED, Forward
 from sae_train.l0 import L0Controller
+from sae_train.ranks import Ranks
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm, fold_scale
 from sae_train.schedule import default_lr, lr_factor
 
@@ -33,7 +34,11 @@ MAX_REVIVAL_ENTRIES = 5 * 2**20
 
 
 class Learner:
-    """Train one SAE on x with ⟨‖x‖²⟩ = d_in."""
+    """Train one SAE on x with ⟨‖x‖²⟩ = d_in.
+
+    With `ranks` of several processes each steps on its equal share of a batch; gradients, losses and counts are those
+    of the whole batch, so that all processes hold the same weights.
+    """
 
     def __init__(
         self,
@@ -42,11 +47,13 @@ class Learner:
         d_in: int,
         n_steps: int,
         device: str | torch.device = "cpu",
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks or Ranks()
         self.spec, self.name, self.settings, self.n_steps = spec, spec.name, settings, n_steps
         self.d_in, self.device = d_in, torch.device(device)
         self.sae = _new_sae(spec, d_in, device)
-        self.arch = TRAINED[spec.arch](self.sae, spec, settings)
+        self.arch = TRAINED[spec.arch](self.sae, spec, settings, self.ranks)
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.lr = settings.lr or default_lr(spec, n_steps)
         share = math.ceil(DEAD_SHARE * settings.tokens)
@@ -86,13 +93,14 @@ class Learner:
         run = self.arch.forward(x)
         terms = self._terms(x, run)
         sum(terms.values()).backward()
+        terms = {name: self.ranks.mean(term) for name, term in terms.items()}
         norms = self._gradients()
         finite = torch.stack([x.isfinite().all(), *(t.isfinite() for t in terms.values()), *norms.isfinite()])
         bad = self._note_failure(finite)
         self._apply(norms, run, bad)
-        fired = run.fired()
-        l0 = fired.sum() / len(x)
-        self.idle_tokens = torch.where(fired > 0, 0, self.idle_tokens + len(x))
+        fired, n_tokens = self.ranks.sum(run.fired()), len(x) * self.ranks.size
+        l0 = fired.sum() / n_tokens
+        self.idle_tokens = torch.where(fired > 0, 0, self.idle_tokens + n_tokens)
         metrics = self._metrics(terms, l0, norms)
         if self.control:
             self.control.update(l0, self.step_count, ~bad)
@@ -187,7 +195,7 @@ class Learner:
         sae.W_dec.grad.addcmul_(along[:, None], sae.W_dec, value=-1)
         for name, p in self.trained.items():
             grad = self.leaves[name].grad
-            p.grad = grad.t() if name == "W_enc" else grad
+            p.grad = self.ranks.mean(grad.t() if name == "W_enc" else grad)
         return torch.stack([p.grad.norm() for p in self.trained.values()])
 
     @torch.no_grad()

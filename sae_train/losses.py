@@ -6,6 +6,7 @@ them, so that no term costs (batch, d_sae).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,10 +47,12 @@ def aux_k(
     W_dec: Float[Tensor, "d_sae d_in"],
     b_dec: Float[Tensor, " d_in"],
     dead: Int[Tensor, " n_dead"],
+    mean: Callable[[Tensor], Tensor] = lambda energy: energy,
 ) -> Float[Tensor, ""]:
     """⟨‖e − ê‖²⟩ / ⟨‖e‖²⟩, ê from the k_aux largest relu(pre) among the dead latents (Gao et al. 2024, A.2).
 
     e = x − x̂ is detached; ê has no b_dec (e is already centred); k_aux = min(power of two nearest d_in/2, n_dead).
+    Of a batch that several processes share, `mean` brings ⟨‖e‖²⟩ to the mean over all of it.
     """
     error = (x - recon).detach()
     acts = torch.addmm(b_enc[dead], x - b_dec, W_enc.t()[dead].t()).relu()
@@ -57,7 +60,7 @@ def aux_k(
     if k < dead.numel():
         floor = acts.detach().topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
         acts = acts * (acts >= floor)
-    energy = error.square().sum(1).mean().clamp_min(1e-12)
+    energy = mean(error.square().sum(1).mean()).clamp_min(1e-12)
     return mse(error, acts @ W_dec[dead]) / energy
 
 

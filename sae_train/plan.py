@@ -10,6 +10,7 @@ from sae_train.architectures import TRAINED
 from sae_train.config import width_label
 from sae_train.errors import UserError
 from sae_train.forms import FORMS
+from sae_train.ranks import Division, Ranks, current, divide
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ EVAL_SECONDS = 3.0  # one look at one SAE: held-out figures, loss recovered, abs
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved run: `check` refuses what cannot work, `text` shows it."""
+    """The resolved run: `check` refuses what cannot work, `text` shows it. Memory is that of the busiest process."""
 
     settings: Settings
     facts: ModelFacts
@@ -39,6 +40,8 @@ class Plan:
     available: float
     seconds: float
     notes: list[str] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
+    division: Division | None = None
 
     def check(self) -> None:
         """Raise UserError if the memory needed is not there."""
@@ -46,7 +49,7 @@ class Plan:
         if needed > HEADROOM * self.available:
             largest = max(self.memory, key=self.memory.get)
             raise UserError(
-                f"this plan needs about {needed / GIB:.1f} GiB of memory on {self.device} and "
+                f"this plan needs about {needed / GIB:.1f} GiB of memory on {self.device}{self._each()} and "
                 f"{self.available / GIB:.1f} GiB are free; most of it is for the {largest} "
                 f"({self.memory[largest] / GIB:.1f} GiB): lower --width, --batch-tokens or --buffer-tokens, "
                 "or train fewer SAEs at once"
@@ -70,12 +73,31 @@ class Plan:
                 f"{weights_of(spec, facts.d_model) / 1e6:,.1f} M weights"
                 for spec in s.specs
             ),
+            *self._sharing(),
             *(f"memory     {size / GIB:6.2f} GiB {part}" for part, size in self.memory.items()),
-            f"memory     {sum(self.memory.values()) / GIB:6.2f} GiB in all, {self.available / GIB:.1f} GiB free",
+            f"memory     {sum(self.memory.values()) / GIB:6.2f} GiB in all{self._each()}, "
+            f"{self.available / GIB:.1f} GiB free",
             f"time       about {_duration(self.seconds)} (from the speed of a matrix product just now)",
             *(f"note       {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _each(self) -> str:
+        return f" for each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
+
+    def _sharing(self) -> list[str]:
+        """What several processes do, a line each."""
+        size, specs = self.ranks.size, self.settings.specs
+        if size == 1:
+            return []
+        lines = [f"processes  {size}: each computes 1/{size} of the activations, and all of them get all activations"]
+        if self.division.together:
+            share = self.settings.train.batch_tokens // size
+            return [*lines, f"processes  all train every SAE, {share:,} tokens of a batch each; gradients are averaged"]
+        for rank in range(size):
+            names = [spec.name for spec, owner in zip(specs, self.division.owners, strict=True) if owner == rank]
+            lines.append(f"process {rank}  trains {', '.join(names)}")
+        return lines
 
 
 def make_plan(settings: Settings) -> Plan:
@@ -87,15 +109,30 @@ def make_plan(settings: Settings) -> Plan:
     lm = settings.lm
     facts = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
     settings.context(facts.context)
+    ranks = current()
+    division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
+    busiest = busiest_process(settings, division, ranks)
     return Plan(
         settings=settings,
         facts=facts,
         device=str(device),
-        memory=memory_of(settings, facts),
-        available=_available(device),
-        seconds=_seconds(settings, facts, device),
+        memory=memory_of(settings, facts, busiest),
+        available=_available(device) / (ranks.on_machine if device.type == "cpu" else 1),
+        seconds=_seconds(settings, _flops(settings, facts, busiest, division, ranks), len(busiest), device),
         notes=_notes(settings, facts),
+        ranks=ranks,
+        division=division,
     )
+
+
+def busiest_process(settings: Settings, division: Division, ranks: Ranks) -> list[SAESpec]:
+    """The SAEs of the process that trains the most: all of them where all train together."""
+    if division.together:
+        return settings.specs
+    owned = [[] for _ in range(ranks.size)]
+    for spec, owner in zip(settings.specs, division.owners, strict=True):
+        owned[owner].append(spec)
+    return max(owned, key=lambda specs: sum(spec.width for spec in specs))
 
 
 def weights_of(spec: SAESpec, d_in: int) -> int:
@@ -104,32 +141,33 @@ def weights_of(spec: SAESpec, d_in: int) -> int:
     return spec.width * (2 * d_in + len(vectors)) + d_in
 
 
-def memory_of(settings: Settings, facts: ModelFacts) -> dict[str, float]:
-    """Bytes by part at the run's peak."""
+def memory_of(settings: Settings, facts: ModelFacts, specs: list[SAESpec]) -> dict[str, float]:
+    """Bytes by part at the peak of a process that trains `specs`."""
     s, d = settings, facts.d_model
     # Controlled architectures start at twice their target; batchtopk looks at up to four times as many candidates.
-    step = SLAB_BYTES + ENTRY_BYTES * 2 * s.train.batch_tokens * max(spec.l0 for spec in s.specs)
-    if "matryoshka" in s.sae.arch:
+    step = SLAB_BYTES + ENTRY_BYTES * 2 * s.train.batch_tokens * max(spec.l0 for spec in specs)
+    if any(spec.arch == "matryoshka" for spec in specs):
         step += 4.0 * PREFIX_COPIES * s.train.batch_tokens * d * len(s.train.matryoshka_prefixes)
-    weights = sum(weights_of(spec, d) for spec in s.specs)
+    weights = sum(weights_of(spec, d) for spec in specs)
     return {
         "language model": facts.n_parameters * (4 if s.lm.dtype == "float32" else 2) * 1.2,
         "activation buffer": 4.0 * d * (s.data.buffer_tokens + s.data.held_out_tokens * 2 + 3 * s.train.batch_tokens),
-        "SAEs with optimiser": weights * TRAINING_BYTES + 4.0 * max(weights_of(spec, d) for spec in s.specs) * 2,
+        "SAEs with optimiser": weights * TRAINING_BYTES + 4.0 * max(weights_of(spec, d) for spec in specs) * 2,
         "training step": step,
     }
 
 
-def _seconds(settings: Settings, facts: ModelFacts, device: torch.device) -> float:
+def _seconds(settings: Settings, flops: float, n_saes: int, device: torch.device) -> float:
     """Training at the speed of a matrix product measured now, and the looks."""
-    looks = settings.eval.absorption_evals * len(settings.specs) * EVAL_SECONDS
-    return _flops(settings, facts) / (_matrix_rate(device) * EFFICIENCY) + looks
+    looks = settings.eval.absorption_evals * n_saes * EVAL_SECONDS
+    return flops / (_matrix_rate(device) * EFFICIENCY) + looks
 
 
-def _flops(settings: Settings, facts: ModelFacts) -> float:
-    per_token = 2.0 * facts.n_parameters_to_hook
-    for spec in settings.specs:
-        per_token += 2.0 * facts.d_model * spec.width * ENCODER_SHARE
+def _flops(settings: Settings, facts: ModelFacts, specs: list[SAESpec], division: Division, ranks: Ranks) -> float:
+    """What the process that trains `specs` computes in the run, looks aside."""
+    per_token = 2.0 * facts.n_parameters_to_hook / ranks.size
+    for spec in specs:
+        per_token += 2.0 * facts.d_model * spec.width * ENCODER_SHARE / (ranks.size if division.together else 1)
     return per_token * settings.n_steps * settings.train.batch_tokens
 
 

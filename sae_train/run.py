@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sae_train.evals.absorption import AbsorptionResult
     from sae_train.evals.assets import Assets
     from sae_train.sae import SAE
+    from sae_train.session import Session
 
 
 @dataclass(frozen=True)
@@ -55,37 +56,47 @@ def train(config: str | Path | None = None, **settings: Any) -> Run:
 def start(settings: Settings) -> Run:
     """Check the plan, open everything, make the run's folder and train."""
     from sae_train import session
-    from sae_train.callbacks import build_assets
     from sae_train.plan import make_plan
+    from sae_train.ranks import current
     from sae_train.runner import Runner
 
     folder = free_folder(settings)
     plan = make_plan(settings)
-    plan.check()
+    current().first(plan.check)
     opened = session.open_session(settings)
-    built, notes = build_assets(opened.lm, settings.eval)
+    built, notes = _assets(opened)
     session.begin(opened)
-    folder.mkdir(parents=True)
+    opened.ranks.first(lambda: folder.mkdir(parents=True))
     said = [settings.run.note] if settings.run.note else []
     return Run(Runner(opened, folder, built, said + plan.notes + notes).go())
+
+
+def _assets(opened: Session) -> tuple[Assets | None, list[str]]:
+    """What the eval needs of the model, made by one process for all."""
+    from sae_train.callbacks import build_assets
+
+    def build() -> tuple[Assets | None, list[str]]:
+        built, notes = build_assets(opened.lm, opened.settings.eval)
+        return built.to("cpu") if built else None, notes
+
+    return opened.ranks.first(build)
 
 
 def resume(folder: str | Path) -> Run:
     """Go on with an interrupted run from its last saved state; UserError if there is nothing to go on with."""
     from sae_train import session
-    from sae_train.callbacks import build_assets
     from sae_train.runner import Runner
 
     folder = Path(folder)
     info = read_json(folder / "run.json")
     if info.get("status") == "finished":
         raise UserError(f"the run {str(folder)!r} is finished: sae-train report {folder} shows it")
-    state = session.saved_state(folder)
-    if state is None:
+    saved = session.newest_state(folder)
+    if saved is None:
         raise UserError(f"the run {str(folder)!r} has no saved state yet: delete the folder and start it again")
     opened = session.open_session(resolve(info["settings"]))
-    opened.load_state_dict(state)
-    built, _ = build_assets(opened.lm, opened.settings.eval)
+    session.load(opened, saved)
+    built, _ = _assets(opened)
     return Run(Runner(opened, folder, built, info.get("notes", [])).go())
 
 
@@ -97,13 +108,17 @@ def evaluate_checkpoint(checkpoint: Path, given: dict[str, Any], out: Path | Non
     """
     from sae_train.callbacks import build_assets, figures_of
     from sae_train.evals import absorption, baselines
+    from sae_train.ranks import current
     from sae_train.session import open_model
     from sae_train.summary import absorption_line
     from sae_train.trainer import choose_device
 
     sae = load_sae(checkpoint)
     settings = resolve(_with_origin(given, sae, checkpoint))
-    lm = open_model(settings, choose_device(settings.lm.device))
+    device = choose_device(settings.lm.device)
+    if current().size > 1:
+        raise UserError("sae-train eval is the work of one process: start it without torchrun")
+    lm = open_model(settings, device)
     if lm.d_in != sae.cfg.d_in:
         raise UserError(
             f"the SAE in {str(checkpoint)!r} takes {sae.cfg.d_in} values a token and {lm.hook_name} of {lm.name} "

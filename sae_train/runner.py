@@ -1,6 +1,7 @@
-"""One process at work on one run: joins the session, its callbacks and its files.
+"""A process at work on a run: joins the session, its callbacks and the run's files.
 
-In: an opened session and the run's folder. Out: that folder, complete.
+In: an opened session and the run's folder. Out: that folder, complete. Of several processes the first alone writes and
+speaks for all, but for the SAEs' own files, which their owners write.
 """
 
 from __future__ import annotations
@@ -37,44 +38,53 @@ class Runner:
 
     def __init__(self, opened: Session, folder: Path, assets: Assets | None, notes: list[str]):
         self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, notes
-        mirror = open_mirror(self.settings.run.wandb, folder.name, flat(self.settings), folder)
-        self.log = RunLog(folder, mirror)
+        self.ranks = opened.ranks
+        wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
+        self.log = RunLog(folder, open_mirror(wandb, folder.name, flat(self.settings), folder))
         self.display = Display(
-            {learner.name: learner.spec.l0 for learner in opened.learners},
+            {spec.name: spec.l0 for spec in self.settings.specs},
             self.settings.n_steps,
             self.settings.train.batch_tokens,
+            quiet=not self.ranks.is_first,
         )
         self.info: dict[str, Any] = {
             "settings": flat(self.settings),
             "dataset": self.settings.dataset,
+            "processes": self.ranks.size,
         } | provenance()
         self.baselines: dict[str, dict[str, Any]] = {}
         self.assets = assets
         self.absorption: callbacks.Absorption | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.tables: list[pd.DataFrame] = []
 
     def go(self) -> Path:
         """Train to the end, or until Ctrl-C; raise KeyboardInterrupt then, with everything saved."""
         opened, n_steps = self.session, self.settings.n_steps
-        self.log.rewind(opened.step)
+        self.ranks.first(lambda: self.log.rewind(opened.step))
         self._write_run("running")
         for note in self.notes:
             self.display.say(note)
-        with trainer.StopRequest() as stop, self.display:
-            opened.step = trainer.fit(
-                opened.batches(),
-                opened.learners,
-                self._callbacks(),
-                start=opened.step,
-                n_steps=n_steps,
-                log=self._log,
-                before_last_look=lambda learner: learner.calibrate(opened.calibration * opened.scale),
-                save=lambda step: session.save(opened, self.folder, step),
-                save_steps=trainer.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps),
-                clock=opened.clock,
-                stop=stop,
-            )
-        if stop.requested and opened.step < n_steps:
-            self._interrupt()
+        with trainer.StopRequest() as stop:
+            with self.display:
+                opened.step = trainer.fit(
+                    opened.batches(),
+                    opened.learners,
+                    self._callbacks(),
+                    start=opened.step,
+                    n_steps=n_steps,
+                    log=self._log,
+                    before_last_look=lambda learner: learner.calibrate(opened.calibration * opened.scale),
+                    save=lambda step: session.save(opened, self.folder, step),
+                    save_steps=trainer.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps),
+                    clock=opened.clock,
+                    stop=stop,
+                    ranks=self.ranks,
+                    owned=opened.owned,
+                    hand_in=self._hand_in,
+                )
+            if stop.requested and opened.step < n_steps:
+                self._interrupt()
         return self._finish()
 
     def _callbacks(self) -> list[trainer.Callback]:
@@ -82,6 +92,8 @@ class Runner:
         opened, settings, n_steps = self.session, self.settings, self.settings.n_steps
         looks = trainer.spread(settings.eval.absorption_evals, n_steps)
         often = trainer.every(settings.run.log_every or -(-n_steps // N_LOGGED), n_steps)
+        if not opened.owned:
+            return [trainer.Callback(lambda learner, step: (), often | looks)]
         rows = opened.stream.held_out[: max(1, FIDELITY_TOKENS // opened.stream.context)]
         data = fidelity.FidelityData.build(opened.lm, rows, opened.drop_ids)
         figures = callbacks.TrainingFigures(opened.clock, settings.train.batch_tokens, opened.step)
@@ -109,14 +121,35 @@ class Runner:
             "tokens": tokens,
             "seconds": self.session.clock.training,
         } | values
-        self.log.log(row)
-        self.display.row(row)
+        self.rows.append(row)
+        if self.ranks.size == 1:
+            self._hand_in()
 
     def _keep_absorption(self, table: pd.DataFrame) -> None:
-        self.log.log_absorption(table.assign(tokens=table["step"] * self.settings.train.batch_tokens))
+        self.tables.append(table.assign(tokens=table["step"] * self.settings.train.batch_tokens))
+
+    def _hand_in(self) -> None:
+        """Bring what all processes logged to the first one's files and display, in the grid's order."""
+        handed = self.ranks.gather((self.rows, self.tables))
+        self.rows, self.tables = [], []
+        if not self.ranks.is_first:
+            return
+        for table in (table for _, tables in handed for table in tables):
+            self.log.log_absorption(table)
+        order = [spec.name for spec in self.settings.specs]
+        for row in sorted((row for rows, _ in handed for row in rows), key=lambda row: order.index(row["sae"])):
+            self.log.log(row)
+            self.display.row(row)
 
     def _write_run(self, status: str) -> None:
         opened = self.session
+        failed, beside = {}, {}
+        own = {learner.name: learner.failed for learner in opened.own_learners}
+        for theirs in self.ranks.gather((own, self.baselines)):
+            failed |= theirs[0]
+            beside |= theirs[1]
+        if not self.ranks.is_first:
+            return
         finals = self._finals()
         self.info |= {
             "status": status,
@@ -131,18 +164,18 @@ class Runner:
             "seconds": opened.clock.training,
             "eval_seconds": opened.clock.paused_for,
             "eval_assets": {} if self.assets is None else {"hash": self.assets.hash, **self.assets.settings},
-            "saes": [self._describe(learner, finals.get(learner.name, {})) for learner in opened.learners],
+            "saes": [
+                {
+                    "name": spec.name,
+                    **spec.model_dump(),
+                    "failed": failed[spec.name],
+                    "final": finals.get(spec.name, {}),
+                    "baseline": beside.get(spec.name, {}),
+                }
+                for spec in self.settings.specs
+            ],
         }
         self.log.write_run(self.info)
-
-    def _describe(self, learner: Learner, final: dict[str, Any]) -> dict[str, Any]:
-        described = {
-            "name": learner.name,
-            **learner.spec.model_dump(),
-            "failed": learner.failed,
-            "final": final,
-        }
-        return described | {"baseline": self.baselines.get(learner.name, {})}
 
     def _finals(self) -> dict[str, dict[str, Any]]:
         """The newest value of every figure, by SAE."""
@@ -160,11 +193,16 @@ class Runner:
 
     def _finish(self) -> Path:
         """Write the SAEs with their cards, the baselines, run.json and the report; say the results."""
-        whole = trainer.running(self.session.learners)
-        finals = self._finals()
+        whole = trainer.running(self.session.own_learners)
+        finals = self.ranks.first(self._finals)
         for learner in whole:
             self._keep(learner, finals[learner.name])
-        self._write_run("finished" if whole else "failed")
+        self._write_run("finished" if any(self.ranks.any(bool(whole))) else "failed")
+        self.ranks.first(self._present)
+        return self.folder
+
+    def _present(self) -> None:
+        """Write the cards and the report; say the results."""
         for described in self.info["saes"]:
             if described["failed"] is None:
                 write_card(self.folder / "saes" / described["name"], described, self.info)
@@ -173,7 +211,6 @@ class Runner:
         for line in summary_lines(self.info):
             self.display.say(line)
         self.display.say(f"report: {report}")
-        return self.folder
 
     def _keep(self, learner: Learner, final: dict[str, Any]) -> None:
         """Write a finished SAE with where it came from, and measure the random SAE of the same width and L0."""

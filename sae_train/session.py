@@ -17,6 +17,7 @@ from sae_train.buffer import ActivationBuffer, estimate_scale, held_out_activati
 from sae_train.checkpoint import load_state, save_state
 from sae_train.errors import UserError
 from sae_train.learner import Learner
+from sae_train.ranks import Ranks, current, divide
 from sae_train.tokens import open_tokens
 from sae_train.trainer import Clock, choose_device
 
@@ -38,7 +39,8 @@ SAMPLE_TOKENS = 16_384  # training activations that set the input scale and the 
 class Session:
     """What a run holds; `scale` maps raw activations to ⟨‖x‖²⟩ = d_in.
 
-    `held_out` and `calibration` are raw activations of text that training never sees, apart from each other.
+    `held_out` and `calibration` are raw activations of text that training never sees, apart from each other. Of several
+    processes (`ranks`) each holds the learners that it trains and looks at and saves those that it owns.
     """
 
     settings: Settings
@@ -49,24 +51,32 @@ class Session:
     held_out: Tensor
     calibration: Tensor
     learners: list[Learner]
+    owned: frozenset[str]
+    ranks: Ranks = field(default_factory=Ranks)
+    together: bool = False
     scale: float = 0.0
     step: int = 0
     clock: Clock = field(default_factory=Clock)
 
     def batches(self) -> Iterator[Tensor]:
-        """Scaled training batches, endless."""
+        """Scaled training batches, endless; where all processes train together, this one's rows of them."""
+        rows = self.ranks.share(self.buffer.batch_tokens) if self.together else slice(None)
         for x in self.buffer:
-            yield x * self.scale
+            yield x[rows] * self.scale
+
+    @property
+    def own_learners(self) -> list[Learner]:
+        """The learners that this process looks at and saves."""
+        return [learner for learner in self.learners if learner.name in self.owned]
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Everything that a bit-equal continuation needs."""
+        """What a bit-equal continuation needs beside the learners' own states."""
         return {
             "step": step,
             "scale": self.scale,
             "seconds": self.clock.training,
             "paused_seconds": self.clock.paused_for,
             "buffer": self.buffer.state_dict(),
-            "learners": {learner.name: learner.state_dict() for learner in self.learners},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -74,14 +84,15 @@ class Session:
         self.step, self.scale = state["step"], state["scale"]
         self.clock = Clock(state["seconds"], state["paused_seconds"])
         self.buffer.load_state_dict(state["buffer"])
-        for learner in self.learners:
-            learner.load_state_dict(state["learners"][learner.name])
 
 
 def open_session(settings: Settings) -> Session:
     """Load the language model, open the text and make the learners; UserError for whatever cannot work."""
     device = choose_device(settings.lm.device)
+    ranks = current()
+    division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
     lm = open_model(settings, device)
+    shared = lm.shared_by(ranks)
     context = settings.context(lm.context)
     stream = open_tokens(
         settings.dataset,
@@ -94,17 +105,27 @@ def open_session(settings: Settings) -> Session:
     )
     drop = drop_ids(lm, settings.data.drop)
     buffer = ActivationBuffer(
-        lm,
+        shared,
         stream,
         batch_tokens=settings.train.batch_tokens,
         buffer_tokens=settings.data.buffer_tokens,
         drop_ids=drop,
         seed=0,
     )
-    held_out = held_out_activations(lm, stream.held_out, drop, settings.data.held_out_tokens)
+    held_out = held_out_activations(shared, stream.held_out, drop, settings.data.held_out_tokens)
     for_calibration = torch.arange(len(held_out), device=held_out.device) % CALIBRATION_PERIOD == 0
-    learners = [Learner(spec, settings.train, lm.d_in, settings.n_steps, device) for spec in settings.specs]
-    return Session(settings, lm, stream, buffer, drop, held_out[~for_calibration], held_out[for_calibration], learners)
+    together = ranks if division.together else Ranks()
+    owners = dict(zip(settings.specs, division.owners, strict=True))
+    learners = [
+        Learner(spec, settings.train, lm.d_in, settings.n_steps, device, together)
+        for spec, owner in owners.items()
+        if division.together or owner == ranks.rank
+    ]
+    return Session(
+        settings, lm, stream, buffer, drop, held_out[~for_calibration], held_out[for_calibration], learners,
+        owned=frozenset(spec.name for spec, owner in owners.items() if owner == ranks.rank),
+        ranks=ranks, together=division.together,
+    )  # fmt: skip
 
 
 def open_model(settings: Settings, device: torch.device) -> LanguageModel:
@@ -127,30 +148,49 @@ def begin(session: Session) -> None:
     start = session.stream.state_dict()
     rows = [next(session.stream) for _ in range(-(-SAMPLE_TOKENS // LM_BATCH_TOKENS))]
     session.stream.load_state_dict(start)
-    sample = held_out_activations(session.lm, torch.cat(rows), session.drop_ids, SAMPLE_TOKENS, at_least=1)
+    sample = held_out_activations(session.buffer.lm, torch.cat(rows), session.drop_ids, SAMPLE_TOKENS, at_least=1)
     session.scale = estimate_scale(sample)
     for learner in session.learners:
         learner.initialise(sample * session.scale)
 
 
 def save(session: Session, folder: Path, step: int) -> None:
-    """Write state/step-N whole, then remove older ones."""
-    states = folder / "state"
-    states.mkdir(exist_ok=True)
-    target = states / f"step-{step:09d}"
-    temporary = states / f"{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_state(temporary, session.state_dict(step))
+    """Write state/step-N whole, every process the learners it owns, then remove older ones."""
+    target = folder / "state" / f"step-{step:09d}"
+    temporary = target.with_name(f"{target.name}.tmp")
+    ranks = session.ranks
+    ranks.first(lambda: _make_empty(temporary))
+    if ranks.is_first:
+        save_state(temporary, session.state_dict(step))
+    for learner in session.own_learners:
+        save_state(temporary / learner.name, learner.state_dict())
+    ranks.wait()
+    ranks.first(lambda: _put_alone(temporary, target))
+
+
+def load(session: Session, saved: Path) -> None:
+    """Go back to a saved moment, which any number of processes may have written."""
+    session.load_state_dict(load_state(saved))
+    for learner in session.learners:
+        learner.load_state_dict(load_state(saved / learner.name))
+
+
+def newest_state(folder: Path) -> Path | None:
+    """Where the newest whole state of a run is, or None if it never got that far."""
+    found = sorted(path for path in (folder / "state").glob("step-*") if path.suffix != ".tmp")
+    return found[-1] if found else None
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _put_alone(temporary: Path, target: Path) -> None:
+    """Give a complete state its name and remove all others."""
     if target.exists():
         shutil.rmtree(target)
     temporary.replace(target)
-    for old in states.iterdir():
+    for old in target.parent.iterdir():
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
-
-
-def saved_state(folder: Path) -> dict[str, Any] | None:
-    """The newest whole state of a run, or None if it never got that far."""
-    found = sorted(path for path in (folder / "state").glob("step-*") if path.suffix != ".tmp")
-    return load_state(found[-1]) if found else None

@@ -5,24 +5,31 @@ Callbacks look at a learner between steps; the training clock stands still and r
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sae_train.errors import UserError
+from sae_train.ranks import Ranks
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from jaxtyping import Float
     from torch import Tensor
 
     from sae_train.learner import Learner
 
 Look = Callable[["Learner", int], Iterable[tuple[str, Any]]]
+PATIENCE = timedelta(days=1)  # that processes wait for one that looks; where one has died, the launcher ends the others
 MIN_SPACING = 0.5  # of a period: a regular step nearer than this to the last one is left out
 
 
@@ -80,10 +87,14 @@ class Clock:
 
 
 class StopRequest:
-    """Ctrl-C asks the loop to stop after its step, when everything is consistent; a second Ctrl-C breaks at once."""
+    """Ctrl-C asks the loop to stop after its step, when everything is consistent; a second Ctrl-C breaks at once.
+
+    `requested` is also set when another process was asked: this one's own signal may still be on its way then.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._asked = False
 
     def __enter__(self) -> StopRequest:
         with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
@@ -95,17 +106,20 @@ class StopRequest:
             signal.signal(sig, handler)
 
     def _ask(self, number: int, _frame: object) -> None:
-        if self.requested:
+        if self._asked:
             raise KeyboardInterrupt
-        self.requested = True
+        self._asked = self.requested = True
 
 
 def choose_device(asked: str) -> torch.device:
-    """Turn 'auto', 'cpu', 'cuda' or 'cuda:1' into a device through Accelerate; UserError if it is not there."""
+    """Turn 'auto', 'cpu', 'cuda' or 'cuda:1' into a device through Accelerate; UserError if it is not there.
+
+    A process that a launcher such as torchrun started among several gets one of its own, and the group is opened.
+    """
     from accelerate import PartialState
 
-    if PartialState().num_processes > 1:
-        raise UserError("several processes are not supported by this version: start one process")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _join_processes(asked)
     if asked == "auto":
         return PartialState().device
     try:
@@ -114,6 +128,29 @@ def choose_device(asked: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise UserError(f"device {asked!r} is not available on this machine: use auto, cpu or cuda") from None
     return device
+
+
+def _join_processes(asked: str) -> torch.device:
+    """Open the group of processes: gloo on CPUs, with one GPU each NCCL for what lies there and gloo for the rest."""
+    from accelerate import PartialState
+
+    n_gpus, n_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if asked == "cpu" or (asked == "auto" and not n_gpus):
+        return _until_exit(PartialState(cpu=True, timeout=PATIENCE)).device
+    if asked not in ("auto", "cuda"):
+        raise UserError(f"device {asked!r} is not for several processes: use auto, cpu or cuda (one GPU each)")
+    if n_here > n_gpus:
+        raise UserError(
+            f"{n_here} processes were started and there are {n_gpus} GPUs: start one process a GPU, or use --device cpu"
+        )
+    return _until_exit(PartialState(backend="cuda:nccl,cpu:gloo", timeout=PATIENCE)).device
+
+
+@functools.cache
+def _until_exit(state: PartialState) -> PartialState:
+    """Close the group when the process ends: gloo's threads, left running, now and then abort it at exit."""
+    atexit.register(state.destroy_process_group)
+    return state
 
 
 def fit(
@@ -129,22 +166,29 @@ def fit(
     save_steps: frozenset[int],
     clock: Clock,
     stop: StopRequest,
+    ranks: Ranks | None = None,
+    owned: Collection[str] | None = None,
+    hand_in: Callable[[], None] = lambda: None,
 ) -> int:
     """Train all learners on the same scaled batches from step `start` to `n_steps`; return the steps done.
 
     A learner that failed is left alone while the others go on. `before_last_look` calibrates a finished learner.
+    Of several processes (`ranks`) each looks at the learners it owns, all come to `hand_in` after each look, and all
+    stop after the same step.
     """
+    ranks = ranks or Ranks()
     clock.start()
     for step in range(start, n_steps + 1):
         if step == n_steps:
             for learner in running(learners):
                 before_last_look(learner)
         if step > start or start == 0:
-            look_at(learners, callbacks, step, log, clock)
+            look_at(learners, callbacks, step, log, clock, owned, hand_in)
         if step > start and step in save_steps:
             with clock.paused():
                 save(step)
-        if step == n_steps or stop.requested or not running(learners):
+        stop.requested, any_left = ranks.any(stop.requested, bool(running(learners)))
+        if step == n_steps or stop.requested or not any_left:
             return step
         x = next(batches)
         for learner in running(learners):
@@ -163,20 +207,23 @@ def look_at(
     step: int,
     log: Callable[[Learner, int, dict[str, Any]], None],
     clock: Clock,
+    owned: Collection[str] | None = None,
+    hand_in: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the callbacks that are due at `step` on every learner, and log one row for each."""
+    """Run the callbacks that are due at `step` on every learner (that is owned), and log one row for each."""
     due = [callback for callback in callbacks if step in callback.steps]
     if not due:
         return
     with clock.paused(), forked_rng():
         for learner in running(learners):
             learner.check()
-            if learner.failed is None:
+            if learner.failed is None and (owned is None or learner.name in owned):
                 log(
                     learner,
                     step,
                     {name: value for callback in due for name, value in callback.look(learner, step)},
                 )
+        hand_in()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from sae_train.architectures import TRAINED
 from sae_train.config import SAESpec, TrainSettings, resolve
 from sae_train.errors import UserError
 from sae_train.kernels import ops, reference
+from sae_train.ranks import Ranks
 from sae_train.sae import SAE, SAEConfig
 
 B, D, F = 12, 5, 64
@@ -25,7 +26,7 @@ def made(arch: str, l0: float = 3.0):
         for p in sae.parameters():
             p.copy_(0.5 * torch.randn(p.shape, generator=g, dtype=p.dtype))
     settings = TrainSettings(matryoshka_prefixes=PREFIXES)
-    kind = TRAINED[arch](sae, SAESpec(arch=arch, width=F, l0=l0), settings)
+    kind = TRAINED[arch](sae, SAESpec(arch=arch, width=F, l0=l0), settings, Ranks())
     x = torch.randn(B, D, generator=g, dtype=torch.float64)
     if form == "jumprelu":
         kind.state["threshold"] = torch.tensor(0.1, dtype=torch.float64)
@@ -154,3 +155,10 @@ def test_prefixes_that_cannot_be_are_refused(given, words):
 
 def test_l0_may_be_fractional_where_it_is_a_mean():
     assert resolve({"arch": "batchtopk,matryoshka,gated", "l0": 2.5}).specs[0].l0 == 2.5
+
+
+@pytest.mark.parametrize("arch", ["batchtopk", "matryoshka"])
+def test_processes_that_share_a_batch_are_refused_a_selection_over_all_of_it(arch):
+    sae = SAE(SAEConfig("jumprelu", D, F))
+    with pytest.raises(UserError, match=f"{arch} selects over whole batches, which 2 processes cannot share"):
+        TRAINED[arch](sae, SAESpec(arch=arch, width=F, l0=3.0), TrainSettings(), Ranks(0, 2))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_train import losses
+from sae_train.errors import UserError
 from sae_train.kernels import ops
 from sae_train.l0 import level_for
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from sae_train.config import SAESpec, TrainSettings
+    from sae_train.ranks import Ranks
     from sae_train.sae import SAE
 
 # λ_P of the pre-activation loss (Anthropic, January 2025 update).
@@ -64,9 +66,16 @@ class Architecture(ABC):
     base_lr: float
     lr_factors: dict[str, float]
     first_coefficient: float | None
+    shares_batches = True
+    """whether several processes can each train on their share of a batch"""
 
-    def __init__(self, sae: SAE, spec: SAESpec, settings: TrainSettings):
-        self.sae, self.spec, self.settings = sae, spec, settings
+    def __init__(self, sae: SAE, spec: SAESpec, settings: TrainSettings, ranks: Ranks):
+        if ranks.size > 1 and not self.shares_batches:
+            raise UserError(
+                f"{spec.arch} selects over whole batches, which {ranks.size} processes cannot share: train at least as "
+                "many SAEs as there are processes, or start one process"
+            )
+        self.sae, self.spec, self.settings, self.ranks = sae, spec, settings, ranks
         self.state: dict[str, Tensor] = {}
         self.leaves: dict[str, Tensor] = self.make_leaves()
 
@@ -108,8 +117,8 @@ def start_level(sae: SAE, sample: Float[Tensor, "n d_in"], l0: float) -> Float[T
 
 def revival_by_aux_k(arch: Architecture, x: Tensor, recon: Tensor, dead: Tensor) -> Tensor:
     """AuxK with its coefficient (Gao et al. 2024)."""
-    sae = arch.sae
-    return losses.aux_k(x, recon, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead) * arch.settings.aux_coefficient
+    sae, weight = arch.sae, arch.settings.aux_coefficient
+    return weight * losses.aux_k(x, recon, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, arch.ranks.mean)
 
 
 def revival_by_level(sae: SAE, x: Tensor, bias: Tensor, level: Tensor | float, dead: Tensor) -> Tensor:

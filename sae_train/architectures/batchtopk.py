@@ -26,6 +26,7 @@ class BatchSelection(Architecture):
 
     form, base_lr = "jumprelu", 2e-4
     lr_factors, first_coefficient = {}, None
+    shares_batches = False
 
     def make_leaves(self):
         return {"b_enc": self.sae.b_enc, "b_dec": self.sae.b_dec}
