@@ -63,7 +63,7 @@ def start(settings: Settings) -> Run:
     plan = make_plan(settings)
     plan.check()
     opened = session.open_session(settings)
-    built, notes = build_assets(opened.lm, settings.eval)
+    built, notes = build_assets(opened.model, settings.eval)
     session.begin(opened)
     folder.mkdir(parents=True)
     said = [settings.run.note] if settings.run.note else []
@@ -85,7 +85,7 @@ def resume(folder: str | Path) -> Run:
         raise UserError(f"the run {str(folder)!r} has no saved state yet: delete the folder and start it again")
     opened = session.open_session(resolve(info["settings"]))
     opened.load_state_dict(state)
-    built, _ = build_assets(opened.lm, opened.settings.eval)
+    built, _ = build_assets(opened.model, opened.settings.eval)
     return Run(Runner(opened, folder, built, info.get("notes", [])).go())
 
 
@@ -102,7 +102,12 @@ def evaluate_checkpoint(checkpoint: Path, given: dict[str, Any], out: Path | Non
     from sae_train.trainer import choose_device
 
     sae = load_sae(checkpoint)
-    settings = resolve(_with_origin(given, sae, checkpoint))
+    origin = _with_origin(given, sae, checkpoint)
+    if origin["model"] == "toy":
+        raise UserError(
+            f"the SAE in {str(checkpoint)!r} is of the toy, which has no prompts: its run measured it against the truth"
+        )
+    settings = resolve(origin)
     lm = open_model(settings, choose_device(settings.lm.device))
     if lm.d_in != sae.cfg.d_in:
         raise UserError(

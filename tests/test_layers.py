@@ -17,7 +17,7 @@ ROWS = [
     {"learner"},
     {"hub"},
     {"documents", "tokens", "activations"},
-    {"buffer"},
+    {"buffer", "toy"},
     {"evals"},
     {"checkpoint", "run_log"},
     {"trainer"},
