@@ -75,8 +75,8 @@ def _hierarchy(sae: Any, toy: Toy, cos: Float[Tensor, "d_sae n_features"], prese
     closest to it. absorption is the share of words on which that one is silent while another latent carries the parent
     by the preset's thresholds, the true direction in the probe's place: a mean over parents. absorption_weighted has
     the words weighted by their frequency. absorption_split takes the latents of `k_sparse_latents` for the parent's
-    instead, as the first-letter eval does. parent_precision and parent_recall are those of the parent's own latent, over
-    all words.
+    instead, as the first-letter eval does. parent_precision and parent_recall are those of the parent's own latent,
+    over all words.
     """
     words = toy.words
     latents = sae.encode(words.to(sae.W_dec.dtype)).float()

@@ -202,9 +202,10 @@ class Settings(_Group):
 
     def _of_a_toy(self) -> list[str]:
         """What is asked of a toy and cannot be."""
-        given = {name: (group, getattr(group, name)) for group in (self.lm, self.data, self.eval) for name in TEXT_SETTINGS
-                 if name in type(group).model_fields}  # fmt: skip
-        asked = [name for name, (group, value) in given.items() if value != type(group).model_fields[name].default]
+        groups = (self.lm, self.data, self.eval)
+        defaults = {name: field.default for group in groups for name, field in type(group).model_fields.items()}
+        values = {name: value for group in groups for name, value in group}
+        asked = [name for name in TEXT_SETTINGS if values[name] != defaults[name]]
         problems = []
         if asked:
             means = "means nothing" if len(asked) == 1 else "mean nothing"

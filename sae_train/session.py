@@ -40,8 +40,8 @@ SAMPLE_TOKENS = 16_384  # training activations that set the input scale and the 
 class Session:
     """What a run holds; `scale` maps raw activations to ⟨‖x‖²⟩ = d_in.
 
-    A toy's stream is its buffer too, and it has no tokens to drop. `held_out` and `calibration` are raw activations that
-    training never sees, apart from each other.
+    A toy's stream is its buffer too, and it has no tokens to drop. `held_out` and `calibration` are raw activations
+    that training never sees, apart from each other.
     """
 
     settings: Settings
