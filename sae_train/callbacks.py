@@ -1,4 +1,4 @@
-"""What happens between steps: training figures, held-out figures, loss recovered, absorption.
+"""What happens between steps: training figures, held-out figures, loss recovered, absorption, a toy's truth.
 
 Each class is called with (learner, step) and yields (name, value) pairs for metrics.jsonl; none changes a learner.
 """
@@ -13,21 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_train.activations import LanguageModel
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, fidelity
 from sae_train.evals.hierarchy import PLAIN_TEMPLATE, get_hierarchy
+from sae_train.evals.truth import truth
 from sae_train.metrics import held_out_metrics
+from sae_train.toy import held_out_sample
 
 if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Float
     from torch import Tensor
 
-    from sae_train.activations import LanguageModel
     from sae_train.config import EvalSettings
     from sae_train.evals.absorption import AbsorptionResult
     from sae_train.evals.assets import Assets
     from sae_train.learner import Learner
+    from sae_train.toy import Toy
     from sae_train.trainer import Clock
 
 Pairs = Iterable[tuple[str, Any]]
@@ -80,6 +83,17 @@ class Fidelity:
         yield from fidelity.loss_recovered(self.lm, learner.export(self.scale), self.data).items()
 
 
+class Truth:
+    """Recovery and absorption against the toy's own dictionary."""
+
+    def __init__(self, toy: Toy, scale: float, n: int):
+        self.toy, self.scale, self.sample = toy, scale, held_out_sample(toy, n)
+
+    def __call__(self, learner: Learner, step: int) -> Pairs:
+        for name, value in truth(learner.export(self.scale), self.toy, self.sample).items():
+            yield f"toy/{name}", value
+
+
 class Absorption:
     """The absorption eval; letters go to the table at every look, words at the last one."""
 
@@ -125,13 +139,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae-train"
 
 
-def build_assets(lm: LanguageModel, settings: EvalSettings) -> tuple[Assets | None, list[str]]:
+def build_assets(lm: LanguageModel | Toy, settings: EvalSettings) -> tuple[Assets | None, list[str]]:
     """Make what the eval needs of this model, once; (None, notes) where it is off or the tokenizer rules it out.
 
+    A toy needs none: it has its truth.
     A template that the user named must work (UserError); otherwise the hierarchy's own is taken, or else one that asks
     for no answer.
     """
-    if not settings.absorption:
+    if not settings.absorption or not isinstance(lm, LanguageModel):
         return None, []
     hierarchy = get_hierarchy(settings.hierarchy)
     problems = []

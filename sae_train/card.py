@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_train.summary import absorption_line
+from sae_train.summary import measured_line
 
 CARD = """---
 library_name: saelens
@@ -52,7 +52,7 @@ def write_card(folder: Path, sae: dict[str, Any], info: dict[str, Any]) -> None:
         ev=shown("metrics/explained_variance", ".4f"),
         recovered=shown("metrics/ce_loss_score", ".4f"),
         dead=shown("sparsity/dead_fraction", ".1%"),
-        absorption=absorption_line(final, sae["baseline"].get("random")),
+        absorption=measured_line(final, sae["baseline"].get("random")),
         model=info["model"],
         hook_name=info["hook_name"],
         tokens=info["tokens"],

@@ -29,6 +29,13 @@ from sae_train.units import (
 
 DEFAULT_HUB_DATASET = "monology/pile-uncopyrighted"
 MAX_DEFAULT_CONTEXT = 128
+OWN_DATASETS = {"speller": "generated", "toy": "letters"}  # models with a preset of their own, and their data
+TOY_DATASETS = ("letters", "dictionary", "trees", "pairs")
+# What a toy, which has no text, cannot be asked.
+TEXT_SETTINGS = (
+    "hook", "dtype", "trust_remote_code", "text_column", "context", "buffer_tokens", "drop", "preset", "hierarchy",
+    "template", "eval_words", "eval_seed",
+)  # fmt: skip
 CONFIGS = Path(__file__).parent / "configs"
 Count = Annotated[int, BeforeValidator(parse_count)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -56,7 +63,9 @@ class SAESettings(_Group):
 class LMSettings(_Group):
     """Language model"""
 
-    model: str = Field("speller", description="hub id, local Hugging Face folder, or speller (embedded)")
+    model: str = Field(
+        "speller", description="hub id, local Hugging Face folder, speller (embedded), or toy (a planted dictionary)"
+    )
     hook: str | None = Field(
         None, description="TransformerLens hook name; default: residual stream after the middle block"
     )
@@ -71,7 +80,8 @@ class DataSettings(_Group):
     dataset: str | None = Field(
         None,
         description="hub id (streamed), local file or folder (parquet, jsonl, txt), or generated (embedded); "
-        "default: generated for speller, monology/pile-uncopyrighted otherwise",
+        "for toy: letters, dictionary, trees or pairs; default: generated for speller, letters for toy, "
+        "monology/pile-uncopyrighted otherwise",
     )
     text_column: str = Field("text", description="column that holds the text")
     context: Annotated[int, Field(ge=4)] | None = Field(
@@ -193,14 +203,34 @@ class Settings(_Group):
                 f"tokens {self.train.tokens} gives under 100 steps of batch_tokens {self.train.batch_tokens}: "
                 "raise tokens or lower batch_tokens"
             )
+        problems += self._of_a_toy() if self.is_toy else []
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
+    def _of_a_toy(self) -> list[str]:
+        """What is asked of a toy and cannot be."""
+        groups = (self.lm, self.data, self.eval)
+        defaults = {name: field.default for group in groups for name, field in type(group).model_fields.items()}
+        values = {name: value for group in groups for name, value in group}
+        asked = [name for name in TEXT_SETTINGS if values[name] != defaults[name]]
+        problems = []
+        if asked:
+            means = "means nothing" if len(asked) == 1 else "mean nothing"
+            problems.append(f"{', '.join(asked)} {means} with the model toy, which has no text: leave it out")
+        if self.dataset not in TOY_DATASETS:
+            problems.append(f"dataset {self.dataset!r} is none of the toy's: choose from {', '.join(TOY_DATASETS)}")
+        return problems
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether activations come from a planted dictionary, without a language model."""
+        return self.lm.model == "toy"
+
     @property
     def dataset(self) -> str:
-        """As asked, else the embedded text for the embedded model and a public web corpus for any other."""
-        return self.data.dataset or ("generated" if self.lm.model == "speller" else DEFAULT_HUB_DATASET)
+        """As asked, else the model's own (embedded text, letters of the toy) or a public web corpus."""
+        return self.data.dataset or OWN_DATASETS.get(self.lm.model, DEFAULT_HUB_DATASET)
 
     def context(self, positions: int) -> int:
         """Tokens per sequence: as asked, else the model's own up to 128; UserError if it has too few positions."""
@@ -238,14 +268,15 @@ def leaves() -> dict[str, str]:
 
 
 def resolve(given: dict[str, Any], file: str | Path | None = None) -> Settings:
-    """Merge defaults < the embedded model's preset < `file` < `given`, all with flat keys.
+    """Merge defaults < the model's preset < `file` < `given`, all with flat keys.
 
-    The preset configs/speller.yaml applies when the model is the embedded one. Raises UserError that
+    Presets are configs/speller.yaml for the embedded model and configs/toy.yaml for the toy. Raises UserError that
     names every problem, one line each.
     """
     flat = (read_yaml(file) if file else {}) | {key: value for key, value in given.items() if value is not None}
-    if flat.get("model", "speller") == "speller":
-        flat = read_yaml(CONFIGS / "speller.yaml") | flat
+    model = flat.get("model", "speller")
+    if model in OWN_DATASETS:
+        flat = read_yaml(CONFIGS / f"{model}.yaml") | flat
     known = leaves()
     problems = [_unknown(key, known) for key in flat if key not in known]
     tree: dict[str, dict[str, Any]] = {group: {} for group in groups()}

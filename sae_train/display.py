@@ -18,6 +18,8 @@ COLUMNS = {
     "dead": ("sparsity/dead_fraction", "{:.1%}"),
     "absorption": ("absorption/mean_fraction", "{:.3f}"),
     "full": ("absorption/mean_full", "{:.3f}"),
+    "MCC": ("toy/mcc", "{:.3f}"),
+    "true absorption": ("toy/absorption", "{:.3f}"),
 }
 PLAIN_LINES = 20  # about this many progress lines when the output is not a terminal
 
@@ -88,11 +90,13 @@ class Display:
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for title in ("SAE", *COLUMNS):
+        known = {key for latest in self.latest.values() for key in latest}
+        shown = [title for title, (key, _) in COLUMNS.items() if key in known]
+        for title in ("SAE", *shown):
             table.add_column(title, justify="left" if title == "SAE" else "right")
         for name in self.targets:
             cells = self._cells(name)
-            table.add_row(name, *[cells.get(title, "–") for title in COLUMNS])
+            table.add_row(name, *[cells.get(title, "–") for title in shown])
         outer = Table.grid()
         outer.add_row(table)
         outer.add_row(self._bar)

@@ -26,6 +26,7 @@ PREFIX_COPIES = 4  # what matryoshka holds of a batch for each prefix: block, su
 HEADROOM = 0.9
 EFFICIENCY = 0.5  # share of that matrix rate which the parts of a step reach
 ENCODER_SHARE = 2.0  # a whole step in encoder products; 1.9 measured at d_in 256, width 16k, L0 50
+TOY_EVAL_SECONDS = 0.4
 EVAL_SECONDS = 3.0  # one look at one SAE: held-out figures, loss recovered, absorption
 
 
@@ -59,15 +60,10 @@ class Plan:
         """The plan as lines for a person."""
         s, facts = self.settings, self.facts
         lines = [
-            f"model      {s.lm.model}: {facts.architecture}, {facts.n_layers} blocks, d_model {facts.d_model}, "
-            f"{facts.n_parameters / 1e6:,.1f} M weights, {s.lm.dtype} on {self.device}",
-            f"hook       {facts.hook_name} (d_in {facts.d_model})",
-            f"text       {s.dataset}, sequences of {s.context(facts.context)} tokens, "
-            f"{s.data.held_out_tokens:,} activations held out",
+            *_source(s, facts, self.device),
             f"training   {s.n_steps:,} steps × {s.train.batch_tokens:,} tokens = "
             f"{s.n_steps * s.train.batch_tokens:,} tokens for each SAE",
-            "absorption "
-            + (f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"),
+            *_looks(s),
             *(
                 f"SAE        {spec.name}: {spec.width:,} latents ({width_label(spec.width)}), L0 {spec.l0:g}, "
                 f"{weights_of(spec, facts.d_model) / 1e6:,.1f} M weights"
@@ -100,6 +96,36 @@ class Plan:
         return lines
 
 
+def _source(s: Settings, facts: ModelFacts, device: str) -> list[str]:
+    """Where activations come from."""
+    held_out = f"{s.data.held_out_tokens:,} activations held out"
+    if s.is_toy:
+        return [f"toy        {s.dataset} (d_in {facts.d_model}) on {device}, {held_out}"]
+    return [
+        f"model      {s.lm.model}: {facts.architecture}, {facts.n_layers} blocks, d_model {facts.d_model}, "
+        f"{facts.n_parameters / 1e6:,.1f} M weights, {s.lm.dtype} on {device}",
+        f"hook       {facts.hook_name} (d_in {facts.d_model})",
+        f"text       {s.dataset}, sequences of {s.context(facts.context)} tokens, {held_out}",
+    ]
+
+
+def _looks(s: Settings) -> list[str]:
+    if s.is_toy:
+        return [f"truth      {s.eval.absorption_evals} evaluations"]
+    evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
+    return [f"absorption {evals}"]
+
+
+def describe_toy(dataset: str) -> ModelFacts:
+    """Return a toy's size."""
+    from sae_train.activations import ModelFacts
+    from sae_train.toy import open_toy
+
+    toy = open_toy(dataset)
+    n = toy.directions.numel()
+    return ModelFacts("planted dictionary", 0, toy.d_in, 0, toy.hook_name, n, 0)
+
+
 def make_plan(settings: Settings) -> Plan:
     """Resolve a run without loading weights; UserError for an unknown model or hook."""
     from sae_train.activations import describe_language_model
@@ -107,8 +133,11 @@ def make_plan(settings: Settings) -> Plan:
 
     device = choose_device(settings.lm.device)
     lm = settings.lm
-    facts = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
-    settings.context(facts.context)
+    if settings.is_toy:
+        facts = describe_toy(settings.dataset)
+    else:
+        facts = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
+        settings.context(facts.context)
     ranks = current()
     division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
     busiest = busiest_process(settings, division, ranks)
@@ -159,8 +188,8 @@ def memory_of(settings: Settings, facts: ModelFacts, specs: list[SAESpec]) -> di
 
 def _seconds(settings: Settings, flops: float, n_saes: int, device: torch.device) -> float:
     """Training at the speed of a matrix product measured now, and the looks."""
-    looks = settings.eval.absorption_evals * n_saes * EVAL_SECONDS
-    return flops / (_matrix_rate(device) * EFFICIENCY) + looks
+    look = TOY_EVAL_SECONDS if settings.is_toy else EVAL_SECONDS
+    return flops / (_matrix_rate(device) * EFFICIENCY) + settings.eval.absorption_evals * n_saes * look
 
 
 def _flops(settings: Settings, facts: ModelFacts, specs: list[SAESpec], division: Division, ranks: Ranks) -> float:
@@ -197,7 +226,7 @@ def _notes(settings: Settings, facts: ModelFacts) -> list[str]:
     notes = []
     if too_many:
         notes.append(f"L0 {', '.join(too_many)} is above d_in {facts.d_model}: such a code is not sparse")
-    if settings.lm.hook is None:
+    if settings.lm.hook is None and not settings.is_toy:
         notes.append(f"no hook was named: {facts.hook_name} was taken")
     return notes
 

@@ -76,7 +76,7 @@ def _assets(opened: Session) -> tuple[Assets | None, list[str]]:
     from sae_train.callbacks import build_assets
 
     def build() -> tuple[Assets | None, list[str]]:
-        built, notes = build_assets(opened.lm, opened.settings.eval)
+        built, notes = build_assets(opened.model, opened.settings.eval)
         return built.to("cpu") if built else None, notes
 
     return opened.ranks.first(build)
@@ -114,7 +114,12 @@ def evaluate_checkpoint(checkpoint: Path, given: dict[str, Any], out: Path | Non
     from sae_train.trainer import choose_device
 
     sae = load_sae(checkpoint)
-    settings = resolve(_with_origin(given, sae, checkpoint))
+    origin = _with_origin(given, sae, checkpoint)
+    if origin["model"] == "toy":
+        raise UserError(
+            f"the SAE in {str(checkpoint)!r} is of the toy, which has no prompts: its run measured it against the truth"
+        )
+    settings = resolve(origin)
     device = choose_device(settings.lm.device)
     if current().size > 1:
         raise UserError("sae-train eval is the work of one process: start it without torchrun")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train import callbacks, session, trainer
+from sae_train.activations import LanguageModel
 from sae_train.card import write_card
 from sae_train.checkpoint import save_sae
 from sae_train.config import flat
@@ -94,17 +95,15 @@ class Runner:
         often = trainer.every(settings.run.log_every or -(-n_steps // N_LOGGED), n_steps)
         if not opened.owned:
             return [trainer.Callback(lambda learner, step: (), often | looks)]
-        rows = opened.stream.held_out[: max(1, FIDELITY_TOKENS // opened.stream.context)]
-        data = fidelity.FidelityData.build(opened.lm, rows, opened.drop_ids)
         figures = callbacks.TrainingFigures(opened.clock, settings.train.batch_tokens, opened.step)
         made = [
             trainer.Callback(figures, often | looks),
             trainer.Callback(callbacks.HeldOut(opened.held_out * opened.scale), looks),
-            trainer.Callback(callbacks.Fidelity(opened.lm, data, opened.scale), looks),
+            *(trainer.Callback(look, looks) for look in self._of_the_model()),
         ]
         if self.assets is not None:
             self.absorption = callbacks.Absorption(
-                opened.lm, self.assets, settings.eval, opened.scale, n_steps, self._keep_absorption
+                opened.model, self.assets, settings.eval, opened.scale, n_steps, self._keep_absorption
             )
             # Where too few letters can be read off the model itself, one look records that; more would say the same.
             readable = int(self.assets.letters_that_count.sum()) >= self.assets.n_needed(
@@ -112,6 +111,15 @@ class Runner:
             )
             made.append(trainer.Callback(self.absorption, looks if readable else frozenset({n_steps})))
         return made
+
+    def _of_the_model(self) -> list[trainer.Look]:
+        """What this kind of model can be asked: a language model for its loss, a toy for the truth."""
+        opened, settings = self.session, self.settings
+        if isinstance(opened.model, LanguageModel):
+            rows = opened.stream.held_out[: max(1, FIDELITY_TOKENS // opened.stream.context)]
+            data = fidelity.FidelityData.build(opened.model, rows, opened.drop_ids)
+            return [callbacks.Fidelity(opened.model, data, opened.scale)]
+        return [callbacks.Truth(opened.model, opened.scale, settings.data.held_out_tokens)]
 
     def _log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:
         tokens = step * self.settings.train.batch_tokens
@@ -154,9 +162,9 @@ class Runner:
         self.info |= {
             "status": status,
             "notes": self.notes,
-            "model": opened.lm.name,
-            "hook_name": opened.lm.hook_name,
-            "d_in": opened.lm.d_in,
+            "model": opened.model.name,
+            "hook_name": opened.model.hook_name,
+            "d_in": opened.model.d_in,
             "context": opened.stream.context,
             "scale": opened.scale,
             "tokens": opened.step * self.settings.train.batch_tokens,
@@ -218,15 +226,15 @@ class Runner:
         sae = learner.export(opened.scale)
         sae.cfg = replace(
             sae.cfg,
-            hook_name=opened.lm.hook_name,
-            model_name=opened.lm.name,
+            hook_name=opened.model.hook_name,
+            model_name=opened.model.name,
             context_size=opened.stream.context,
-            prepend_bos=opened.lm.bos_id is not None,
+            prepend_bos=opened.model.bos_id is not None,
             dataset_path=settings.dataset,
             l0=final.get("metrics/l0"),
         )
         save_sae(sae, self.folder / "saes" / learner.name)
         if self.absorption is not None and final.get("absorption/valid"):
             self.baselines[learner.name] = baselines.all_scores(
-                sae, opened.held_out, self.absorption.assets, settings.eval.preset, learner.spec.seed, opened.lm
+                sae, opened.held_out, self.absorption.assets, settings.eval.preset, learner.spec.seed, opened.model
             )

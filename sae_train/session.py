@@ -1,4 +1,4 @@
-"""One run in memory: settings in; language model, data, learners and their saved state out.
+"""One run in memory: settings in; language model (or toy), data, learners and their saved state out.
 
 Nothing is written before everything has opened, so that bad input leaves no folder behind.
 """
@@ -19,6 +19,7 @@ from sae_train.errors import UserError
 from sae_train.learner import Learner
 from sae_train.ranks import Ranks, current, divide
 from sae_train.tokens import open_tokens
+from sae_train.toy import ToyStream, held_out_sample, open_toy
 from sae_train.trainer import Clock, choose_device
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sae_train.activations import LanguageModel
     from sae_train.config import Settings
     from sae_train.tokens import TokenStream
+    from sae_train.toy import Toy
 
 LM_BATCH_TOKENS = 4096
 CALIBRATION_PERIOD = 3  # one held-out activation in three sets the final L0; no figure is measured on those
@@ -39,14 +41,15 @@ SAMPLE_TOKENS = 16_384  # training activations that set the input scale and the 
 class Session:
     """What a run holds; `scale` maps raw activations to ⟨‖x‖²⟩ = d_in.
 
-    `held_out` and `calibration` are raw activations of text that training never sees, apart from each other. Of several
-    processes (`ranks`) each holds the learners that it trains and looks at and saves those that it owns.
+    A toy's stream is its buffer too, and it has no tokens to drop. `held_out` and `calibration` are raw activations
+    that training never sees, apart from each other. Of several processes (`ranks`) each holds the learners that it
+    trains and looks at and saves those that it owns.
     """
 
     settings: Settings
-    lm: LanguageModel
-    stream: TokenStream
-    buffer: ActivationBuffer
+    model: LanguageModel | Toy
+    stream: TokenStream | ToyStream
+    buffer: ActivationBuffer | ToyStream
     drop_ids: set[int]
     held_out: Tensor
     calibration: Tensor
@@ -90,7 +93,8 @@ def open_session(settings: Settings) -> Session:
     """Load the language model, open the text and make the learners; UserError for whatever cannot work."""
     device = choose_device(settings.lm.device)
     ranks = current()
-    division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
+    if settings.is_toy:
+        return open_toy_session(settings, device, ranks)
     lm = open_model(settings, device)
     shared = lm.shared_by(ranks)
     context = settings.context(lm.context)
@@ -113,16 +117,33 @@ def open_session(settings: Settings) -> Session:
         seed=0,
     )
     held_out = held_out_activations(shared, stream.held_out, drop, settings.data.held_out_tokens)
+    return _session(settings, lm, stream, buffer, drop, held_out, ranks)
+
+
+def open_toy_session(settings: Settings, device: torch.device, ranks: Ranks) -> Session:
+    """Plant the toy that the settings name and make the learners; each process makes all samples."""
+    toy = open_toy(settings.dataset, device)
+    stream = ToyStream(toy, settings.train.batch_tokens)
+    held_out = held_out_sample(toy, settings.data.held_out_tokens).x
+    return _session(settings, toy, stream, stream, set(), held_out, ranks)
+
+
+def _session(
+    settings: Settings, model: LanguageModel | Toy, stream: Any, buffer: Any, drop: set[int], held_out: Tensor,
+    ranks: Ranks,
+) -> Session:  # fmt: skip
+    """Divide held-out activations and SAEs, and make this process's learners."""
+    division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
     for_calibration = torch.arange(len(held_out), device=held_out.device) % CALIBRATION_PERIOD == 0
     together = ranks if division.together else Ranks()
     owners = dict(zip(settings.specs, division.owners, strict=True))
     learners = [
-        Learner(spec, settings.train, lm.d_in, settings.n_steps, device, together)
+        Learner(spec, settings.train, model.d_in, settings.n_steps, model.device, together)
         for spec, owner in owners.items()
         if division.together or owner == ranks.rank
     ]
     return Session(
-        settings, lm, stream, buffer, drop, held_out[~for_calibration], held_out[for_calibration], learners,
+        settings, model, stream, buffer, drop, held_out[~for_calibration], held_out[for_calibration], learners,
         owned=frozenset(spec.name for spec, owner in owners.items() if owner == ranks.rank),
         ranks=ranks, together=division.together,
     )  # fmt: skip
@@ -145,13 +166,20 @@ def drop_ids(lm: LanguageModel, strings: tuple[str, ...]) -> set[int]:
 
 def begin(session: Session) -> None:
     """Set the input scale and the learners' start from the first training activations, then rewind the data."""
-    start = session.stream.state_dict()
-    rows = [next(session.stream) for _ in range(-(-SAMPLE_TOKENS // LM_BATCH_TOKENS))]
-    session.stream.load_state_dict(start)
-    sample = held_out_activations(session.buffer.lm, torch.cat(rows), session.drop_ids, SAMPLE_TOKENS, at_least=1)
+    sample = first_activations(session)
     session.scale = estimate_scale(sample)
     for learner in session.learners:
         learner.initialise(sample * session.scale)
+
+
+def first_activations(session: Session) -> Tensor:
+    """The first SAMPLE_TOKENS training activations; the data stays where it is."""
+    if isinstance(session.buffer, ToyStream):
+        return session.buffer.peek(SAMPLE_TOKENS)
+    start = session.stream.state_dict()
+    rows = [next(session.stream) for _ in range(-(-SAMPLE_TOKENS // LM_BATCH_TOKENS))]
+    session.stream.load_state_dict(start)
+    return held_out_activations(session.buffer.lm, torch.cat(rows), session.drop_ids, SAMPLE_TOKENS, at_least=1)
 
 
 def save(session: Session, folder: Path, step: int) -> None:

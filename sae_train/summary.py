@@ -26,13 +26,32 @@ def _one(sae: dict[str, Any]) -> list[str]:
     ]
     return [
         f"{sae['name']}: " + ", ".join(figures),
-        "  " + absorption_line(final, sae["baseline"].get("random")),
+        "  " + measured_line(final, sae["baseline"].get("random")),
     ]
 
 
 def _random_ev(sae: dict[str, Any]) -> str:
     value = sae["baseline"].get("random", {}).get("explained_variance")
     return "" if value is None else f" (random SAE {value:.2f})"
+
+
+def measured_line(final: dict[str, Any], random: dict[str, Any] | None = None) -> str:
+    """A toy's truth where there is one, else the absorption eval's result."""
+    return truth_line(final) if "toy/mcc" in final else absorption_line(final, random)
+
+
+def truth_line(final: dict[str, Any]) -> str:
+    """Recovery, and absorption where the toy has parents and children, in one line."""
+    parts = [f"MCC {_number(final, 'toy/mcc', '.4f')}", f"recovered {_number(final, 'toy/recovered', '.1%')}"]
+    parts.append(f"F1 {_number(final, 'toy/f1', '.3f')}")
+    if final.get("toy/absorption") is not None:
+        parts.append(
+            f"absorption {_number(final, 'toy/absorption', '.3f')} per word, "
+            f"{_number(final, 'toy/absorption_weighted', '.3f')} by frequency, "
+            f"{_number(final, 'toy/absorption_split', '.3f')} to a k-sparse probe"
+        )
+        parts.append(f"parents' recall {_number(final, 'toy/parent_recall', '.3f')}")
+    return "truth: " + ", ".join(parts)
 
 
 def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None) -> str:

@@ -6,7 +6,7 @@ from sae_train.config import CONFIGS, SAESpec, flat, leaves, read_yaml, resolve
 from sae_train.errors import UserError
 from sae_train.units import parse_count, parse_width, width_label
 
-N_CONFIGS = 6
+N_CONFIGS = 7
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ ROWS = [
     {"learner"},
     {"hub"},
     {"documents", "tokens", "activations"},
-    {"buffer"},
+    {"buffer", "toy"},
     {"evals"},
     {"checkpoint", "run_log"},
     {"trainer"},

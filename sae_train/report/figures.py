@@ -39,6 +39,17 @@ CURVES = (  # key, title, note, metric, logarithmic, from zero
     ("split", "Main latents per letter", "mean over letters", "absorption/mean_n_split", False, True),
     ("f1", "F1 of the letter latents", "mean over letters", "absorption/mean_f1", False, True),
     ("ce", "CE loss recovered", "1: as if the SAE were not there", "metrics/ce_loss_score", False, False),
+    ("mcc", "MCC", "mean cosine with the true features, one to one", "toy/mcc", False, True),
+    ("toy-f1", "F1 as detectors", "of the true features' latents", "toy/f1", False, True),
+    (
+        "toy",
+        "True absorption",
+        "words whose parent's latent is silent, carried by another",
+        "toy/absorption",
+        False,
+        True,
+    ),
+    ("seen", "Absorption seen by a k-sparse probe", "its latents as the parent's", "toy/absorption_split", False, True),
     (
         "coefficient",
         "Sparsity coefficient",

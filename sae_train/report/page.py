@@ -25,6 +25,7 @@ def page(runs: list[Run]) -> str:
     sections = [
         _top(title, runs, saes),
         _table(saes),
+        _truth(saes),
         _curves(saes),
         _grids(saes),
         _seeds(runs),
@@ -81,6 +82,12 @@ def _table(saes: list[TrainedSAE]) -> str:
     lead += " Click a heading to sort." if len(saes) > 1 else ""
     bars = recall_bars(saes) if len(saes) > 1 else ""
     return section("SAEs", tables.overview(saes) + (f'<div class="plots two">{bars}</div>' if bars else ""), lead=lead)
+
+
+def _truth(saes: list[TrainedSAE]) -> str:
+    found = tables.truth(saes)
+    lead = "Measured against the planted dictionary; absorption is the mean over parents, of all words alike."
+    return section("Against the truth", found, lead=lead) if found else ""
 
 
 def _curves(saes: list[TrainedSAE]) -> str:

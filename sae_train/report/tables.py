@@ -17,6 +17,21 @@ GRIDS = {
     "Explained variance": "metrics/explained_variance",
     "Absorption, fraction": MEASURES["fraction"],
     "Absorption, full": MEASURES["full"],
+    "MCC": "toy/mcc",
+    "True absorption": "toy/absorption",
+    "Absorption seen by a k-sparse probe": "toy/absorption_split",
+}
+TRUTH = {
+    "mcc": "MCC",
+    "recovered": "recovered",
+    "f1": "F1",
+    "absorption": "absorption",
+    "absorption_weighted": "by frequency",
+    "absorption_split": "to a k-sparse probe",
+    "parent_precision": "precision, parent",
+    "parent_recall": "recall, parent",
+    "encoder_child": "child in parent’s encoder",
+    "decoder_parent": "parent in child’s decoder",
 }
 BASELINES = {
     "random": ("random SAE", "random directions, same width and L0"),
@@ -65,6 +80,14 @@ def baselines(sae: TrainedSAE, whole: bool = False) -> str:
             rows.append([f"{title}<br><small>{note}</small>", *cells])
     titles = COLUMNS | {"mean_full": measure_name(sae, "full"), "mean_full_family": family_name(sae)}
     return table(["", *(titles[name] for name in columns)], rows, "beside")
+
+
+def truth(saes: list[TrainedSAE]) -> str:
+    """SAEs of a toy against its dictionary; empty where none was."""
+    known = [sae for sae in saes if sae.get("toy/mcc") is not None]
+    names = [name for name in TRUTH if any(sae.get(f"toy/{name}") is not None for sae in known)]
+    rows = [[escape(sae.label), *(fixed(sae.get(f"toy/{name}")) for name in names)] for sae in known]
+    return table(["SAE", *(TRUTH[name] for name in names)], rows, "sortable") if rows else ""
 
 
 def grids(saes: list[TrainedSAE]) -> str:
