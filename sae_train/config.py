@@ -5,14 +5,12 @@ In: plain dictionaries with flat keys (from flags, files or `train(**settings)`)
 
 from __future__ import annotations
 
-import difflib
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from sae_train.errors import UserError
+from sae_train.errors import UserError, sentences_of, unknown_setting
 from sae_train.units import (
     ARCHITECTURES,
     listed,
@@ -122,7 +120,7 @@ class TrainSettings(_Group):
 class EvalSettings(_Group):
     """Evaluation while training"""
 
-    absorption: bool = Field(True, description="run the first-letter absorption eval")
+    absorption: bool = Field(True, description="run the absorption eval; of a toy: measure it against its truth")
     absorption_evals: Annotated[int, Field(ge=1)] = Field(
         12, description="how many times along the run, early ones closer together"
     )
@@ -214,10 +212,8 @@ class Settings(_Group):
         defaults = {name: field.default for group in groups for name, field in type(group).model_fields.items()}
         values = {name: value for group in groups for name, value in group}
         asked = [name for name in TEXT_SETTINGS if values[name] != defaults[name]]
-        problems = []
-        if asked:
-            means = "means nothing" if len(asked) == 1 else "mean nothing"
-            problems.append(f"{', '.join(asked)} {means} with the model toy, which has no text: leave it out")
+        means = "means" if len(asked) == 1 else "mean"
+        problems = [f"{', '.join(asked)} {means} nothing with the model toy, which has no text"] if asked else []
         if self.dataset not in TOY_DATASETS:
             problems.append(f"dataset {self.dataset!r} is none of the toy's: choose from {', '.join(TOY_DATASETS)}")
         return problems
@@ -278,14 +274,14 @@ def resolve(given: dict[str, Any], file: str | Path | None = None) -> Settings:
     if model in OWN_DATASETS:
         flat = read_yaml(CONFIGS / f"{model}.yaml") | flat
     known = leaves()
-    problems = [_unknown(key, known) for key in flat if key not in known]
+    problems = [unknown_setting(key, known) for key in flat if key not in known]
     tree: dict[str, dict[str, Any]] = {group: {} for group in groups()}
     for key in flat.keys() & known.keys():
         tree[known[key]][key] = flat[key]
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
-        problems += [line for item in error.errors() for line in _sentence(item)]
+        problems += [line for item in error.errors() for line in sentences_of(item)]
     if problems:
         raise UserError("\n".join(problems))
     return settings
@@ -310,19 +306,3 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content or {}, dict) or not all(isinstance(key, str) for key in content or {}):
         raise UserError(f"the settings file {str(path)!r} must be a mapping such as 'width: 16k', one setting a line")
     return content or {}
-
-
-def _unknown(key: str, known: dict[str, str]) -> str:
-    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
-    return f"unknown setting {key!r}" + (f": did you mean {near[0]!r}?" if near else ": see sae-train --help")
-
-
-def _sentence(item: Any) -> list[str]:
-    """Turn one pydantic error into sentences without its URLs and jargon."""
-    message = re.sub(r"^Value error, ", "", item["msg"])
-    if len(item["loc"]) < 2:
-        return message.split("\n")
-    name = item["loc"][1]
-    return [
-        message if item["type"] == "value_error" else f"{name} {item['input']!r}: {message[:1].lower()}{message[1:]}"
-    ]

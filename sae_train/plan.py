@@ -111,7 +111,7 @@ def _source(s: Settings, facts: ModelFacts, device: str) -> list[str]:
 
 def _looks(s: Settings) -> list[str]:
     if s.is_toy:
-        return [f"truth      {s.eval.absorption_evals} evaluations"]
+        return [f"truth      {s.eval.absorption_evals} evaluations" if s.eval.absorption else "truth      off"]
     evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
     return [f"absorption {evals}"]
 

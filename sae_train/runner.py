@@ -119,6 +119,8 @@ class Runner:
             rows = opened.stream.held_out[: max(1, FIDELITY_TOKENS // opened.stream.context)]
             data = fidelity.FidelityData.build(opened.model, rows, opened.drop_ids)
             return [callbacks.Fidelity(opened.model, data, opened.scale)]
+        if not settings.eval.absorption:
+            return []
         return [callbacks.Truth(opened.model, opened.scale, settings.data.held_out_tokens)]
 
     def _log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ def _one(sae: dict[str, Any]) -> list[str]:
     figures = [
         f"L0 asked {sae['l0']:g}, reached {_number(final, 'metrics/l0', '.2f')}",
         f"EV {_number(final, 'metrics/explained_variance', '.4f')}{_random_ev(sae)}",
-        f"loss recovered {_number(final, 'metrics/ce_loss_score', '.4f')}",
+        *([f"loss recovered {final['metrics/ce_loss_score']:.4f}"] if final.get("metrics/ce_loss_score") else []),
         f"dead {_number(final, 'sparsity/dead_fraction', '.1%')}",
     ]
     return [

@@ -226,6 +226,13 @@ def test_what_a_toy_cannot_be_asked_is_refused_in_one_sentence(given, words, cap
     assert words in said and len(said.strip().splitlines()) == 1
 
 
+def test_without_the_eval_a_toy_run_has_no_truth_and_the_same_weights(tmp_path):
+    runs = [train(**RUN, absorption=on, out=str(tmp_path), name=str(on)) for on in (True, False)]
+    assert not any(name.startswith("toy/") for name in runs[1].info["saes"][0]["final"])
+    one, two = (run.saes["topk-64-l0_3"] for run in runs)
+    assert torch.equal(one.W_enc, two.W_enc)
+
+
 def test_a_dry_run_names_the_toy(capsys):
     assert main(["--model", "toy", "--dataset", "trees", "--dry-run"]) == 0
     said = capsys.readouterr().out
