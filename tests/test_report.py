@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sae_train.config import SAESpec
+from sae_train.config import SAESpec, flat, resolve
 from sae_train.errors import UserError
 from sae_train.report import write_report
 
@@ -47,12 +47,9 @@ def fake_run(
 
 def write_facts(folder: Path, saes: list[dict], **facts) -> None:
     content = {
-        "settings": {
-            "sae": {"width": [16384], "l0": [50.0], "arch": ["topk"], "seed": [0]},
-            "lm": {"model": "speller", "hook": "blocks.1.hook_resid_post"},
-            "train": {"tokens": 1_003_520, "batch_tokens": BATCH},
-            "eval": {"preset": "saebench", "eval_words": None},
-        },
+        "settings": flat(
+            resolve({"width": "16k", "hook": "blocks.1.hook_resid_post", "tokens": 1_003_520, "batch_tokens": BATCH})
+        ),
         "versions": {"python": "3.11.2", "torch": "2.13.0"},
         "hardware": {"cpu": "x86_64", "cores": 2, "gpus": []},
         "git_commit": "0123456789ab",
@@ -294,7 +291,7 @@ def test_labels_of_another_hierarchy_are_called_by_its_name(tmp_path):
 
     run = fake_run(tmp_path / "run", words=30)
     facts = json.loads((run / "run.json").read_text())
-    facts["settings"]["eval"]["hierarchy"] = "hierarchies/word-class.json"
+    facts["settings"]["hierarchy"] = "hierarchies/word-class.json"
     (run / "run.json").write_text(json.dumps(facts))
     table = pd.read_parquet(run / "absorption.parquet")
     table["letter"] = table["letter"].replace({"a": "adjective", "b": "a name that is far too long for a margin"})
@@ -346,7 +343,7 @@ def test_runs_of_other_lengths_or_models_are_no_further_seeds(tmp_path):
     def trained(name: str, seed: int, tokens: int) -> Path:
         run = fake_run(tmp_path / name, words=30, seeds=(seed,))
         facts = json.loads((run / "run.json").read_text())
-        facts["settings"]["train"]["tokens"] = tokens
+        facts["settings"]["tokens"] = tokens
         (run / "run.json").write_text(json.dumps(facts))
         return run
 

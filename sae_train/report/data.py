@@ -98,13 +98,13 @@ class Run:
         notes = self.facts.get("notes") or []
         return [str(note) for note in (notes if isinstance(notes, list) else [notes])]
 
-    def setting(self, group: str, key: str) -> Any:
-        section = (self.facts.get("settings") or {}).get(group)
-        return section.get(key) if isinstance(section, dict) else None
+    def setting(self, name: str) -> Any:
+        """A setting by its flag's name, as run.json keeps them."""
+        return (self.facts.get("settings") or {}).get(name)
 
     @property
     def title(self) -> str:
-        model, hook = self.setting("lm", "model"), self.setting("lm", "hook")
+        model, hook = self.setting("model"), self.setting("hook")
         return f"{self.name} ({model}{f', {hook}' if hook else ''})" if model else self.name
 
 
@@ -147,7 +147,7 @@ def load_run(folder: Path, prefixed: bool = False) -> Run:
         _sae(entry, run, prefixed, *(part.get(entry["name"], []) for part in (history, letters, words)))
         for entry in entries
     ]
-    asked = (facts.get("settings") or {}).get("eval") or {}
+    asked = facts.get("settings") or {}
     noun, preset = noun_of(asked.get("hierarchy")), asked.get("preset")
     saes = [replace(sae, noun=noun, preset=preset) for sae in saes]
     return Run(folder, facts, saes, gaps)

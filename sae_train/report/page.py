@@ -5,6 +5,7 @@ In: runs. Out: one HTML text that loads nothing from anywhere.
 
 from __future__ import annotations
 
+from sae_train.config import groups as setting_groups
 from sae_train.report import tables
 from sae_train.report.data import Run, TrainedSAE
 from sae_train.report.figures import curves, legend, letter_maps, styles
@@ -39,7 +40,7 @@ def page(runs: list[Run]) -> str:
 def _top(title: str, runs: list[Run], saes: list[TrainedSAE]) -> str:
     notes = [note for run in runs for note in run.notes + run.gaps]
     scored = any(sae.get(MEASURES["full"]) is not None and not sae.invalid for sae in saes)
-    preset = runs[0].setting("eval", "preset")
+    preset = runs[0].setting("preset")
     if scored:
         notes.insert(0, _caveat(str(preset) if preset else None, runs))
     body = _tiles(saes[0]) if len(saes) == 1 and not saes[0].failed else ""
@@ -49,7 +50,7 @@ def _top(title: str, runs: list[Run], saes: list[TrainedSAE]) -> str:
 
 
 def _caveat(preset: str | None, runs: list[Run]) -> str:
-    sample = next((words for run in runs if (words := run.setting("eval", "eval_words"))), None)
+    sample = next((words for run in runs if (words := run.setting("eval_words"))), None)
     return (
         "Intervals are 95 % bootstraps over the evaluated words; other training seeds would differ more."
         + (f" Scores follow the preset {preset}." if preset else "")
@@ -174,7 +175,8 @@ def _facts_of(run: Run, alone: bool) -> str:
         rows.append(["time", duration(seconds) + rate])
     rows.append(["git commit", escape(facts.get("git_commit") or "not known")])
     rows += [[name, flat(facts.get(name))] for name in ("hardware", "versions") if facts.get(name)]
-    settings = facts.get("settings")
-    groups = settings.items() if isinstance(settings, dict) else []
-    rows += [[f"settings: {escape(group)}", flat(values)] for group, values in groups]
+    settings = facts.get("settings") or {}
+    for group, model in setting_groups().items():
+        values = {name: settings[name] for name in model.model_fields if name in settings}
+        rows += [[f"settings: {group}", flat(values)]] if values else []
     return folded("Settings, versions, hardware" if alone else run.title, rows, opened=alone)

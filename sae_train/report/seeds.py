@@ -50,8 +50,8 @@ def cells(runs: list[Run]) -> list[Cell]:
     """Cells with at least two seeds, by architecture, width and L0."""
     found: dict[tuple, dict[int, TrainedSAE]] = {}
     for run in runs:
-        settings = (("lm", "model"), ("lm", "hook"), ("eval", "preset"), ("eval", "hierarchy"), ("train", "tokens"))
-        setting = tuple(str(run.setting(*name)) for name in settings)
+        settings = ("model", "hook", "preset", "hierarchy", "tokens")
+        setting = tuple(str(run.setting(name)) for name in settings)
         for sae in run.saes:
             usable = not sae.failed and not sae.invalid and _values(sae, SCORES[0])
             if usable and sae.width and sae.l0 and sae.seed is not None:

@@ -41,7 +41,7 @@ def about(sae: TrainedSAE, run: Run) -> list[str]:
 
 def _unfinished(run: Run) -> str:
     done = number(run.facts.get("tokens"))
-    asked = number(run.setting("train", "tokens"))
+    asked = number(run.setting("tokens"))
     so_far = f" after {tick(done)} of {tick(asked)} tokens" if done and asked else ""
     name = escape(run.name)
     if run.facts.get("status") == "running":
