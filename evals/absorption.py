@@ -188,8 +188,12 @@ class Evaluation:
         if not hasattr(self.sae, "decode"):
             return float("nan")
         x = self.assets.x[self.assets.is_test][:1024].to(self.dtype)
-        dense = test.head(len(x)).dense().to(self.dtype)
-        residual = (x - torch.cat([self.sae.decode(part) for part in dense.split(256)])).float().square().sum()
+        active = test.head(len(x))
+        if hasattr(self.sae, "decode_entries"):
+            recon = self.sae.decode_entries(active.values.to(self.dtype), active.columns, active.counts)
+        else:
+            recon = torch.cat([self.sae.decode(part) for part in active.dense().to(self.dtype).split(256)])
+        residual = (x - recon).float().square().sum()
         return float(1 - residual / (x - x.mean(0)).float().square().sum())
 
     def invalid(self, reason: str) -> AbsorptionResult:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
-
-from sae_train.kernels import ops
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -44,5 +41,4 @@ def held_out_metrics(sae: SAE, x: Float[Tensor, "n d_in"]) -> dict[str, float | 
 def _run(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the reconstruction, and on how many rows each latent is active."""
     values, latents, counts = sae.encode_entries(x)
-    pattern = ops.Pattern(latents, nnf.pad(counts.cumsum(0), (1, 0)), sae.cfg.d_sae)
-    return ops.decode_active(values, pattern, sae.W_dec, sae.b_dec), torch.bincount(latents, minlength=sae.cfg.d_sae)
+    return sae.decode_entries(values, latents, counts), torch.bincount(latents, minlength=sae.cfg.d_sae)

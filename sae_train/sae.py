@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from sae_train.errors import UserError
@@ -81,6 +82,13 @@ class SAE(nn.Module):
     def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
         """Return the reconstruction of dense latents."""
         return torch.addmm(self.b_dec, latents, self.W_dec)
+
+    def decode_entries(
+        self, values: Tensor, latents: Tensor, counts: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch d_in"]:
+        """Return the reconstruction of active latents as encode_entries gives them."""
+        pattern = ops.Pattern(latents, nnf.pad(counts.cumsum(0), (1, 0)), self.cfg.d_sae)
+        return ops.decode_active(values, pattern, self.W_dec, self.b_dec)
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """Return the reconstruction of x."""
