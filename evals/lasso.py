@@ -51,9 +51,9 @@ def fit(
     latents: Latents, labels: Int[Tensor, " n_rows"], n_classes: int, l1: float, l2: float, tolerance: float = 1e-3
 ) -> Solution:
     """Solve all classes; done when each optimality condition holds to tolerance × l1."""
-    problem = _Problem(latents, labels, n_classes, l1, l2)
-    with one_thread():
-        return problem.solve(tolerance)
+    with one_thread(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return _Problem(latents, labels, n_classes, l1, l2).solve(tolerance)
 
 
 class _Problem:
@@ -65,26 +65,26 @@ class _Problem:
         self.column_ptr, self.column_rows = self.by_column.crow_indices(), self.by_column.col_indices()
         self.column_counts = self.column_ptr.diff()
         self.column_values = self.by_column.values().float()
-        self.y = one_hot(labels, n_classes).double()
-        self.b = positive_weight(self.y) * self.y
-        # BCE is a·softplus(z) − b·z: its gradient is σ(z)·a − b, its curvature a·σ(z)·(1 − σ(z)).
-        self.a = (1 - self.y) + self.b
-        self.weight = self.y.new_zeros(latents.d_sae, n_classes)
-        self.bias = self.y.new_zeros(n_classes)
+        y = one_hot(labels, n_classes).double()
+        # A row's share of the mean BCE is a·softplus(z) − b·z: gradient σ(z)·a − b, curvature a·σ(z)·(1 − σ(z)).
+        self.b = positive_weight(y) * y / self.n
+        self.a = (1 - y) / self.n + self.b
+        self.weight = y.new_zeros(latents.d_sae, n_classes)
+        self.bias = y.new_zeros(n_classes)
 
     def solve(self, tolerance: float) -> Solution:
         logits, residual, n_steps = self.logits(self.weight, self.bias), float("inf"), 0
         value = self.objective(logits, self.weight, self.bias)
         while n_steps < _MAX_STEPS:
             p = logits.sigmoid()
-            d_logits = (p * self.a - self.b) / self.n
+            d_logits = torch.addcmul(-self.b, p, self.a)
             slope, d_bias = self.slope(d_logits), d_logits.sum(0) + self.l2 * self.bias
             wrong = torch.maximum(slope.abs().amax(0), d_bias.abs())
             residual = float(wrong.max()) / self.l1
             if residual <= tolerance:
                 break
             unsolved = wrong > tolerance * self.l1
-            direction = self.newton_direction(slope, d_bias, self.a * p * (1 - p) / self.n, unsolved)
+            direction = self.newton_direction(slope, d_bias, self.a * (p - p.square()), unsolved)
             logits, value = self.line_search(slope, *direction, value)
             n_steps += 1
         return Solution(self.weight, self.bias, -(self.by_column @ d_logits), residual, n_steps)
@@ -92,10 +92,12 @@ class _Problem:
     def logits(self, weight: Tensor, bias: Tensor) -> Tensor:
         return self.by_row @ weight + bias
 
-    def objective(self, logits: Tensor, weight: Tensor, bias: Tensor) -> Float[Tensor, " classes"]:
-        loss = softplus(logits) * self.a - logits * self.b
+    def objective(
+        self, logits: Tensor, weight: Tensor, bias: Tensor, classes: Tensor | slice = slice(None)
+    ) -> Float[Tensor, " classes"]:
+        loss = softplus(logits).mul_(self.a[:, classes]).addcmul_(logits, self.b[:, classes], value=-1)
         penalty = self.l1 * weight.abs().sum(0) + self.l2 / 2 * (weight.square().sum(0) + bias.square())
-        return loss.mean(0) + penalty
+        return loss.sum(0) + penalty
 
     def slope(self, d_logits: Tensor) -> Float[Tensor, "d_sae classes"]:
         """The subgradient of least size: 0 for a weight that rests at zero."""
@@ -106,70 +108,96 @@ class _Problem:
     def newton_direction(
         self, slope: Tensor, d_bias: Tensor, curvature: Tensor, unsolved: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Newton's steps of the unsolved classes, each on its free weights and its bias."""
+        classes = unsolved.nonzero().squeeze(1)
+        chosen, n_chosen = self.free_weights(slope, classes)
+        is_free = torch.arange(chosen.shape[1], device=chosen.device) < n_chosen[:, None]
+        hessian = self.hessian(chosen, n_chosen.tolist(), curvature.T[classes].float())
+        gradient = torch.cat([d_bias[classes, None], slope[chosen, classes[:, None]] * is_free], 1)
+        at_zero = pad((self.weight[chosen, classes[:, None]] == 0) & is_free, (1, 0))
+        step = _step_in_orthant(hessian, gradient, at_zero)
         d_weight, d_b = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        chosen, n_chosen = self.free_weights(slope)
-        for c in unsolved.nonzero().squeeze(1).tolist():
-            columns = chosen[c, : n_chosen[c]]
-            columns, step = self._newton_step(c, columns, slope[columns, c], d_bias[c], curvature[:, c])
-            d_weight[columns, c], d_b[c] = step[:-1], step[-1]
+        d_weight[chosen[is_free], classes.repeat_interleave(n_chosen)] = step[:, 1:][is_free]
+        d_b[classes] = step[:, 0]
         return d_weight, d_b
 
-    def free_weights(self, slope: Tensor) -> tuple[Int[Tensor, "classes m"], list[int]]:
-        """Per class the weights that are not zero, then those that want most to leave it."""
-        n_set = (self.weight != 0).sum(0)
+    def free_weights(self, slope: Tensor, classes: Tensor) -> tuple[Int[Tensor, "unsolved m"], Int[Tensor, " unsolved"]]:
+        """Per class the weights that are not zero, then those that want most to leave it; and how many these are."""
+        is_set = (self.weight != 0).T[classes]
+        n_set = is_set.sum(1)
         most = min(int(n_set.max()) + _NEW_PER_STEP, len(slope))
-        urgency = torch.where(self.weight != 0, float("inf"), slope.abs())
-        top, chosen = urgency.T.contiguous().topk(most)
-        return chosen, torch.minimum((top > 0).sum(1), n_set + _NEW_PER_STEP).tolist()
+        top, chosen = torch.where(is_set, float("inf"), slope.T[classes].abs()).topk(most)
+        return chosen, torch.minimum((top > 0).sum(1), n_set + _NEW_PER_STEP)
 
-    def _newton_step(
-        self, c: int, columns: Tensor, slope: Tensor, d_bias: Tensor, curvature: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Newton's step of some weights and the bias; weights that it would push from zero uphill are left out."""
-        block = self.block(columns)
-        # In float32, which only bends the step a little.
-        hessian = (block.T @ (block * curvature[:, None].float())).double()
-        hessian.diagonal().mul_(1 + 1e-6).add_(self.l2 + 1e-12)
-        gradient, at_zero = torch.cat([slope, d_bias[None]]), pad(self.weight[columns, c] == 0, (0, 1))
-        kept = torch.arange(len(gradient), device=slope.device)
-        while True:
-            step = -torch.linalg.solve_ex(hessian, gradient)[0].nan_to_num_()
-            uphill = at_zero & (step * gradient >= 0)
-            if not bool(uphill.any()):
-                return columns[kept[:-1]], step
-            left = (~uphill).nonzero().squeeze(1)
-            hessian = hessian.index_select(0, left).index_select(1, left)
-            gradient, at_zero, kept = gradient[left], at_zero[left], kept[left]
+    def hessian(
+        self, chosen: Int[Tensor, "unsolved m"], n_chosen: list[int], curvature: Float[Tensor, "unsolved n_rows"]
+    ) -> Float[Tensor, "unsolved m+1 m+1"]:
+        """Second derivatives by the bias and the chosen weights; ones on the diagonal fill smaller classes up.
 
-    def block(self, columns: Tensor) -> Float[Tensor, "n_rows m+1"]:
-        """Some latents on every row, dense, and a column of ones."""
-        counts, width = self.column_counts[columns], len(columns) + 1
-        place = torch.repeat_interleave(counts)
-        begin = self.column_ptr[columns] - counts.cumsum(0) + counts
-        entries = begin.index_select(0, place).add_(torch.arange(len(place), device=place.device))
-        out = self.column_values.new_zeros(self.n, width)
-        out[:, -1] = 1
-        into = self.column_rows.index_select(0, entries).mul_(width).add_(place)
-        out.view(-1).scatter_(0, into, self.column_values.index_select(0, entries))
+        The products are taken in float32, which only bends the step a little.
+        """
+        m = chosen.shape[1] + 1
+        out = torch.eye(m, dtype=torch.float64, device=chosen.device).repeat(len(chosen), 1, 1)
+        for c, size in enumerate(n_chosen):
+            out[c, 1 : size + 1, : size + 1] = self._weighted_products(chosen[c, :size], curvature[c])
+        out[:, 0, 1:] = out[:, 1:, 0]
+        out[:, 0, 0] = curvature.sum(1)
+        out.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6).add_(self.l2 + 1e-12)
         return out
+
+    def _weighted_products(
+        self, columns: Int[Tensor, " m"], curvature: Float[Tensor, " n_rows"]
+    ) -> Float[Tensor, "m m+1"]:
+        """Xᵀ·diag(curvature)·[1, X] of some latents X: sparse times dense."""
+        counts, width = self.column_counts[columns], len(columns) + 1
+        place, end = torch.repeat_interleave(counts), counts.cumsum(0)
+        begin = self.column_ptr[columns] - end + counts
+        entries = begin.index_select(0, place).add_(torch.arange(len(place), device=place.device))
+        rows, values = self.column_rows.index_select(0, entries), self.column_values.index_select(0, entries)
+        dense = values.new_zeros(self.n, width)
+        dense[:, 0] = curvature
+        into = (rows * width).add_(place).add_(1)
+        dense.view(-1).scatter_(0, into, values * curvature.index_select(0, rows))
+        return _sparse(pad(end, (1, 0)), rows, values, (len(columns), self.n)) @ dense
 
     def line_search(self, slope: Tensor, d_weight: Tensor, d_bias: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Halve the steps of the classes whose objective does not fall; weights that change sign stop at zero."""
-        orthant = torch.where(self.weight == 0, -slope.sign(), self.weight.sign())
-        scale = torch.ones_like(value)
-        for halving in range(_HALVINGS + 1):
-            weight = self.weight + scale * d_weight
-            weight = torch.where(weight.sign() == orthant, weight, 0.0)
-            bias = self.bias + scale * d_bias
-            logits = self.logits(weight, bias)
-            new = self.objective(logits, weight, bias)
-            worse = ~(new <= value + 1e-12 * value.abs())
-            if not bool(worse.any()):
+        sign = self.weight.sign()
+        orthant = torch.where(sign == 0, -slope.sign(), sign)
+        weight, bias = _step_within(orthant, self.weight, d_weight), self.bias + d_bias
+        logits = self.logits(weight, bias)
+        new = self.objective(logits, weight, bias)
+        for halving in range(1, _HALVINGS + 1):
+            worse = (~(new <= value + 1e-12 * value.abs())).nonzero().squeeze(1)
+            if not len(worse):
                 break
             # A class that finds nothing better stays where it is.
-            scale = torch.where(worse, scale / 2 if halving < _HALVINGS - 1 else 0.0, scale)
+            scale = 0.5**halving if halving < _HALVINGS else 0.0
+            w = _step_within(orthant[:, worse], self.weight[:, worse], scale * d_weight[:, worse])
+            weight[:, worse], bias[worse] = w, self.bias[worse] + scale * d_bias[worse]
+            logits[:, worse] = z = self.logits(w, bias[worse])
+            new[worse] = self.objective(z, w, bias[worse], worse)
         self.weight, self.bias = weight, bias
         return logits, new
+
+
+def _step_within(orthant: Tensor, weight: Tensor, step: Tensor) -> Tensor:
+    moved = weight + step
+    return moved.mul_(moved * orthant > 0)
+
+
+def _step_in_orthant(hessian: Tensor, gradient: Tensor, at_zero: Tensor) -> Tensor:
+    """Newton's steps without the weights that they would push from zero uphill. Changes its arguments."""
+    step, again = torch.zeros_like(gradient), torch.arange(len(gradient), device=gradient.device)
+    while len(again):
+        step[again] = -torch.linalg.solve_ex(hessian[again], gradient[again])[0].nan_to_num_()
+        uphill = at_zero & (step * gradient >= 0)
+        again = uphill.any(1).nonzero().squeeze(1)
+        stays = (~uphill[again]).double()
+        hessian[again] *= stays[:, :, None] * stays[:, None]
+        hessian.diagonal(dim1=1, dim2=2).add_(uphill)
+        gradient, at_zero = gradient.masked_fill(uphill, 0), at_zero & ~uphill
+    return step
 
 
 def _csr(latents: Latents) -> Tensor:
@@ -184,6 +212,5 @@ def _csr_of_transpose(latents: Latents) -> Tensor:
 
 
 def _sparse(ptr: Tensor, inner: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(ptr, inner, values, shape, check_invariants=False)
+    # The library behind the products takes 32-bit indices.
+    return torch.sparse_csr_tensor(ptr.int(), inner.int(), values, shape, check_invariants=False)
