@@ -22,12 +22,13 @@ from sae_train.evals.probes import positive_weight
 from sae_train.evals.threads import one_thread
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from sae_train.evals.latents import Latents
 
 _NEW_PER_STEP = 16  # weights per class that may leave zero in one step
+_CLASSES_AT_ONCE = 13
 _MAX_STEPS = 200
 _HALVINGS = 12
 
@@ -57,10 +58,10 @@ def fit(
 
 
 class _Problem:
-    """The objective, its derivatives and the state of the search."""
+    """The objective, its derivatives and the state of the search for the classes that are not solved yet."""
 
     def __init__(self, latents: Latents, labels: Tensor, n_classes: int, l1: float, l2: float):
-        self.n, self.l1, self.l2, self.n_classes = latents.n_rows, l1, l2, n_classes
+        self.n, self.l1, self.l2 = latents.n_rows, l1, l2
         self.by_row, self.by_column = _csr(latents), _csr_of_transpose(latents)
         self.column_ptr, self.column_rows = self.by_column.crow_indices(), self.by_column.col_indices()
         self.column_counts = self.column_ptr.diff()
@@ -71,26 +72,37 @@ class _Problem:
         self.a = (1 - y) / self.n + self.b
         self.weight = y.new_zeros(latents.d_sae, n_classes)
         self.bias = y.new_zeros(n_classes)
+        self.logits = y.new_zeros(self.n, n_classes)
+        self.value = self.objective(self.logits, self.weight, self.bias)
 
     def solve(self, tolerance: float) -> Solution:
-        logits, residual, n_steps = self.logits(self.weight, self.bias), float("inf"), 0
-        value = self.objective(logits, self.weight, self.bias)
-        while n_steps < _MAX_STEPS:
-            p = logits.sigmoid()
+        weight, bias, pull = self.weight.clone(), self.bias.clone(), torch.zeros_like(self.weight)
+        going, residual = torch.arange(len(bias), device=bias.device), 0.0
+        for n_steps in range(_MAX_STEPS + 1):
+            p = self.logits.sigmoid()
             d_logits = torch.addcmul(-self.b, p, self.a)
-            slope, d_bias = self.slope(d_logits), d_logits.sum(0) + self.l2 * self.bias
-            wrong = torch.maximum(slope.abs().amax(0), d_bias.abs())
-            residual = float(wrong.max()) / self.l1
-            if residual <= tolerance:
-                break
-            unsolved = wrong > tolerance * self.l1
-            direction = self.newton_direction(slope, d_bias, self.a * (p - p.square()), unsolved)
-            logits, value = self.line_search(slope, *direction, value)
-            n_steps += 1
-        return Solution(self.weight, self.bias, -(self.by_column @ d_logits), residual, n_steps)
+            gradient, d_bias = self.by_column @ d_logits, d_logits.sum(0) + self.l2 * self.bias
+            slope = self.slope(gradient)
+            wrong = torch.maximum(slope.abs().amax(0), d_bias.abs()) / self.l1
+            done = ~(wrong > tolerance) | (n_steps == _MAX_STEPS)
+            if bool(done.any()):
+                solved, left = going[done], ~done
+                weight[:, solved], bias[solved], pull[:, solved] = (
+                    self.weight[:, done],
+                    self.bias[done],
+                    -gradient[:, done],
+                )
+                residual, going = max(residual, float(wrong[done].max())), going[left]
+                if not len(going):
+                    break
+                self.keep(left)
+                p, slope, d_bias = p[:, left], slope[:, left], d_bias[left]
+            self.line_search(slope, *self.newton_direction(slope, d_bias, self.a * (p - p.square())))
+        return Solution(weight, bias, pull, residual, n_steps)
 
-    def logits(self, weight: Tensor, bias: Tensor) -> Tensor:
-        return self.by_row @ weight + bias
+    def keep(self, classes: Bool[Tensor, " classes"]) -> None:
+        self.a, self.b, self.weight, self.logits = (t[:, classes] for t in (self.a, self.b, self.weight, self.logits))
+        self.bias, self.value = self.bias[classes], self.value[classes]
 
     def objective(
         self, logits: Tensor, weight: Tensor, bias: Tensor, classes: Tensor | slice = slice(None)
@@ -99,39 +111,40 @@ class _Problem:
         penalty = self.l1 * weight.abs().sum(0) + self.l2 / 2 * (weight.square().sum(0) + bias.square())
         return loss.sum(0) + penalty
 
-    def slope(self, d_logits: Tensor) -> Float[Tensor, "d_sae classes"]:
-        """The subgradient of least size: 0 for a weight that rests at zero."""
-        gradient = (self.by_column @ d_logits).add_(self.weight, alpha=self.l2)
+    def slope(self, d_loss: Float[Tensor, "d_sae classes"]) -> Float[Tensor, "d_sae classes"]:
+        """The objective's subgradient of least size: 0 for a weight that rests at zero."""
+        gradient = torch.add(d_loss, self.weight, alpha=self.l2)
         at_zero = torch.nn.functional.softshrink(gradient, self.l1)
         return torch.where(self.weight == 0, at_zero, gradient.add_(self.weight.sign(), alpha=self.l1))
 
-    def newton_direction(
-        self, slope: Tensor, d_bias: Tensor, curvature: Tensor, unsolved: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Newton's steps of the unsolved classes, each on its free weights and its bias."""
-        classes = unsolved.nonzero().squeeze(1)
-        chosen, n_chosen = self.free_weights(slope, classes)
-        is_free = torch.arange(chosen.shape[1], device=chosen.device) < n_chosen[:, None]
-        hessian = self.hessian(chosen, n_chosen.tolist(), curvature.T[classes].float())
-        gradient = torch.cat([d_bias[classes, None], slope[chosen, classes[:, None]] * is_free], 1)
-        at_zero = pad((self.weight[chosen, classes[:, None]] == 0) & is_free, (1, 0))
-        step = _step_in_orthant(hessian, gradient, at_zero)
+    def newton_direction(self, slope: Tensor, d_bias: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
+        """Newton's steps on the free weights and the bias, for some classes with about as many at a time."""
         d_weight, d_b = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        d_weight[chosen[is_free], classes.repeat_interleave(n_chosen)] = step[:, 1:][is_free]
-        d_b[classes] = step[:, 0]
+        chosen, n_chosen = self.free_weights(slope)
+        curvature = curvature.T.float().contiguous()
+        for classes in n_chosen.argsort().split(_CLASSES_AT_ONCE):
+            sizes = n_chosen[classes]
+            columns = chosen[classes, : int(sizes.max())]
+            is_free = torch.arange(columns.shape[1], device=columns.device) < sizes[:, None]
+            hessian = self.hessian(columns, sizes.tolist(), curvature[classes])
+            gradient = torch.cat([d_bias[classes, None], slope[columns, classes[:, None]] * is_free], 1)
+            at_zero = pad((self.weight[columns, classes[:, None]] == 0) & is_free, (1, 0))
+            step = _step_in_orthant(hessian, gradient, at_zero)
+            d_weight[columns[is_free], classes.repeat_interleave(sizes)] = step[:, 1:][is_free]
+            d_b[classes] = step[:, 0]
         return d_weight, d_b
 
-    def free_weights(self, slope: Tensor, classes: Tensor) -> tuple[Int[Tensor, "unsolved m"], Int[Tensor, " unsolved"]]:
+    def free_weights(self, slope: Tensor) -> tuple[Int[Tensor, "classes m"], Int[Tensor, " classes"]]:
         """Per class the weights that are not zero, then those that want most to leave it; and how many these are."""
-        is_set = (self.weight != 0).T[classes]
-        n_set = is_set.sum(1)
+        is_set = self.weight != 0
+        n_set = is_set.sum(0)
         most = min(int(n_set.max()) + _NEW_PER_STEP, len(slope))
-        top, chosen = torch.where(is_set, float("inf"), slope.T[classes].abs()).topk(most)
+        top, chosen = torch.where(is_set, float("inf"), slope.abs()).T.contiguous().topk(most)
         return chosen, torch.minimum((top > 0).sum(1), n_set + _NEW_PER_STEP)
 
     def hessian(
-        self, chosen: Int[Tensor, "unsolved m"], n_chosen: list[int], curvature: Float[Tensor, "unsolved n_rows"]
-    ) -> Float[Tensor, "unsolved m+1 m+1"]:
+        self, chosen: Int[Tensor, "classes m"], n_chosen: list[int], curvature: Float[Tensor, "classes n_rows"]
+    ) -> Float[Tensor, "classes m+1 m+1"]:
         """Second derivatives by the bias and the chosen weights; ones on the diagonal fill smaller classes up.
 
         The products are taken in float32, which only bends the step a little.
@@ -160,25 +173,24 @@ class _Problem:
         dense.view(-1).scatter_(0, into, values * curvature.index_select(0, rows))
         return _sparse(pad(end, (1, 0)), rows, values, (len(columns), self.n)) @ dense
 
-    def line_search(self, slope: Tensor, d_weight: Tensor, d_bias: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def line_search(self, slope: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:
         """Halve the steps of the classes whose objective does not fall; weights that change sign stop at zero."""
         sign = self.weight.sign()
         orthant = torch.where(sign == 0, -slope.sign(), sign)
         weight, bias = _step_within(orthant, self.weight, d_weight), self.bias + d_bias
-        logits = self.logits(weight, bias)
-        new = self.objective(logits, weight, bias)
+        logits = self.by_row @ weight + bias
+        value = self.objective(logits, weight, bias)
         for halving in range(1, _HALVINGS + 1):
-            worse = (~(new <= value + 1e-12 * value.abs())).nonzero().squeeze(1)
+            worse = (~(value <= self.value + 1e-12 * self.value.abs())).nonzero().squeeze(1)
             if not len(worse):
                 break
             # A class that finds nothing better stays where it is.
             scale = 0.5**halving if halving < _HALVINGS else 0.0
             w = _step_within(orthant[:, worse], self.weight[:, worse], scale * d_weight[:, worse])
             weight[:, worse], bias[worse] = w, self.bias[worse] + scale * d_bias[worse]
-            logits[:, worse] = z = self.logits(w, bias[worse])
-            new[worse] = self.objective(z, w, bias[worse], worse)
-        self.weight, self.bias = weight, bias
-        return logits, new
+            logits[:, worse] = z = self.by_row @ w + bias[worse]
+            value[worse] = self.objective(z, w, bias[worse], worse)
+        self.weight, self.bias, self.logits, self.value = weight, bias, logits, value
 
 
 def _step_within(orthant: Tensor, weight: Tensor, step: Tensor) -> Tensor:
