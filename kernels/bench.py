@@ -39,8 +39,11 @@ class Side:
 
     def __init__(self, name: str, python: str, equalised: bool, p: Problem, threads: int):
         self.name, self.equalised = name, equalised
+        # Huge pages, which sae_train switches on: for the sides in plain PyTorch too, for the peers where equalised.
+        huge = name in SIDES or equalised
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-               "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+               "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false",
+               "THP_MEM_ALLOC_ENABLE": str(int(huge))}  # fmt: skip
         command = [python, "-m", "sae_train.kernels.bench_worker"]
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from sae_train.errors import UserError
 from sae_train.kernels import batch_topk, reference
-from sae_train.kernels.reference import Pattern
+from sae_train.kernels.patterns import Pattern
+from sae_train.kernels.rows import normalise, remove_parallel
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+__all__ = ["Pattern", "normalise", "remove_parallel"]  # handed through; the rest is below
 IMPLEMENTATIONS = ("triton", "reference")
 
 

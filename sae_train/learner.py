@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_train.architectures import TRAINED, Forward
+from sae_train.kernels import ops
 from sae_train.l0 import L0Controller
 from sae_train.ranks import Ranks
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm, fold_scale
@@ -191,8 +192,7 @@ class Learner:
         Decoder rows have norm 1, so of their gradient only what turns them is kept (Gao et al. 2024).
         """
         sae = self.sae
-        along = torch.linalg.vecdot(sae.W_dec.grad, sae.W_dec)
-        sae.W_dec.grad.addcmul_(along[:, None], sae.W_dec, value=-1)
+        ops.remove_parallel(sae.W_dec.grad, sae.W_dec)
         for name, p in self.trained.items():
             grad = self.leaves[name].grad
             p.grad = self.ranks.mean(grad.t() if name == "W_enc" else grad)
@@ -211,8 +211,7 @@ class Learner:
         self.optimiser.grad_scale = (norms.norm() / self.settings.grad_clip).clamp_min(1.0)
         self.optimiser.found_inf = bad.to(torch.float32)
         self.optimiser.step()
-        length = self.sae.W_dec.norm(dim=1, keepdim=True)
-        self.sae.W_dec.div_(torch.where(bad, 1.0, length))
+        ops.normalise(self.sae.W_dec, unless=bad)
         for name, value in run.state.items():
             self.arch.state[name] = torch.where(bad, self.arch.state[name], value)
         self.arch.settle()

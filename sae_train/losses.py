@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_train.kernels.reference import Step
-
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -32,11 +30,6 @@ def l1(values: Tensor, latents: Tensor, W_dec: Tensor, batch: int) -> Float[Tens
     """⟨Σ_i f_i·‖W_dec,i‖⟩ over the active latents (Anthropic, April 2024 update)."""
     total = torch.zeros_like(W_dec[:, 0]).index_add(0, latents, values)
     return (total * W_dec.norm(dim=1)).sum() / batch
-
-
-def step_l0(pre: Tensor, threshold: Tensor, bandwidth: float, batch: int) -> Float[Tensor, ""]:
-    """⟨Σ_i 1[pre_i > θ_i]⟩ with the straight-through rectangle for θ (Rajamanoharan et al. 2024)."""
-    return Step.apply(pre, threshold, bandwidth).sum() / batch
 
 
 def aux_k(

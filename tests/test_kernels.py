@@ -105,6 +105,19 @@ def test_jumprelu_gradients_equal_the_hand_formula():
     torch.testing.assert_close(d_theta, torch.tensor([0.0, -2.5, -2.5, 0.0], dtype=torch.float64))
 
 
+def test_active_jumprelu_counts_with_the_rectangle_as_the_threshold_s_gradient():
+    pattern = ops.Pattern(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 4]), 4)
+    pre = torch.tensor([0.2, 0.45, 0.55, 0.9], dtype=torch.float64, requires_grad=True)
+    theta = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
+    values, active = ops.jumprelu_active(pre, pattern, theta, 0.2)
+    assert values.tolist() == [0.0, 0.0, 0.55, 0.9] and active.item() == 2
+    (grad,) = torch.autograd.grad(active, theta, retain_graph=True)
+    torch.testing.assert_close(grad, torch.tensor([0.0, -5.0, -5.0, 0.0], dtype=torch.float64))
+    d_pre, d_theta = torch.autograd.grad(values.sum(), (pre, theta))
+    assert d_pre.tolist() == [0.0, 0.0, 1.0, 1.0]
+    torch.testing.assert_close(d_theta, torch.tensor([0.0, -2.5, -2.5, 0.0], dtype=torch.float64))
+
+
 def test_an_absent_implementation_is_refused_in_one_sentence():
     x, W_enc, b_enc, b_dec, _ = weights(2, 2, 4)
     with pytest.raises(UserError, match="runs on CUDA, not on cpu"):

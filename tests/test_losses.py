@@ -24,14 +24,6 @@ def test_l1_weights_each_latent_by_its_decoder_norm():
     assert value.item() == (5 + 4 + 5) / 2
 
 
-def test_step_l0_counts_and_its_threshold_gradient_is_the_rectangle():
-    theta = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
-    value = losses.step_l0(torch.tensor([0.2, 0.45, 0.55, 0.9], dtype=torch.float64), theta, 0.2, batch=2)
-    assert value.item() == 1.0
-    (grad,) = torch.autograd.grad(value, theta)
-    torch.testing.assert_close(grad, torch.tensor([0.0, -2.5, -2.5, 0.0], dtype=torch.float64))
-
-
 def test_aux_k_gradient_equals_finite_differences_and_reaches_the_encoder():
     x, W_enc, b_enc, W_dec, b_dec = tensors()
     recon, dead = torch.zeros_like(x), torch.tensor([1, 4, 7])

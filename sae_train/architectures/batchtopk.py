@@ -9,7 +9,6 @@ from abc import abstractmethod
 
 import torch
 
-from sae_train import losses
 from sae_train.architectures.base import Architecture, Forward, pre_activations, revival_by_aux_k, start_level
 from sae_train.kernels import ops
 from sae_train.l0 import level_on
@@ -67,5 +66,5 @@ class BatchTopK(BatchSelection):
     """The plain error of the whole reconstruction."""
 
     def reconstruct(self, x, values, pattern):
-        recon = ops.decode_active(values, pattern, self.sae.W_dec, self.sae.b_dec)
-        return Forward(recon, values, pattern, losses.mse(x, recon))
+        recon, error = ops.decode_error(values, pattern, self.sae.W_dec, self.sae.b_dec, x)
+        return Forward(recon, values, pattern, error / len(x))

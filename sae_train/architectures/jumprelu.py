@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from sae_train import losses
 from sae_train.architectures.base import (
     START_L0,
     Architecture,
@@ -38,11 +37,9 @@ class JumpReLU(Architecture):
         threshold = self.leaves["log_threshold"].exp()
         # Every entry whose gradient is not zero: active, or inside the rectangle just below the threshold.
         pre, pattern = ops.active_above(x, sae.W_enc, sae.b_enc, sae.b_dec, threshold.detach() - width / 2)
-        theta = threshold[pattern.latents]
-        values = ops.jumprelu(pre, theta, width)
-        sparsity = losses.step_l0(pre, theta, width, len(x))
-        recon = ops.decode_active(values, pattern, sae.W_dec, sae.b_dec)
-        return Forward(recon, values, pattern, losses.mse(x, recon), sparsity, level=threshold)
+        values, active = ops.jumprelu_active(pre, pattern, threshold, width)
+        recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
+        return Forward(recon, values, pattern, error / len(x), active / len(x), level=threshold)
 
     def revival(self, run, x, recon, dead):
         return revival_by_level(self.sae, x, self.sae.b_enc, run.level, dead)

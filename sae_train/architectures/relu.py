@@ -37,8 +37,8 @@ class ReLU(Architecture):
         sae = self.sae
         values, pattern = ops.active_above(x, sae.W_enc, sae.b_enc, sae.b_dec, 0.0)
         sparsity = losses.l1(values, pattern.latents, sae.W_dec, len(x))
-        recon = ops.decode_active(values, pattern, sae.W_dec, sae.b_dec)
-        return Forward(recon, values, pattern, losses.mse(x, recon), sparsity)
+        recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
+        return Forward(recon, values, pattern, error / len(x), sparsity)
 
     def revival(self, run, x, recon, dead):
         return revival_by_level(self.sae, x, self.sae.b_enc, 0.0, dead)

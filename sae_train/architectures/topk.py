@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sae_train import losses
 from sae_train.architectures.base import Architecture, Forward, revival_by_aux_k
 from sae_train.kernels import ops
 
@@ -23,8 +22,8 @@ class TopK(Architecture):
         sae = self.sae
         pre, pattern = ops.active_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, sae.cfg.k)
         values = pre.relu()
-        recon = ops.decode_active(values, pattern, sae.W_dec, sae.b_dec)
-        return Forward(recon, values, pattern, losses.mse(x, recon))
+        recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
+        return Forward(recon, values, pattern, error / len(x))
 
     def revival(self, run, x, recon, dead):
         return revival_by_aux_k(self, x, recon, dead)

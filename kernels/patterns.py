@@ -1,0 +1,85 @@
+"""Which latents are active on which tokens, and sums over those entries, in plain PyTorch.
+
+In: flat entries in CSR form, and the rows of tables. Out: weighted sums of rows by token or by latent, products at the
+entries, and the k largest of dense rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+# Latents per group of the two-stage top-k: 16 measured best for d_sae 16,384 and k 50 (8: +6 %, 32: +40 %).
+GROUP = 16
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which latents are active on which tokens: rows in CSR form (row r owns entries offsets[r] to offsets[r + 1])."""
+
+    latents: Int[Tensor, " n"]
+    offsets: Int[Tensor, " batch_plus_1"]
+    d_sae: int
+    # Whether every token is known to have the same number of entries.
+    even: bool = False
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, " n"]:
+        counts = self.offsets.diff()
+        index = torch.arange(counts.numel(), device=counts.device)
+        return index.repeat_interleave(counts, output_size=self.latents.numel())
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same entries sorted by latent: (entry order, token of each, offsets per latent)."""
+        latents, order = self.latents.int().sort(stable=True)
+        edges = torch.arange(self.d_sae + 1, device=latents.device, dtype=latents.dtype)
+        return order, self.tokens[order], torch.searchsorted(latents, edges)
+
+
+def bag(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Sum, for each bag, of weights · table[rows]; deterministic: one bag is summed by one thread, in order."""
+    return nnf.embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def dots(a: Tensor, b: Tensor, pattern: Pattern) -> Tensor:
+    """a[token] · b[latent] for every entry of the pattern."""
+    shape = (a.shape[0], b.shape[0])
+    zeros = torch.zeros_like(pattern.latents, dtype=a.dtype)
+    with warnings.catch_warnings():  # CSR tensors announce that they are in beta, once a process
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        grid = torch.sparse_csr_tensor(pattern.offsets, pattern.latents, zeros, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(grid, a.contiguous(), b.t(), beta=0.0).values()
+
+
+def top_k(pre: Float[Tensor, "batch d_sae"], k: int) -> tuple[Tensor, Tensor]:
+    """Exact k largest of each row, unsorted. Among exact ties for the last place, which is taken is unspecified.
+
+    Two stages: the k largest lie in the k groups with the largest maxima. Groups are strided, {j, j + F/G, …}, so
+    that the maximum runs down columns and vectorises.
+    """
+    n, d_sae = pre.shape
+    groups = d_sae // GROUP
+    if d_sae % GROUP or groups < 4 * k:
+        return pre.topk(k, dim=-1, sorted=False)
+    group = pre.view(n, GROUP, groups).amax(1).topk(k, dim=-1, sorted=False).indices
+    members = torch.arange(GROUP, device=pre.device).view(1, GROUP, 1) * groups
+    candidates = (group[:, None, :] + members).view(n, GROUP * k)
+    values, picked = pre.gather(1, candidates).topk(k, dim=-1, sorted=False)
+    return values, candidates.gather(1, picked)
+
+
+def row_pattern(indices: Int[Tensor, "batch k"], d_sae: int) -> Pattern:
+    """Return the Pattern of k latents on every token."""
+    batch, k = indices.shape
+    offsets = torch.arange(0, batch * k + 1, k, device=indices.device)
+    return Pattern(indices.reshape(-1), offsets, d_sae, even=True)
