@@ -192,6 +192,45 @@ def report(*runs: Path, out: Path | None = None) -> None:
     print(write_report(list(runs) if len(runs) > 1 else runs[0], out))
 
 
+@app.command
+def publish(
+    checkpoint: Path,
+    *,
+    repo: str,
+    private: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    license: str = "mit",
+    base_model: str | None = None,
+) -> None:
+    """Publish a run's SAEs, or one of them, as one repo on the hub that SAELens and load_sae read.
+
+    Refused are SAEs whose L0 is more than 2 % off, that were not evaluated or not finished, and repos that hold files.
+
+    Parameters
+    ----------
+    checkpoint:
+        A run's folder, or one SAE's in it.
+    repo:
+        Name on the hub, such as you/name; it is made if it is not there.
+    private:
+        Make it private.
+    dry_run:
+        Stage everything, check and list it, upload nothing.
+    force:
+        Publish what would be refused, but for SAEs that are not finished.
+    license:
+        Licence of the weights, by the hub's names; default: mit.
+    base_model:
+        The language model's hub id, where the run names a local folder.
+    """
+    from sae_train.publish import publish as publish_checkpoint
+
+    publish_checkpoint(
+        checkpoint, repo, private=private, dry_run=dry_run, force=force, license=license, base_model=base_model
+    )
+
+
 def _rank() -> int:
     """This process's number among those that a launcher such as torchrun started; 0 without one."""
     return int(os.environ.get("RANK", "0"))
@@ -215,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.UnusedCliTokensError as error:
         words = " ".join(error.unused_tokens)
-        _complain(f"{words!r} is no command (eval, report, resume) and no option")
+        _complain(f"{words!r} is no command (eval, publish, report, resume) and no option")
         return 2
     except (UserError, cyclopts.CycloptsError) as error:
         _complain(str(error))
