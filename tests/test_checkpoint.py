@@ -125,7 +125,7 @@ def damaged(kind: str, folder) -> None:
         ("without weights", "does not exist"),
         ("temporal", "'temporal' is not read"),
         ("normalised", "normalize_activations 'layer_norm'"),
-        ("k missing", "gives k None"),
+        ("k missing", "give k None"),
         ("extra tensor", "extra"),
         ("bad json", "not readable JSON"),
         ("pickle", "ae.pt"),
