@@ -130,15 +130,17 @@ def evaluate(
     eval_seed: str | None = None,
     device: str | None = None,
     out: Path | None = None,
+    folder: str | None = None,
+    allow_pickle: bool = False,
 ) -> None:
-    """Run the absorption eval on a finished SAE (ours, SAELens' or sparsify's safetensors).
+    """Run the absorption eval on a finished SAE (ours, SAELens', sparsify's, Gemma Scope's, dictionary_learning's).
 
     Writes absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and the page absorption.html.
 
     Parameters
     ----------
     checkpoint:
-        Folder with cfg.json and the weights.
+        Folder with cfg.json and the weights, or a repo on the hub, such as you/name.
     model:
         Language model; default: the one named in the checkpoint.
     hook:
@@ -158,6 +160,10 @@ def evaluate(
         cpu, cuda, …; default: a GPU if there is one.
     out:
         Folder for what is written; default: the checkpoint's folder.
+    folder:
+        The SAE's folder in a repo that holds several.
+    allow_pickle:
+        Read dictionary_learning's pickled weights (tensors alone are taken from them).
     """
     from sae_train.run import evaluate_checkpoint
 
@@ -171,7 +177,7 @@ def evaluate(
         "eval_seed": eval_seed,
         "device": device,
     }
-    evaluate_checkpoint(checkpoint, given, out)
+    evaluate_checkpoint(checkpoint, given, out, folder, allow_pickle)
 
 
 @app.command
