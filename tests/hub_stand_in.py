@@ -48,6 +48,7 @@ class Hub:
 
         Bound.hub = hub
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
+        self.server.handle_error = lambda *_: None  # clients that hang up
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
