@@ -135,7 +135,7 @@ def test_letters_and_words_of_the_last_evaluation_become_tables(server, folder):
 
 
 def test_a_run_is_mirrored_and_finishes(server, tmp_path):
-    run = train(width=64, l0=4, tokens=25_600, batch_tokens=256, buffer_tokens=2048, held_out_tokens=2048, device="cpu",
+    run = train(model="toy", width=64, l0=3, tokens=25_600, batch_tokens=256, held_out_tokens=2048, device="cpu",
                 absorption=False, wandb="online", out=str(tmp_path), name="mine")  # fmt: skip
     (rows,) = server.history.values()
     assert run.info["status"] == "finished"

@@ -173,7 +173,7 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str], bench: dict[str,
         "disk (`SAE.load_from_disk`) and from the repo (`SAE.from_pretrained`).",
         _table(["SAE", "from disk", "from the hub"], _ours(rows)),
         "## Theirs, read by load_sae",
-        _table(["layout", "SAE", "written by", "read as", "L0", "difference"], _theirs(rows)),
+        _table(["layout", "SAE", "written (Gemma Scope: read) by", "read as", "L0", "difference"], _theirs(rows)),
         "dictionary_learning keeps its weights as a pickle, which is read only where `allow_pickle=True` (or "
         "`--allow-pickle`) says so, and then by torch's restricted reader, which takes tensors and runs nothing. No "
         "library writes Gemma Scope's layouts: files of random values were made and read by SAELens and by us.",
@@ -202,6 +202,8 @@ def _theirs(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _shown(row: dict[str, Any]) -> str:
+    if row["difference"] == 0:
+        return "0"
     return f"{row['difference']:.0e}" if row["difference"] <= LIMIT else f"**{row['difference']:.0e}**"
 
 

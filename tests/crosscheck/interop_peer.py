@@ -138,7 +138,8 @@ def _dictionary_learning(folder: Path, x: torch.Tensor) -> Iterator[tuple[str, s
     for name in [*names, "autoencoder-new"]:
         sae, config = load_dictionary(str(where / name), "cpu")
         with torch.no_grad():
-            yield f"write/dictionary_learning/{name}", f"trainSAE, {config['trainer']['dict_class']}", sae(x)
+            by = "torch.save" if name == "autoencoder-new" else "trainSAE"
+            yield f"write/dictionary_learning/{name}", f"{by}, {config['trainer']['dict_class']}", sae(x)
 
 
 def _trainers(d_in: int) -> dict[str, dict[str, Any]]:
