@@ -91,6 +91,12 @@ def test_every_architecture_comes_back_from_the_hub_in_one_commit_and_only_its_o
         assert theirs.cfg.hook_name == "blocks.1.hook_resid_post" and theirs.cfg.metadata["trained_as"] == arch
 
 
+def test_an_evaluation_of_an_sae_on_the_hub_needs_a_folder_for_its_results(hub, tmp_path, capsys):  # noqa: F811
+    main(["publish", str(make_run(tmp_path / "run")), "--repo", "me/one"])
+    assert main(["eval", "me/one", "--folder", "topk-64-l0_4"]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
 @torch.no_grad()
 def test_what_was_fetched_once_serves_without_a_network(hub, tmp_path, monkeypatch):  # noqa: F811
     main(["publish", str(make_run(tmp_path / "run")), "--repo", "me/one"])
