@@ -130,15 +130,17 @@ def evaluate(
     eval_seed: str | None = None,
     device: str | None = None,
     out: Path | None = None,
+    folder: str | None = None,
+    allow_pickle: bool = False,
 ) -> None:
-    """Run the absorption eval on a finished SAE (ours, SAELens' or sparsify's safetensors).
+    """Run the absorption eval on a finished SAE (ours, SAELens', sparsify's, Gemma Scope's, dictionary_learning's).
 
     Writes absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and the page absorption.html.
 
     Parameters
     ----------
     checkpoint:
-        Folder with cfg.json and the weights.
+        Folder with cfg.json and the weights, or a repo on the hub, such as you/name.
     model:
         Language model; default: the one named in the checkpoint.
     hook:
@@ -158,6 +160,10 @@ def evaluate(
         cpu, cuda, …; default: a GPU if there is one.
     out:
         Folder for what is written; default: the checkpoint's folder.
+    folder:
+        The SAE's folder in a repo that holds several.
+    allow_pickle:
+        Read dictionary_learning's pickled weights (tensors alone are taken from them).
     """
     from sae_train.run import evaluate_checkpoint
 
@@ -171,7 +177,7 @@ def evaluate(
         "eval_seed": eval_seed,
         "device": device,
     }
-    evaluate_checkpoint(checkpoint, given, out)
+    evaluate_checkpoint(checkpoint, given, out, folder, allow_pickle)
 
 
 @app.command
@@ -190,6 +196,45 @@ def report(*runs: Path, out: Path | None = None) -> None:
     if not runs:
         raise UserError("no run was named: give at least one run folder, such as checkpoints/NAME")
     print(write_report(list(runs) if len(runs) > 1 else runs[0], out))
+
+
+@app.command
+def publish(
+    checkpoint: Path,
+    *,
+    repo: str,
+    private: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    license: str = "mit",
+    base_model: str | None = None,
+) -> None:
+    """Publish a run's SAEs, or one of them, as one repo on the hub that SAELens and load_sae read.
+
+    Refused are SAEs whose L0 is more than 2 % off, that were not evaluated or not finished, and repos that hold files.
+
+    Parameters
+    ----------
+    checkpoint:
+        A run's folder, or one SAE's in it.
+    repo:
+        Name on the hub, such as you/name; it is made if it is not there.
+    private:
+        Make it private.
+    dry_run:
+        Stage everything, check and list it, upload nothing.
+    force:
+        Publish what would be refused, but for SAEs that are not finished.
+    license:
+        Licence of the weights, by the hub's names; default: mit.
+    base_model:
+        The language model's hub id, where the run names a local folder.
+    """
+    from sae_train.publish import publish as publish_checkpoint
+
+    publish_checkpoint(
+        checkpoint, repo, private=private, dry_run=dry_run, force=force, license=license, base_model=base_model
+    )
 
 
 def _rank() -> int:
@@ -215,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.UnusedCliTokensError as error:
         words = " ".join(error.unused_tokens)
-        _complain(f"{words!r} is no command (eval, report, resume) and no option")
+        _complain(f"{words!r} is no command (eval, publish, report, resume) and no option")
         return 2
     except (UserError, cyclopts.CycloptsError) as error:
         _complain(str(error))

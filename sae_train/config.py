@@ -155,7 +155,9 @@ class RunSettings(_Group):
     save_every: Annotated[int, Field(ge=1)] | None = Field(
         None, description="steps between saved states; default: ten a run"
     )
-    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="mirror the metrics to W&B")
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        "disabled", description="mirror metrics, curves, report and absorption tables to W&B"
+    )
 
 
 class SAESpec(_Group):

@@ -100,9 +100,13 @@ def resume(folder: str | Path) -> Run:
     return Run(Runner(opened, folder, built, info.get("notes", [])).go())
 
 
-def evaluate_checkpoint(checkpoint: Path, given: dict[str, Any], out: Path | None = None) -> AbsorptionResult:
+def evaluate_checkpoint(
+    checkpoint: Path, given: dict[str, Any], out: Path | None = None, folder: str | None = None,
+    allow_pickle: bool = False,
+) -> AbsorptionResult:  # fmt: skip
     """Run the absorption eval on a saved SAE with its baselines and interventions; print and write what it says.
 
+    The SAE is a local folder's or, with a repo's name and a `folder` in it, the hub's, which needs `out`.
     `given` holds settings by flag name; the model and the hook default to what the checkpoint says. Written are
     absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and absorption.html.
     """
@@ -113,7 +117,10 @@ def evaluate_checkpoint(checkpoint: Path, given: dict[str, Any], out: Path | Non
     from sae_train.summary import absorption_line
     from sae_train.trainer import choose_device
 
-    sae = load_sae(checkpoint)
+    sae = load_sae(checkpoint, folder, allow_pickle=allow_pickle)
+    checkpoint = Path(checkpoint, folder or "")
+    if out is None and not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is on the hub: name by --out a folder for what is written")
     origin = _with_origin(given, sae, checkpoint)
     if origin["model"] == "toy":
         raise UserError(
@@ -136,7 +143,7 @@ def evaluate_checkpoint(checkpoint: Path, given: dict[str, Any], out: Path | Non
     result = absorption.evaluate(sae, built, preset=settings.eval.preset, seed=settings.eval.eval_seed, lm=lm)
     beside = baselines.all_scores(sae, built.x, built, result.preset, result.seed, lm) if result.valid else {}
     print("\n".join([*notes, absorption_line(dict(figures_of(result)), beside.get("random"))]))
-    written = _write_evaluation(result, beside, sae, built, lm, Path(checkpoint), Path(out or checkpoint))
+    written = _write_evaluation(result, beside, sae, built, lm, checkpoint, Path(out or checkpoint))
     print(f"written: {', '.join(map(str, written))}")
     return result
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind as it goes: run.json, metrics.jsonl, absorption.parquet, and a mirror on W&B if asked.
+"""What a run leaves behind as it goes: run.json, metrics.jsonl, absorption.parquet, and the door to a mirror.
 
 In: rows of plain values, tables of the absorption eval. Out: files that are whole at any moment (append or rename).
 """
@@ -169,39 +169,8 @@ class Mirror:
     def log(self, row: dict[str, Any]) -> None:
         """Take one row of metrics.jsonl."""
 
+    def show(self) -> None:
+        """Take what a finished run's folder has to show."""
+
     def close(self) -> None:
         """End the mirror."""
-
-
-class WandbMirror(Mirror):
-    """Weights & Biases with the same names as metrics.jsonl, each SAE under its own prefix; never stops a run."""
-
-    def __init__(self, mode: str, name: str, settings: dict[str, Any], folder: Path):
-        import wandb
-
-        lean = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
-        options = {
-            "project": "sae-train",
-            "name": name,
-            "config": settings,
-            "dir": str(folder),
-            "settings": lean,
-        }
-        try:
-            self.run = wandb.init(mode=mode, **options)
-        except wandb.errors.Error as error:
-            print(f"W&B is out of reach ({' '.join(str(error).split())}): going on offline")
-            self.run = wandb.init(mode="offline", **options)
-
-    def log(self, row: dict[str, Any]) -> None:
-        prefix = row["sae"]
-        values = {f"{prefix}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
-        self.run.log(values | {"tokens": row["tokens"]})
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def open_mirror(mode: str, name: str, settings: dict[str, Any], folder: Path) -> Mirror:
-    """The mirror that `--wandb` asks for."""
-    return Mirror() if mode == "disabled" else WandbMirror(mode, name, settings, folder)

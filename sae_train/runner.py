@@ -19,8 +19,9 @@ from sae_train.display import Display
 from sae_train.evals import baselines, fidelity
 from sae_train.evals.presets import get_preset
 from sae_train.report import write_report
-from sae_train.run_log import RunLog, open_mirror, provenance, read_metrics
+from sae_train.run_log import RunLog, provenance, read_metrics
 from sae_train.summary import summary_lines
+from sae_train.wandb_mirror import open_mirror
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,7 @@ class Runner:
         self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, notes
         self.ranks = opened.ranks
         wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
-        self.log = RunLog(folder, open_mirror(wandb, folder.name, flat(self.settings), folder))
+        self.log = RunLog(folder, open_mirror(wandb, self.settings, folder))
         self.display = Display(
             {spec.name: spec.l0 for spec in self.settings.specs},
             self.settings.n_steps,
@@ -217,6 +218,7 @@ class Runner:
             if described["failed"] is None:
                 write_card(self.folder / "saes" / described["name"], described, self.info)
         report = write_report(self.folder)
+        self.log.mirror.show()
         self.log.mirror.close()
         for line in summary_lines(self.info):
             self.display.say(line)

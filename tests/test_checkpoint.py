@@ -87,7 +87,7 @@ def test_a_sparsify_checkpoint_loads(tmp_path):
     save_file({name: t.detach().contiguous() for name, t in names.items()}, folder / "sae.safetensors")
     (folder / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 4, "num_latents": 32, "d_in": 6}))
     again = load_sae(folder)
-    assert torch.equal(again(X), sae(X)) and again.cfg.hook_name == "layers.3"
+    assert torch.equal(again(X), sae(X)) and again.cfg.hook_name == "blocks.3.hook_resid_post"
 
 
 def damaged(kind: str, folder) -> None:
@@ -110,10 +110,11 @@ def damaged(kind: str, folder) -> None:
     elif kind == "bad json":
         (folder / "cfg.json").write_text("{")
     elif kind == "pickle":
-        (folder / "ae.pt").write_bytes(b"x")
+        weights.rename(folder / "ae.pt")
     elif kind == "run folder":
         (folder / "saes" / "a").mkdir(parents=True)
-        (folder / "cfg.json").rename(folder / "saes" / "a" / "cfg.json")
+        for file in (folder / "cfg.json", weights):
+            file.rename(folder / "saes" / "a" / file.name)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def damaged(kind: str, folder) -> None:
         ("without weights", "does not exist"),
         ("temporal", "'temporal' is not read"),
         ("normalised", "normalize_activations 'layer_norm'"),
-        ("k missing", "gives k None"),
+        ("k missing", "give k None"),
         ("extra tensor", "extra"),
         ("bad json", "not readable JSON"),
         ("pickle", "ae.pt"),

@@ -17,7 +17,7 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.strip() == "[]"
-    for word in ("--width", "--l0", "resume", "report", "eval", "--dry-run"):
+    for word in ("--width", "--l0", "resume", "report", "eval", "publish", "--dry-run"):
         assert word in done.stdout
 
 
@@ -47,6 +47,9 @@ def test_help_imports_nothing_heavy():
         (["resume", "nowhere"], "nowhere"),
         (["resume"], "--run"),
         (["eval", "nowhere"], "nowhere"),
+        (["publish", "nowhere", "--repo", "you/name"], "nowhere"),
+        (["publish", "nowhere", "--repo", "name"], "you/name"),
+        (["publish", "nowhere"], "--repo"),
         (["report"], "no run"),
         (["report", "nowhere"], "nowhere"),
     ],

@@ -1,0 +1,166 @@
+"""SAEs on the hub: the name of a repo and a folder in it come in, a local folder goes out; or a local folder comes in
+and goes out as one commit. Whatever goes wrong becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_train.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+BY_STATUS = {
+    401: "the hub does not accept the token: log in by `hf auth login` or set HF_TOKEN to one that may write",
+    403: "the token has no right to do this: take one that may write to the repo",
+    404: "there is no such repo, or the token may not see it",
+    409: "the repo was changed meanwhile: run the same command again",
+    412: "the repo was changed meanwhile: run the same command again",
+    413: "the hub finds it too large",
+    429: "the hub has had too many requests: wait some minutes and run the same command again",
+}
+NOT_COUNTED = {".gitattributes"}  # what a new repo holds
+
+
+def fetch(repo: str, folder: str | None, names: Sequence[str], revision: str | None = None) -> Path:
+    """Bring those of the named files that a repo's folder (or the repo itself) has; return the local folder.
+
+    What was fetched before serves without a network. UserError lists the repo's SAEs where the folder has none.
+    """
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{folder.strip('/')}/" if folder else ""
+    patterns = [glob.escape(prefix) + name for name in names] + ["config.json"]
+    with told(f"no SAE {repo!r} is in a folder here, and it cannot be had from the hub"), _quiet():
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        found = [name for name in names if (root / prefix / name).is_file()]
+        if not set(found) - {"config.json"}:
+            raise UserError(_no_sae_there(repo, folder, names, revision))
+    return root / prefix
+
+
+def upload(staged: Path, repo: str, private: bool, replace: bool) -> str:
+    """Make the repo if it is not there and commit all staged files at once; return the repo's address.
+
+    A repo that holds files already is refused unless `replace`: files of the same names are then overwritten.
+    `upload_folder` would not do: since huggingface_hub 2 it may make several commits, and break off between them.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    with told(f"nothing was published to {repo}"), _quiet():
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        info = api.repo_info(repo)
+        if private and not info.private:
+            raise UserError(f"{repo} is there already and public: nothing was published; make it private first.")
+        held = sorted({file.rfilename for file in info.siblings or []} - NOT_COUNTED)
+        if held and not replace:
+            raise UserError(f"{repo} holds files already ({_some(held)}): choose another name, or --force.")
+        files = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
+        adds = [CommitOperationAdd(name, path) for name, path in files.items()]
+        try:
+            api.create_commit(repo, adds, commit_message="SAEs trained by sae-train", parent_commit=info.sha)
+        except Exception:
+            if not _arrived(api, repo, info.sha, set(files)):
+                raise
+    return str(url)
+
+
+def _arrived(api: HfApi, repo: str, before: str, names: set[str]) -> bool:
+    """Whether the commit was made although its answer was lost."""
+    try:
+        info = api.repo_info(repo)
+    except Exception:  # no answer to this either: nothing is known
+        return False
+    return info.sha != before and names <= {file.rfilename for file in info.siblings or []}
+
+
+def check_repo_id(repo: str) -> None:
+    """UserError unless a repo's name is one that the hub takes, with its owner."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        repo = ""
+    if repo.count("/") != 1:
+        raise UserError("--repo takes an owner and a name of letters, digits, '-', '_' and '.', such as you/name.")
+
+
+def check_card(text: str) -> None:
+    """Assert that the hub's own reader takes a model card's front matter, results included."""
+    from huggingface_hub import ModelCard
+
+    assert ModelCard(text).data.to_dict().get("library_name"), "the model card's front matter is not read"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the client's advice and retries off stderr, and its bars where nobody watches; errors still raise."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    verbosity, hidden = logging.get_verbosity(), are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if not hidden:
+            enable_progress_bars()
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one sentence that starts with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the client's, the network's and the disk's errors share no base
+        raise UserError(f"{what}: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+        return "HF_HUB_OFFLINE is set, which keeps everything off the network"
+    if any(isinstance(e, LocalTokenNotFoundError) for e in chain):
+        return BY_STATUS[401]
+    for e in chain:
+        if isinstance(e, HfHubHTTPError) and e.response is not None:
+            status = e.response.status_code
+            failed = "the hub has failed: run the same command again later" if status >= 500 else "the hub refused"
+            return f"{BY_STATUS.get(status, failed)} (HTTP {status})"
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            return "the disk is full"
+    words = " ".join(str(error).split()) or type(error).__name__
+    return f"the connection failed or broke off ({words[:200].rstrip('.')}); run the same command again"
+
+
+def _no_sae_there(repo: str, folder: str | None, names: Sequence[str], revision: str | None) -> str:
+    from huggingface_hub import HfApi
+
+    files = HfApi().list_repo_files(repo, revision=revision)
+    weights = set(names) - {"cfg.json", "config.json"}
+    saes = sorted({str(Path(file).parent) for file in files if Path(file).name in weights} - {"."})
+    where = f"its folder {folder!r}" if folder else "its top folder"
+    hint = f"name one of {_some(saes)}" if saes else "nor has another of its folders"
+    return f"{repo} has no readable SAE in {where}: {hint}."
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
