@@ -175,7 +175,7 @@ def evaluate(
 
 
 @app.command
-def report(*runs: Path, out: Path | None = None) -> None:
+def report(*runs: Path, out: Path | None = None, export: Path | None = None) -> None:
     """Write the HTML report of a run, or one page that compares several.
 
     Parameters
@@ -184,12 +184,16 @@ def report(*runs: Path, out: Path | None = None) -> None:
         Folders of runs.
     out:
         The page to write; default: report.html in the run's folder (comparison.html for several).
+    export:
+        Folder for the figures as PNG, SVG and CSV and the tables as CSV, beside the page.
     """
-    from sae_train.report import write_report
+    from sae_train.report import export_report, write_report
 
     if not runs:
         raise UserError("no run was named: give at least one run folder, such as checkpoints/NAME")
     print(write_report(list(runs) if len(runs) > 1 else runs[0], out))
+    if export:
+        print(f"{len(export_report(runs, export))} files in {export}")
 
 
 def _rank() -> int:

@@ -17,7 +17,7 @@ ROWS = [
     {"architectures"},
     {"schedule"},
     {"learner"},
-    {"hub"},
+    {"hub", "hooks"},
     {"documents", "tokens", "activations"},
     {"buffer", "toy"},
     {"evals"},
@@ -33,7 +33,7 @@ ROWS = [
 ]
 DOORS = {
     "triton": {"kernels"},
-    "transformer_lens": {"activations"},
+    "transformer_lens": {"hooks"},
     "datasets": {"documents", "tokens"},
     "accelerate": {"trainer"},
     "wandb": {"run_log"},

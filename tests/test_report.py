@@ -12,7 +12,7 @@ import pytest
 
 from sae_train.config import SAESpec, flat, resolve
 from sae_train.errors import UserError
-from sae_train.report import write_report
+from sae_train.report import export_report, write_report
 
 STEPS = (0, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 245)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -244,7 +244,7 @@ def test_strings_from_the_run_never_become_markup(tmp_path):
     table.to_parquet(run / "absorption.parquet")
     path = write_report(run)
     page = read(path)
-    assert "img" not in page.tags and page.tags.count("script") == 2
+    assert "img" not in page.tags and page.tags.count("script") == 3
     assert page.words[0][0][0] == evil and f"on “{evil}”" in page.text
     assert "a <b>note</b> & more" in page.text and "x <script>alert(1)</script>" in page.text
 
@@ -436,3 +436,114 @@ def test_a_missing_folder_and_an_unwritable_page_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         write_report(run, out=run / "run.json" / "report.html")
     assert write_report(run, out=tmp_path / "new" / "page.html").is_file()
+
+
+def test_export_writes_every_figure_as_png_svg_and_csv_and_the_tables(tmp_path):
+    import pandas as pd
+
+    run = fake_run(tmp_path / "run", ("topk", "relu"), (1024,), words=30)
+    written = export_report([run], tmp_path / "out")
+    figures = {path.with_suffix("") for path in written if path.suffix == ".png"}
+    assert {path.with_suffix("") for path in written if path.suffix == ".svg"} == figures
+    names = {str(path.relative_to(tmp_path / "out")) for path in figures}
+    assert {"training/loss", "width-and-l0/full-l0", "width-and-l0/full-ev"} <= names
+    assert "saes/relu-1k-l0_50/fraction-by-label" in names
+    assert all(path.with_name(f"{path.name}.csv") in written for path in figures)
+    curve = pd.read_csv(tmp_path / "out" / "training" / "fraction.csv")
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = [row["absorption/mean_fraction"] for row in history if row["sae"] == "relu-1k-l0_50"]
+    assert curve[curve["sae"] == "relu-1k-l0_50"]["fraction"].tolist() == pytest.approx(expected)
+    table = pd.read_csv(tmp_path / "out" / "saes.csv")
+    assert len(table) == 2 and table["metrics/explained_variance"].notna().all()
+    assert len(pd.read_csv(tmp_path / "out" / "letters.csv")) == 2 * 26 * len(STEPS)
+    with pytest.raises(UserError, match="cannot be written"):
+        export_report([run], run / "run.json" / "out")
+
+
+def follow(run: Path) -> Path:
+    """Give a run what newer ones hold: words at every evaluation, pages of latents, a density histogram."""
+    import pandas as pd
+
+    words = pd.read_parquet(run / "absorption.parquet").query("level == 'word'")
+    taken = words["fraction"].astype(float) > 0
+    parts = []
+    for step in STEPS:
+        outcome = ["carried" if t and step >= 96 else "recalled" for t in taken]
+        absorber = [int(a[0]) if len(a) else -1 for a in words["absorbers"]]
+        part = words[["sae", "letter", "word", "token_id"]].assign(
+            step=step, tokens=step * BATCH, outcome=outcome, main_act=1.0
+        )
+        parts.append(part.assign(share=0.8, absorber=absorber, absorber_cos=0.4))
+    pd.concat(parts, ignore_index=True).to_parquet(run / "trajectory.parquet")
+    facts = json.loads((run / "run.json").read_text())
+    lines = []
+    for sae in facts["saes"]:
+        sae["final"] |= {
+            "sparsity/silent_fraction": 0.25,
+            "sparsity/log10_density_histogram": [1, 2, 3, 4, 5, 4, 3, 2, 1, 0],
+        }
+        example = {"kind": "top", "tokens": [" <b>a ", " word"], "acts": [0, 2.5]}
+        record = {
+            "latent": 4000,
+            "main_of": [],
+            "absorbs": [" a<i>"],
+            "density": 0.01,
+            "max": 2.5,
+            "histogram": [1, 0, 2],
+        }
+        lines.append(
+            json.dumps({"sae": sae["name"], **record, "examples": [example], "top": [[" x", 1.5]], "bottom": []})
+        )
+    (run / "run.json").write_text(json.dumps(facts))
+    (run / "latents.jsonl").write_text("\n".join(lines))
+    return run
+
+
+def test_the_event_log_stands_in_the_panel_and_beside_each_word(tmp_path):
+    path = write_report(follow(fake_run(tmp_path / "run")))
+    page, text = read(path), path.read_text()
+    n = len(page.words[0])
+    assert f"{n} words are carried by another latent in the end. {n} of them had been recalled" in page.text
+    assert "By 393k tokens the letter’s latents had fallen silent for good on half of them" in page.text
+    assert f"<title>at 393k tokens: {n}</title>" in text and "<title>at 1M tokens: 0</title>" in text
+    assert page.words[0][0][11] == [64 * BATCH, 96 * BATCH, 96 * BATCH]
+    assert 'data-column="silent"' in text and 'data-column="taken"' in text
+
+
+def test_latents_have_pages_whose_strings_never_become_markup(tmp_path):
+    path = write_report(follow(fake_run(tmp_path / "run")))
+    page, text = read(path), path.read_text()
+    held = json.loads(re.search(r'<script type="application/json" id="latents">(.*?)</script>', text, re.S)[1])
+    assert held[0][0][:3] == [4000, [], [" a<i>"]] and held[0][0][6] == [["top", [" <b>a ", " word"], [0, 2.5]]]
+    assert "<b>a " not in text and "a<i>" not in text and 'id="cards"' in text
+    assert "How often latents fire" in page.text and "4,096 that never do there" in page.text
+
+
+def test_many_saes_share_the_room_for_contexts(tmp_path, monkeypatch):
+    from sae_train.report import latents
+
+    monkeypatch.setattr(latents, "EXAMPLES", 2)
+    run = follow(fake_run(tmp_path / "run", l0s=(8.0, 50.0), words=30))
+    record = json.loads((run / "latents.jsonl").read_text().splitlines()[0])
+    record["examples"] *= 5
+    (run / "latents.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record | {"sae": "topk-16k-l0_50"}))
+    text = write_report(run).read_text()
+    held = json.loads(re.search(r'id="latents">(.*?)</script>', text, re.S)[1])
+    assert [len(row[6]) for own in held for row in own] == [1, 1]
+
+
+def test_trade_offs_have_a_line_an_architecture_with_the_l0_that_was_reached(tmp_path):
+    run = fake_run(tmp_path / "run", ("topk", "relu"), (1024, 4096), (8.0, 32.0))
+    text = write_report(run).read_text()
+    assert "Full absorption against L0" in text and "Explained variance against L0" in text
+    assert re.search(r"<title>relu-1k-l0_32: explained variance 0\.\d+, L0 32\.\d</title>", text)
+    alone = read(write_report(fake_run(tmp_path / "alone"))).text
+    assert "against L0" not in alone
+
+
+def test_the_answer_comes_first_in_plain_words(tmp_path):
+    text = read(write_report(fake_run(tmp_path / "run", l0s=(8.0, 50.0)))).text
+    body = text[text.index("Does a latent that stands for a first letter fire on every word with that letter?") :]
+    assert body.index("topk-16k-l0_50: absorbed on 10.0 % of the words (95 % interval 8.0 % to 12.5 %)") < 400
+    assert "distinguishably more than a random SAE (0.0 %)" in body
+    assert "What the words mean" in body

@@ -105,8 +105,8 @@ def grids(saes: list[TrainedSAE]) -> str:
             ]
             head = ["<small>width ↓ L0 →</small>", *targets]
             maps += f'<div class="cell-map"><small>{escape(name)}</small>{table(head, rows, "map")}</div>'
-        blocks.append(f'<h3>{escape(title)}</h3><div class="maps">{maps}</div>')
-    return "".join(blocks)
+        blocks.append(f'<div class="metric"><h3>{escape(title)}</h3><div class="maps">{maps}</div></div>')
+    return f'<div class="metrics">{"".join(blocks)}</div>' if blocks else ""
 
 
 def _overview_row(sae: TrainedSAE, beside: list[str], with_family: bool, n_scores: int) -> list[str]:

@@ -19,6 +19,39 @@ from sae_train.report.findings import (
 from sae_train.report.text import duration, escape, fixed, interval, listed, number, percent, plural, short, tick
 
 CLOSE_L0 = 0.02
+MOST_TOLD = 4  # SAEs whose answers are all told at the top
+
+
+def headline(runs: list[Run]) -> str:
+    """The answer in plain words: how much each SAE absorbs, of many the least and the most; empty without a score."""
+    whole = [sae for run in runs for sae in run.saes if not sae.failed and not sae.invalid]
+    scored = sorted((s for s in whole if s.get(MEASURES["full"]) is not None), key=lambda s: s.get(MEASURES["full"]))
+    if not scored:
+        return ""
+    sae = scored[0]
+    noun = escape(sae.noun)
+    first = "first letter" if sae.noun == "letter" else noun
+    question = (
+        f"<b>Does a latent that stands for a {first} fire on every word with that {noun}?</b> Where it stays silent "
+        f"because another latent carries the {noun} instead, the {noun} is <i>absorbed</i>."
+    )
+    told = scored if len(scored) <= MOST_TOLD else [scored[0], scored[-1]]
+    many = "" if len(told) == len(scored) else f" The least and the most of {len(scored)} SAEs:"
+    items = "".join(f"<li>{_answer(sae)}</li>" for sae in sorted(told, key=lambda s: s.get(MEASURES["full"])))
+    return f"{question}{many}<ul>{items}</ul>"
+
+
+def _answer(sae: TrainedSAE) -> str:
+    metric = MEASURES["full"]
+    low, high = (sae.get(f"{metric}_{end}") for end in ("low", "high"))
+    random = number(sae.baseline.get("mean_full"))
+    span = f" (95 % interval {percent(low)} to {percent(high)})" if low is not None and high is not None else ""
+    text = f"<b>{escape(sae.label)}</b>: absorbed on <b>{percent(sae.get(metric))}</b> of the words{span}"
+    if random is None:
+        return f"{text}."
+    above = against_random(sae, "full")
+    judged = "distinguishably more than" if above else "not distinguishably more than"
+    return f"{text}, {judged} a random SAE ({percent(random)})."
 
 
 def verdict(runs: list[Run]) -> list[str]:
