@@ -314,27 +314,57 @@ def test_several_training_seeds_give_two_way_intervals_and_comparisons_of_neighb
 
     run = fake_run(tmp_path / "run", widths=(1024, 4096), l0s=(8.0, 32.0), words=30, seeds=(0, 1, 2))
     text = write_report(run).read_text()
-    cells = dict(re.findall(r'<tr><th scope="row">(topk, .*?)</th>(.*?)</tr>', text, re.S))
+    cells = dict(re.findall(r'<tr><th scope="row">(topk[,:] .*?)</th>(.*?)</tr>', text, re.S))
     narrow, wide = _fractions(run, 1024, 8.0), _fractions(run, 4096, 8.0)
     assert narrow.shape == (3, 25)
     own = letters_by_seeds(narrow)
     assert f"{own.mean:.3f} <small>{own.low:.3f} to {own.high:.3f}</small>" in cells["topk, 1k, L0 8"]
     assert f"<td>{own.visible:.3f}</td>" in cells["topk, 1k, L0 8"]
     wider = paired_difference(wide, narrow)
-    difference, judged = cells["topk, L0 8: width 4k − 1k"].split("</td>")[:2]
+    difference, judged = cells["topk: 4k − 1k, L0 8"].split("</td>")[2:4]
     assert f"{wider.mean:.3f} <small>{wider.low:.3f} to {wider.high:.3f}</small>" in difference
     assert judged.startswith("<td>distinguishable") is wider.excludes_zero
     assert len([name for name in cells if "−" in name]) == 4
 
 
-def _fractions(run: Path, width: int, l0: float):
+def test_architectures_are_compared_at_matched_l0_or_the_reason_is_said(tmp_path):
+    from sae_train.evals.intervals import paired_difference
+
+    run = fake_run(tmp_path / "few", ("jumprelu", "topk"), (1024,), (8.0, 32.0), words=30)
+    facts = json.loads((run / "run.json").read_text())
+    for sae in facts["saes"]:
+        sae["final"]["metrics/l0"] = sae["l0"] * (1.1 if (sae["arch"], sae["l0"]) == ("jumprelu", 32.0) else 1.0)
+    (run / "run.json").write_text(json.dumps(facts))
+    rows = _comparisons(run)
+    assert rows["topk − jumprelu, 1k, L0 8"][:2] == ["1 + 1", "as reached"]
+    assert rows["topk − jumprelu, 1k, L0 32"][1:4] == ["not compared: L0 10.0\u00a0% apart", "–", "–"]
+
+    run = fake_run(tmp_path / "many", ("jumprelu", "topk"), (1024,), (4.0, 8.0, 16.0, 32.0), words=30)
+    facts = json.loads((run / "run.json").read_text())
+    for sae in facts["saes"]:
+        sae["final"]["metrics/l0"] = sae["l0"] * (1.1 if (sae["arch"], sae["l0"]) == ("jumprelu", 16.0) else 1.0)
+    (run / "run.json").write_text(json.dumps(facts))
+    low, high = (_fractions(run, 1024, l0, "jumprelu", 1) for l0 in (8.0, 16.0))
+    share = math.log(16 / 8) / math.log(17.6 / 8)
+    expected = paired_difference(_fractions(run, 1024, 16.0, "topk", 1), (1 - share) * low + share * high)
+    row = _comparisons(run)["topk − jumprelu, 1k, L0 16"]
+    assert row[1] == "interpolated" and row[2].startswith(f"{expected.mean:.3f} <small>{expected.low:.3f}")
+
+
+def _comparisons(run: Path) -> dict[str, list[str]]:
+    table = write_report(run).read_text().split("Distinguishable or not", 1)[1].split("</table>")[0]
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', table, re.S)
+    return {name: re.findall(r"<td>(.*?)</td>", cells) for name, cells in rows}
+
+
+def _fractions(run: Path, width: int, l0: float, arch: str = "topk", seeds: int = 3):
     """Seeds × letters that count, at the last step."""
     import pandas as pd
     import torch
 
     table = pd.read_parquet(run / "absorption.parquet")
     table = table[table["level"].eq("letter") & table["step"].eq(STEPS[-1]) & table["counts"].eq(True)]
-    names = [SAESpec(arch="topk", width=width, l0=l0, seed=seed).name for seed in range(3)]
+    names = [SAESpec(arch=arch, width=width, l0=l0, seed=seed).name for seed in range(seeds)]
     rows = [table[table["sae"] == name].sort_values("letter")["fraction"].tolist() for name in names]
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -547,3 +577,13 @@ def test_the_answer_comes_first_in_plain_words(tmp_path):
     assert body.index("topk-16k-l0_50: absorbed on 10.0 % of the words (95 % interval 8.0 % to 12.5 %)") < 400
     assert "distinguishably more than a random SAE (0.0 %)" in body
     assert "What the words mean" in body
+
+
+def test_an_upper_bound_of_zero_is_a_bound(tmp_path):
+    run = fake_run(tmp_path / "run", l0s=(8.0, 50.0), words=30)
+    facts = json.loads((run / "run.json").read_text())
+    facts["saes"][1]["final"] |= {f"absorption/mean_full{end}": 0.0 for end in ("", "_low", "_high")}
+    (run / "run.json").write_text(json.dumps(facts))
+    text = read(write_report(run)).text
+    assert "Absorption (full) goes from 0.000 (topk-16k-l0_50, 0.000 to 0.000)" in text
+    assert "even these two are not" not in text

@@ -15,7 +15,7 @@ from sae_train.report.glossary import glossary
 from sae_train.report.latents import latent_lists, latent_section
 from sae_train.report.letters import letter_charts, letter_table, probe_table, recall_bars
 from sae_train.report.pareto import pareto
-from sae_train.report.seeds import seed_tables
+from sae_train.report.seeds import comparison_table, seed_table
 from sae_train.report.shell import document, flat, folded, paragraphs, section, tiles
 from sae_train.report.svg import shown
 from sae_train.report.text import duration, escape, fixed, nouns, number, percent, short, target, tick
@@ -36,6 +36,7 @@ def page(runs: list[Run]) -> str:
         _curves(saes),
         _grids(saes),
         _seeds(runs),
+        _comparisons(runs),
         _panels(runs),
         word_section(saes, cut, "Words absorbed", _word_lead(saes)),
         latent_section(saes),
@@ -121,12 +122,22 @@ def _grids(saes: list[TrainedSAE]) -> str:
 def _seeds(runs: list[Run]) -> str:
     noun = next((sae.noun for run in runs for sae in run.saes), "letter")
     lead = (
-        f"Intervals are 95 % two-way bootstraps over the training seeds and the {escape(nouns(noun))} that count "
-        "in all of them; differences are paired. Of differences as large as the smallest visible one, four in five "
-        "would be found."
+        f"Intervals are 95 % two-way bootstraps over the training seeds and the {escape(nouns(noun))} that count "
+        "in all of them. Of differences as large as the smallest visible one, four in five would be found."
     )
-    found = seed_tables(runs)
+    found = seed_table(runs)
     return section("Training seeds", found, lead=lead) if found else ""
+
+
+def _comparisons(runs: list[Run]) -> str:
+    noun = next((sae.noun for run in runs for sae in run.saes), "letter")
+    lead = (
+        f"Differences paired over {escape(nouns(noun))}, with 95 % two-way bootstraps over them and training seeds. "
+        "L0 as reached where it differs by at most 2 %, else interpolated on log L0 over at least four. One verdict in "
+        "twenty is wrong by chance."
+    )
+    found = comparison_table(runs)
+    return section("Distinguishable or not", found, lead=lead) if found else ""
 
 
 def _panels(runs: list[Run]) -> str:

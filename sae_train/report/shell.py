@@ -61,12 +61,12 @@ def figure(title: str, note: str, svg: str) -> str:
     return f"<figure><figcaption><h3>{escape(title)}</h3>{note}</figcaption>{svg}</figure>"
 
 
-def table(head: list[str], rows: list[list[str]], css: str = "") -> str:
-    """Wrap ready cells (already HTML) in a table that scrolls sideways on a narrow screen."""
+def table(head: list[str], rows: list[list[str]], css: str = "", tall: bool = False) -> str:
+    """Wrap ready cells (already HTML) in a table that scrolls sideways on a narrow screen, and down if it is tall."""
     header = "".join(cell if cell.startswith("<th") else f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(f'<tr><th scope="row">{row[0]}</th>{"".join(map(_cell, row[1:]))}</tr>' for row in rows)
     inside = f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table class="{css}">{inside}</table></div>'
+    return f'<div class="scroll{" tall" if tall else ""}"><table class="{css}">{inside}</table></div>'
 
 
 def folded(summary: str, rows: list[list[str]], opened: bool = False) -> str:

@@ -161,7 +161,8 @@ def _all_absorption(saes: list[TrainedSAE], measure: str) -> str:
     if not known:
         return "Absorption was not evaluated." if measure == "full" else ""
     ends = [f"<b>{fixed(s.get(metric))}</b> ({escape(s.label)}{_bracket(s, metric)})" for s in (known[0], known[-1])]
-    apart = (known[-1].get(f"{metric}_low") or 0) > (known[0].get(f"{metric}_high") or 1)
+    low, high = known[-1].get(f"{metric}_low"), known[0].get(f"{metric}_high")
+    apart = low is not None and high is not None and low > high
     judged = "these two are distinguishable" if apart else "even these two are not distinguishable"
     zero = sum(against_zero(sae, measure) is True for sae in known)
     random = [verdict for sae in known if (verdict := against_random(sae, measure)) is not None]
