@@ -196,6 +196,24 @@ def report(*runs: Path, out: Path | None = None, export: Path | None = None) -> 
         print(f"{len(export_report(runs, export))} files in {export}")
 
 
+@app.command
+def watch(run: Path, *, port: int = 8642) -> None:
+    """Show a run's report in the browser while it goes on: a page of this machine alone, until Ctrl-C.
+
+    Parameters
+    ----------
+    run:
+        The run's folder, such as checkpoints/NAME.
+    port:
+        Where the page is: http://127.0.0.1:PORT.
+    """
+    from sae_train.report.watch import serve
+
+    with serve(run, port) as server:
+        print(f"http://127.0.0.1:{server.server_port} shows {run}; Ctrl-C ends it", flush=True)
+        server.serve_forever()
+
+
 def _rank() -> int:
     """This process's number among those that a launcher such as torchrun started; 0 without one."""
     return int(os.environ.get("RANK", "0"))
@@ -219,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.UnusedCliTokensError as error:
         words = " ".join(error.unused_tokens)
-        _complain(f"{words!r} is no command (eval, report, resume) and no option")
+        _complain(f"{words!r} is no command (eval, report, resume, watch) and no option")
         return 2
     except (UserError, cyclopts.CycloptsError) as error:
         _complain(str(error))

@@ -587,3 +587,31 @@ def test_an_upper_bound_of_zero_is_a_bound(tmp_path):
     text = read(write_report(run)).text
     assert "Absorption (full) goes from 0.000 (topk-16k-l0_50, 0.000 to 0.000)" in text
     assert "even these two are not" not in text
+
+
+def test_watch_serves_the_page_anew_once_the_run_has_logged_more(tmp_path):
+    import threading
+    import urllib.error
+    import urllib.request
+
+    from sae_train.report.watch import serve
+
+    run = fake_run(tmp_path / "run", words=30, status="running")
+    with serve(run, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        get = lambda: urllib.request.urlopen(url, timeout=20).read().decode()  # noqa: E731
+        first = get()
+        assert "Still running" in first and 'http-equiv="refresh"' in first
+        server.RequestHandlerClass.args[0]._next = 0.0  # as if some time had passed
+        facts = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(facts | {"status": "finished"}))
+        last = get()
+        assert "Still running" not in last and 'http-equiv="refresh"' not in last
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{url}../run.json", timeout=20)
+        with pytest.raises(UserError, match="choose another --port"):
+            serve(run, server.server_port)
+        server.shutdown()
+    with pytest.raises(UserError, match="not a folder"):
+        serve(tmp_path / "absent", 0)
