@@ -86,6 +86,15 @@ def write_parquet(path: Path, table: pd.DataFrame) -> None:
     temporary.replace(path)
 
 
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a JSON-lines file, and its folder, under a temporary name, then rename."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    lines = (json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records)
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(path)
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file of a run; UserError when it is absent or not JSON."""
     try:
@@ -153,13 +162,6 @@ class RunLog:
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(row)) + "\n")
         self.mirror.log(row)
-
-    def write_lines(self, name: str, records: list[dict[str, Any]]) -> None:
-        """Write a JSON-lines file of the run whole."""
-        temporary = self.folder / f"{name}.tmp"
-        lines = (json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(self.folder / name)
 
     def rewind(self, step: int) -> None:
         """Keep only rows up to `step`, so that a resumed run logs every step once."""

@@ -21,7 +21,7 @@ from sae_train.display import Display
 from sae_train.evals import baselines, fidelity, latent_pages
 from sae_train.evals.presets import get_preset
 from sae_train.report import write_report
-from sae_train.run_log import RunLog, open_mirror, provenance, read_metrics
+from sae_train.run_log import RunLog, open_mirror, provenance, read_metrics, write_lines
 from sae_train.summary import summary_lines
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ class Runner:
         self.absorption: callbacks.Absorption | None = None
         self.rows: list[dict[str, Any]] = []
         self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
-        self.latents: list[dict[str, Any]] = []
 
     def go(self) -> Path:
         """Train to the end, or until Ctrl-C; raise KeyboardInterrupt then, with everything saved."""
@@ -220,9 +219,6 @@ class Runner:
         finals = self.ranks.first(self._finals)
         for learner in whole:
             self._keep(learner, finals[learner.name])
-        described = [record for records in self.ranks.gather(self.latents) for record in records]
-        if described and self.ranks.is_first:
-            self.log.write_lines("latents.jsonl", described)
         self._write_run("finished" if any(self.ranks.any(bool(whole))) else "failed")
         self.ranks.first(self._present)
         return self.folder
@@ -251,8 +247,8 @@ class Runner:
             dataset_path=settings.dataset,
             l0=final.get("metrics/l0"),
         )
-        save_sae(sae, self.folder / "saes" / learner.name)
         self._describe_latents(learner.name, sae)
+        save_sae(sae, self.folder / "saes" / learner.name)
         if self.absorption is not None and final.get("absorption/valid"):
             self.baselines[learner.name] = baselines.all_scores(
                 sae, opened.held_out, self.absorption.assets, settings.eval.preset, learner.spec.seed, opened.model
@@ -263,8 +259,8 @@ class Runner:
         opened = self.session
         roles = latent_pages.choose(self.absorption and self.absorption.results.get(name))
         if roles:
-            found = latent_pages.describe(sae, roles, self._sample, opened.model)
-            self.latents += [{"sae": name, **record} for record in found]
+            records = latent_pages.describe(sae, roles, self._sample, opened.model)
+            write_lines(self.folder / "latents" / f"{name}.jsonl", records)
 
     @functools.cached_property
     def _sample(self) -> latent_pages.Sample:

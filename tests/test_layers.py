@@ -29,7 +29,7 @@ ROWS = [
     {"run"},
     {"cli"},
     {"__main__"},
-    {"speller", "bench"},
+    {"speller", "bench", "settings_page"},
 ]
 DOORS = {
     "triton": {"kernels"},

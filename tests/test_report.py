@@ -506,26 +506,15 @@ def follow(run: Path) -> Path:
         parts.append(part.assign(share=0.8, absorber=absorber, absorber_cos=0.4))
     pd.concat(parts, ignore_index=True).to_parquet(run / "trajectory.parquet")
     facts = json.loads((run / "run.json").read_text())
-    lines = []
+    (run / "latents").mkdir()
     for sae in facts["saes"]:
-        sae["final"] |= {
-            "sparsity/silent_fraction": 0.25,
-            "sparsity/log10_density_histogram": [1, 2, 3, 4, 5, 4, 3, 2, 1, 0],
-        }
+        counts = [1, 2, 3, 4, 5, 4, 3, 2, 1, 0]
+        sae["final"] |= {"sparsity/silent_fraction": 0.25, "sparsity/log10_density_histogram": counts}
         example = {"kind": "top", "tokens": [" <b>a ", " word"], "acts": [0, 2.5]}
-        record = {
-            "latent": 4000,
-            "main_of": [],
-            "absorbs": [" a<i>"],
-            "density": 0.01,
-            "max": 2.5,
-            "histogram": [1, 0, 2],
-        }
-        lines.append(
-            json.dumps({"sae": sae["name"], **record, "examples": [example], "top": [[" x", 1.5]], "bottom": []})
-        )
+        record = {"latent": 4000, "main_of": [], "absorbs": [" a<i>"], "density": 0.01, "max": 2.5}
+        record |= {"histogram": [1, 0, 2], "examples": [example], "top": [[" x", 1.5]], "bottom": []}
+        (run / "latents" / f"{sae['name']}.jsonl").write_text(json.dumps(record))
     (run / "run.json").write_text(json.dumps(facts))
-    (run / "latents.jsonl").write_text("\n".join(lines))
     return run
 
 
@@ -554,9 +543,9 @@ def test_many_saes_share_the_room_for_contexts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(latents, "EXAMPLES", 2)
     run = follow(fake_run(tmp_path / "run", l0s=(8.0, 50.0), words=30))
-    record = json.loads((run / "latents.jsonl").read_text().splitlines()[0])
-    record["examples"] *= 5
-    (run / "latents.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record | {"sae": "topk-16k-l0_50"}))
+    for path in (run / "latents").iterdir():
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"examples": 5 * record["examples"]}))
     text = write_report(run).read_text()
     held = json.loads(re.search(r'id="latents">(.*?)</script>', text, re.S)[1])
     assert [len(row[6]) for own in held for row in own] == [1, 1]
@@ -574,7 +563,8 @@ def test_trade_offs_have_a_line_an_architecture_with_the_l0_that_was_reached(tmp
 def test_the_answer_comes_first_in_plain_words(tmp_path):
     text = read(write_report(fake_run(tmp_path / "run", l0s=(8.0, 50.0)))).text
     body = text[text.index("Does a latent that stands for a first letter fire on every word with that letter?") :]
-    assert body.index("topk-16k-l0_50: absorbed on 10.0 % of the words (95 % interval 8.0 % to 12.5 %)") < 400
+    share = "absorbed on 10.0 % of a letter’s words, on average (95 % interval 8.0 % to 12.5 %)"
+    assert body.index(f"topk-16k-l0_50: {share}") < 400
     assert "distinguishably more than a random SAE (0.0 %)" in body
     assert "What the words mean" in body
 

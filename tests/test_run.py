@@ -60,7 +60,6 @@ def test_a_run_leaves_everything_that_the_design_names(finished):
         "metrics.jsonl",
         "absorption.parquet",
         "trajectory.parquet",
-        "latents.jsonl",
         "report.html",
     ):
         assert (finished / name).stat().st_size > 0
@@ -108,10 +107,10 @@ def test_every_word_is_followed_and_the_event_log_names_those_carried_by_another
 
 
 def test_latents_of_letters_are_looked_up_in_held_out_text(finished):
-    records = [json.loads(line) for line in (finished / "latents.jsonl").read_text().splitlines()]
     letters = pd.read_parquet(finished / "absorption.parquet").query("level == 'letter' and step == 118 and counts")
     for name in NAMES:
-        own = {record["latent"]: record for record in records if record["sae"] == name}
+        lines = (finished / "latents" / f"{name}.jsonl").read_text().splitlines()
+        own = {record["latent"]: record for record in map(json.loads, lines)}
         mains = {int(latents[0]) for latents in letters[letters["sae"] == name]["main_latents"] if len(latents)}
         assert mains <= set(own)
         assert any(record["examples"] and record["top"] for record in own.values())

@@ -1,6 +1,6 @@
 """The files of a run's folder as plain records by SAE: what is absent or unreadable becomes a sentence in `gaps`.
 
-Files that older runs lack, trajectory.parquet and latents.jsonl, are silently empty.
+Files that older runs lack, trajectory.parquet and latents/, are silently empty.
 """
 
 from __future__ import annotations
@@ -94,16 +94,14 @@ def read_events(path: Path, gaps: list[str]) -> dict[str, dict[str, Any]]:
     return {name: {"events": events.get(name, []), "recovered": n, "looks": looks} for name, n in again.items()}
 
 
-def read_latents(path: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Records of latents.jsonl by SAE."""
+def read_latents(folder: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Records of latents/<sae>.jsonl by SAE."""
     found: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            record = json.loads(line)
-            found.setdefault(str(record["sae"]), []).append(record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        gaps.append(f"latents.jsonl cannot be read: {error}.")
-        return {}
+    for path in sorted(folder.glob("*.jsonl")):
+        try:
+            found[path.stem] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            gaps.append(f"latents/{path.name} cannot be read: {error}.")
     return found
 
 

@@ -42,11 +42,12 @@ def headline(runs: list[Run]) -> str:
 
 
 def _answer(sae: TrainedSAE) -> str:
-    metric = MEASURES["full"]
+    metric, noun = MEASURES["full"], escape(sae.noun)
     low, high = (sae.get(f"{metric}_{end}") for end in ("low", "high"))
     random = number(sae.baseline.get("mean_full"))
     span = f" (95 % interval {percent(low)} to {percent(high)})" if low is not None and high is not None else ""
-    text = f"<b>{escape(sae.label)}</b>: absorbed on <b>{percent(sae.get(metric))}</b> of the words{span}"
+    share = f"<b>{percent(sae.get(metric))}</b> of a {noun}’s words, on average"
+    text = f"<b>{escape(sae.label)}</b>: absorbed on {share}{span}"
     if random is None:
         return f"{text}."
     above = against_random(sae, "full")

@@ -18,7 +18,7 @@ from sae_train.report.page import page
 HOST = "127.0.0.1"
 REFRESH = 15  # seconds between two looks of the browser
 MOST_WORK = 0.25  # share of the time that may go into writing pages
-WATCHED = ("run.json", "metrics.jsonl", "absorption.parquet", "trajectory.parquet", "latents.jsonl")
+WATCHED = ("run.json", "metrics.jsonl", "absorption.parquet", "trajectory.parquet", "latents")
 
 
 class LivePage:
