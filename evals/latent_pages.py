@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MOST_LATENTS = 128
 MAIN_PER_LABEL = 3
 N_TOP, QUANTILES = 5, (0.75, 0.5, 0.25)
+EVERYDAY = 20  # activations from which on quantiles say something
 BEFORE, AFTER = 12, 5  # tokens shown around the one that fires
 N_TOKENS = 8  # most and least favoured next tokens
 N_BINS = 12
@@ -96,15 +97,18 @@ def describe(sae: Any, roles: dict[int, dict[str, list[str]]], text: Sample, lm:
 
 
 def _examples(acts: Float[Tensor, "rows position"], tokens: Tensor, tokenizer: Any) -> list[dict[str, Any]]:
-    """The strongest activations, one a row of the text, then one near each quantile of the activations."""
+    """The strongest activations, one a row of the text; of a latent that fires often also one near each quantile of its
+    activations, in other rows."""
     strongest, place = acts.max(1)
     order = strongest.argsort(descending=True, stable=True)[:N_TOP]
     chosen = [("top", int(row), int(place[row])) for row in order if strongest[row] > 0]
-    if len(chosen) == N_TOP:
-        values = acts[acts > 0]
-        for quantile in QUANTILES:
-            distance = torch.where(acts > 0, (acts - values.quantile(quantile)).abs(), torch.inf)
-            row, position = divmod(int(distance.argmin()), acts.shape[1])
+    values, rest = acts[acts > 0], acts.clone()
+    rest[[row for _, row, _ in chosen]] = 0
+    for quantile in QUANTILES if len(values) >= EVERYDAY else ():
+        rest[chosen[-1][1]] = 0
+        distance = torch.where(rest > 0, (rest - values.quantile(quantile)).abs(), torch.inf)
+        row, position = divmod(int(distance.argmin()), acts.shape[1])
+        if rest[row, position] > 0:
             chosen.append((f"{quantile:g}", row, position))
     return [_example(kind, acts[row], tokens[row], position, tokenizer) for kind, row, position in chosen]
 

@@ -32,7 +32,8 @@ def headline(runs: list[Run]) -> str:
     noun = escape(sae.noun)
     first = "first letter" if sae.noun == "letter" else noun
     question = (
-        f"<b>Does a latent that stands for a {first} fire on every word with that {noun}?</b> Where it stays silent "
+        f"<b>Does a latent that stands for a {first} fire on every word with that {noun}?</b> (A "
+        "latent is one of the directions that an SAE takes activations apart into.) Where it stays silent "
         f"because another latent carries the {noun} instead, the {noun} is <i>absorbed</i>."
     )
     told = scored if len(scored) <= MOST_TOLD else [scored[0], scored[-1]]
@@ -122,8 +123,8 @@ def _compared(saes: list[TrainedSAE], runs: list[Run]) -> list[str]:
     failed = [f"{escape(sae.label)} ({escape(sae.failed)})" for sae in saes if sae.failed]
     if failed:
         sentences.append(f"<b>{len(failed)} failed</b>: {listed(failed)}.")
-    sentences += [_all_l0(whole), _range(whole, "metrics/explained_variance", "Explained variance")]
-    sentences += [_range(whole, "metrics/ce_loss_score", "CE loss recovered")]
+    ranges = {"Explained variance": "metrics/explained_variance", "CE loss recovered": "metrics/ce_loss_score"}
+    sentences += [" ".join(filter(None, [_all_l0(whole), *(_range(whole, m, noun) for noun, m in ranges.items())]))]
     sentences += [_all_absorption(whole, measure) for measure in MEASURES]
     without = [sae for sae in whole if sae.invalid]
     if without:
