@@ -171,7 +171,10 @@ class Evaluation:
     def result(self, latents: Encoded, chosen: k_sparse.KSparse, scored: Scored, how: dict) -> AbsorptionResult:
         words = tables.word_table(self.assets, scored, chosen, self.preset)
         letters = tables.letter_table(self.assets, scored, chosen, self.preset)
-        letters = letters.assign(**tables.top_latents(self.sae, self.assets, latents.test, self.directions))
+        letters = letters.assign(
+            precision_main=tables.main_precision(self.assets, latents.test, chosen),
+            **tables.top_latents(self.sae, self.assets, latents.test, self.directions),
+        )
         n_letters, needed = int(letters["counts"].sum()), self.assets.n_needed(self.preset)
         reason = "" if n_letters >= needed else (
             f"only {n_letters} of {self.n_labels} labels can be read off the model by a linear probe (F1 above "

@@ -23,8 +23,8 @@ _WORD_COLUMN = {
     "mean_fraction_family": "fraction_family", "mean_recall_main": "main_act",
 }  # fmt: skip
 _BESIDE = (
-    "mean_f1", "mean_n_split", "mean_recall_main", "mean_fraction_family", "mean_full_family", "mean_lost_carried",
-    "mean_lost_below", "mean_lost_nobody",
+    "mean_f1", "mean_n_split", "mean_recall_main", "mean_precision_main", "mean_fraction_family", "mean_full_family",
+    "mean_lost_carried", "mean_lost_below", "mean_lost_nobody",
 )  # fmt: skip
 
 
@@ -65,6 +65,7 @@ class AbsorptionResult:
     mean_lost_below = property(lambda self: self._mean("lost_below"))
     mean_lost_nobody = property(lambda self: self._mean("lost_nobody"))
     mean_recall_main = property(lambda self: self._mean("recall_main"))
+    mean_precision_main = property(lambda self: self._mean("precision_main"))
     std_fraction = property(lambda self: self._std("fraction"))
     std_full = property(lambda self: self._std("full"))
     std_n_split = property(lambda self: self._std("n_split"))

@@ -117,3 +117,12 @@ def top_latents(sae: Any, assets: Assets, test: Latents, directions: Tensor) -> 
     acts = test.take(top)
     figures = [*f1_precision_recall(acts > 0, truth), auroc(acts, truth)]
     return dict(zip(TOP, [top.tolist(), *(f.tolist() for f in figures)], strict=True))
+
+
+def main_precision(assets: Assets, test: Latents, chosen: KSparse) -> list[float]:
+    """Per label, the share with the label of the test words on which a main latent fires; NaN without such words."""
+    main = [chosen.main_latents(c) for c in range(len(chosen.ranking))]
+    columns = torch.tensor([latent for latents in main for latent in latents], device=test.columns.device).long()
+    fired = [part.any(1) for part in (test.take(columns) > 0).split([len(latents) for latents in main], dim=1)]
+    labels = assets.labels[assets.is_test]
+    return [float((labels[fires] == c).double().mean()) for c, fires in enumerate(fired)]

@@ -1,9 +1,8 @@
 """In: a language model (embedded, local Hugging Face folder or hub id) and a TransformerLens hook name.
 Out: a LanguageModel that gives the activations at that hook, and logits with the activations edited there.
 
-TransformerLens is the authority on hook names and on which module each one belongs to; the forward pass is
-the plain Hugging Face model's, stopped right after the hooked module, because the bridge computes attention
-eagerly (three times slower and four times the memory at context 1024).
+The forward pass is the plain Hugging Face model's, stopped right after the hooked module, because TransformerLens'
+bridge computes attention eagerly (three times slower and four times the memory at context 1024).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_train.errors import UserError
+from sae_train.hooks import HookPoint, choose_hook, default_hook, hook_points
 from sae_train.hub import load_errors, load_tokenizer, locate, quiet
 from sae_train.ranks import Ranks
 
@@ -33,16 +33,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DEFAULT_CONTEXT = 2048
 # Tokens in one forward pass on a CPU: more of them leave its caches (37k tokens/s at 1,024; 24k at 4,096).
 CPU_TOKENS = 1024
-KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-
-
-@dataclass(frozen=True)
-class HookPoint:
-    """Where a hook name lives in the Hugging Face model: a module's path, and its input or output."""
-
-    name: str
-    module: str
-    side: str  # "in" or "out"
 
 
 @dataclass(frozen=True)
@@ -77,6 +67,7 @@ class LanguageModel:
         self._model = model.eval().requires_grad_(False)
         self._module = model.get_submodule(point.module)
         self._side = point.side
+        self._norm = model.get_submodule(point.norm) if point.norm else None
         self.device = next(model.parameters()).device
         self.d_in = int(self.activations(torch.zeros(1, 1, dtype=torch.long)).shape[-1])
 
@@ -131,6 +122,21 @@ class LanguageModel:
         with self._hooked(replace):
             return self._forward(tokens).logits.float()
 
+    @torch.no_grad()
+    def read_out(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n vocab"] | None:
+        """Return what directions of the residual stream say of the next token, past all later blocks.
+
+        The logits of the last norm and the unembedding on each direction alone, without their bias and their mean; None
+        where the hook is not as wide as the residual stream.
+        """
+        head = self._model.get_output_embeddings()
+        if head is None or head.weight.shape[1] != self.d_in:
+            return None
+        rows = torch.cat([directions, torch.zeros_like(directions[:1])]).to(self.device, head.weight.dtype)
+        logits = head(self._norm(rows) if self._norm is not None else rows).float()
+        logits = logits[:-1] - logits[-1]
+        return (logits - logits.mean(1, keepdim=True)).cpu()
+
     def _forward(self, tokens: Tensor) -> Any:
         if tokens.shape[1] > self.context:
             raise UserError(f"{tokens.shape[1]} tokens do not fit the {self.context} positions of {self.name}.")
@@ -180,7 +186,7 @@ def load_language_model(
     with load_errors(str(model)):
         config = AutoConfig.from_pretrained(source, **options)
     points = hook_points(config, str(model))
-    point = _choose(points, hook or _default_hook(config, points), str(model))
+    point = choose_hook(points, hook or default_hook(config, points), str(model))
     with load_errors(str(model)):
         tokenizer = load_tokenizer(source, options)
         # The default attention is sdpa wherever the architecture supports it; sdpa has no soft cap (Gemma 2).
@@ -210,7 +216,7 @@ def describe_language_model(model: str, hook: str | None = None, trust_remote_co
     with load_errors(model):
         config = AutoConfig.from_pretrained(source, **options)
     points = hook_points(config, model)
-    point = _choose(points, hook or _default_hook(config, points), model)
+    point = choose_hook(points, hook or default_hook(config, points), model)
     with load_errors(model), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
@@ -226,60 +232,6 @@ def describe_language_model(model: str, hook: str | None = None, trust_remote_co
         n_parameters=sum(p.numel() for p in empty.parameters()),
         n_parameters_to_hook=per_block * (1 + int(point.name.split(".")[1])),
     )
-
-
-def hook_points(config: Any, name: str) -> dict[str, HookPoint]:
-    """Map every supported hook name of a Hugging Face config to its module, as TransformerLens defines it."""
-    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
-
-    architecture = (getattr(config, "architectures", None) or ["unnamed"])[0]
-    try:
-        bridge_config = build_bridge_config_from_hf(config, architecture, name, torch.float32)
-        adapter = ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
-        block = adapter.component_mapping["blocks"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"TransformerLens has no decoder blocks for {name} (architecture {architecture}); "
-            "choose a causal language model that it supports."
-        ) from error
-    places = {kind: _place(block, block.hook_aliases.get(kind)) for kind in KINDS}
-    points = {}
-    for layer in range(bridge_config.n_layers):
-        for kind, place in places.items():
-            if place is not None:
-                hook = f"blocks.{layer}.{kind}"
-                points[hook] = HookPoint(hook, f"{block.name}.{layer}{place[0]}", place[1])
-    return points
-
-
-def _place(block: Any, alias: str | None) -> tuple[str, str] | None:
-    """Turn an alias such as "mlp.hook_out" into (".<module in the block>", "out"); None if there is none."""
-    match = re.fullmatch(r"(?:(\w+)\.)?hook_(in|out)", alias or "")
-    if match is None:
-        return None
-    part, side = match.groups()
-    if part is None:
-        return "", side
-    component = block.submodules.get(part)
-    # Only components whose hook is the plain input or output of one module qualify.
-    return (f".{component.name}", side) if component is not None and component.name else None
-
-
-def _default_hook(config: Any, points: dict[str, HookPoint]) -> str:
-    layers = 1 + max(int(name.split(".")[1]) for name in points)
-    return getattr(config, "sae_hook", None) or f"blocks.{(layers - 1) // 2}.hook_resid_post"
-
-
-def _choose(points: dict[str, HookPoint], hook: str, name: str) -> HookPoint:
-    if hook not in points:
-        near = get_close_matches(hook, points, n=3, cutoff=0.5) or list(points)[:3]
-        last = 1 + max(int(known.split(".")[1]) for known in points)
-        raise UserError(
-            f"{name} has no hook {hook!r} that can be used here; near ones are {', '.join(near)} "
-            f"({last} blocks, counted from 0)."
-        )
-    return points[hook]
 
 
 def _check_fit(lm: nn.Module, tokenizer: Any, points: dict, point: HookPoint, name: str) -> None:

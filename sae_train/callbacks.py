@@ -16,6 +16,7 @@ import torch
 from sae_train.activations import LanguageModel
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, fidelity
+from sae_train.evals.events import trace
 from sae_train.evals.hierarchy import PLAIN_TEMPLATE, get_hierarchy
 from sae_train.evals.truth import truth
 from sae_train.metrics import held_out_metrics
@@ -95,11 +96,11 @@ class Truth:
 
 
 class Absorption:
-    """The absorption eval; letters go to the table at every look, words at the last one."""
+    """The absorption eval. `keep` gets two tables: letters (with words at the last look), the trace of words."""
 
     def __init__(
         self, lm: LanguageModel, assets: Assets, settings: EvalSettings, scale: float, last_step: int,
-        keep: Callable[[pd.DataFrame], None],
+        keep: Callable[[pd.DataFrame, pd.DataFrame], None],
     ):  # fmt: skip
         self.lm, self.assets, self.settings, self.scale = lm, assets.to(lm.device), settings, scale
         self.last_step, self.keep = last_step, keep
@@ -110,7 +111,8 @@ class Absorption:
         sae, how = learner.export(self.scale), self.settings
         result = absorption.evaluate(sae, self.assets, how.preset, how.eval_seed, self.lm)
         self.results[learner.name] = result
-        self.keep(table_of(result, learner.name, step, with_words=step == self.last_step))
+        table = table_of(result, learner.name, step, with_words=step == self.last_step)
+        self.keep(table, trace(result).assign(sae=learner.name, step=step))
         yield from figures_of(result)
         yield "absorption/seconds", time.perf_counter() - start
 

@@ -181,7 +181,7 @@ def evaluate(
 
 
 @app.command
-def report(*runs: Path, out: Path | None = None) -> None:
+def report(*runs: Path, out: Path | None = None, export: Path | None = None) -> None:
     """Write the HTML report of a run, or one page that compares several.
 
     Parameters
@@ -190,12 +190,34 @@ def report(*runs: Path, out: Path | None = None) -> None:
         Folders of runs.
     out:
         The page to write; default: report.html in the run's folder (comparison.html for several).
+    export:
+        Folder for the figures as PNG, SVG and CSV and the tables as CSV, beside the page.
     """
-    from sae_train.report import write_report
+    from sae_train.report import export_report, write_report
 
     if not runs:
         raise UserError("no run was named: give at least one run folder, such as checkpoints/NAME")
     print(write_report(list(runs) if len(runs) > 1 else runs[0], out))
+    if export:
+        print(f"{len(export_report(runs, export))} files in {export}")
+
+
+@app.command
+def watch(run: Path, *, port: int = 8642) -> None:
+    """Show a run's report in the browser while it goes on: a page of this machine alone, until Ctrl-C.
+
+    Parameters
+    ----------
+    run:
+        The run's folder, such as checkpoints/NAME.
+    port:
+        Where the page is: http://127.0.0.1:PORT.
+    """
+    from sae_train.report.watch import serve
+
+    with serve(run, port) as server:
+        print(f"http://127.0.0.1:{server.server_port} shows {run}; Ctrl-C ends it", flush=True)
+        server.serve_forever()
 
 
 @app.command
@@ -260,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.UnusedCliTokensError as error:
         words = " ".join(error.unused_tokens)
-        _complain(f"{words!r} is no command (eval, publish, report, resume) and no option")
+        _complain(f"{words!r} is no command (eval, publish, report, resume, watch) and no option")
         return 2
     except (UserError, cyclopts.CycloptsError) as error:
         _complain(str(error))

@@ -42,6 +42,20 @@ class Run:
 
         return pd.DataFrame(read_metrics(self.path))
 
+    def events(self) -> pd.DataFrame:
+        """The event log: one row per SAE and absorbed word, with the steps at which its letter latents fell silent and
+        the other latent took over (`evals/events.py`); UserError for a run without it."""
+        import pandas as pd
+
+        from sae_train.evals.events import event_log
+
+        path = self.path / "trajectory.parquet"
+        if not path.is_file():
+            raise UserError(
+                f"the run {str(self.path)!r} holds no trajectory.parquet: its absorption eval left no words"
+            )
+        return event_log(pd.read_parquet(path))
+
     @property
     def info(self) -> dict[str, Any]:
         """run.json: settings, versions, hardware, final figures."""

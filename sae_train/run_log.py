@@ -1,6 +1,6 @@
-"""What a run leaves behind as it goes: run.json, metrics.jsonl, absorption.parquet, and the door to a mirror.
+"""What a run leaves behind as it goes: run.json, metrics.jsonl, tables of the eval, and the door to a mirror.
 
-In: rows of plain values, tables of the absorption eval. Out: files that are whole at any moment (append or rename).
+In: rows of plain values, tables. Out: files that are whole at any moment (append or rename).
 """
 
 from __future__ import annotations
@@ -82,7 +82,16 @@ def write_json(path: Path, content: Any) -> None:
 def write_parquet(path: Path, table: pd.DataFrame) -> None:
     """Write a table under a temporary name, then rename."""
     temporary = path.with_name(path.name + ".tmp")
-    table.to_parquet(temporary, index=False)
+    table.to_parquet(temporary, index=False, compression="zstd")
+    temporary.replace(path)
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a JSON-lines file, and its folder, under a temporary name, then rename."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    lines = (json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records)
+    temporary.write_text("".join(lines), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -105,21 +114,45 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class GrowingTable:
+    """A Parquet file to which rows are added; each time it is rewritten whole."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._parts: list[pd.DataFrame] = []
+
+    def add(self, tables: list[pd.DataFrame]) -> None:
+        """Add rows; no table, no write."""
+        import pandas as pd
+
+        if tables:
+            self._parts = [pd.concat(self._parts + tables, ignore_index=True)]
+            write_parquet(self.path, self._parts[0])
+
+    def rewind(self, step: int) -> None:
+        """Keep only rows up to `step`."""
+        import pandas as pd
+
+        if self.path.exists():
+            table = pd.read_parquet(self.path)
+            self._parts = [table[table["step"] <= step]]
+
+
 class RunLog:
-    """The files of one run folder. `rewind(step)` forgets what lies after a saved state."""
+    """The files of one run folder: absorption holds letters (and the last words), trajectory all words at all looks.
+
+    `rewind(step)` forgets what lies after a saved state.
+    """
 
     def __init__(self, folder: Path, mirror: Mirror | None = None):
         self.folder = folder
         self.mirror = mirror or Mirror()
-        self._tables: list[pd.DataFrame] = []
+        self.absorption = GrowingTable(folder / "absorption.parquet")
+        self.trajectory = GrowingTable(folder / "trajectory.parquet")
 
     @property
     def metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"
-
-    @property
-    def absorption_path(self) -> Path:
-        return self.folder / "absorption.parquet"
 
     def write_run(self, content: dict[str, Any]) -> None:
         write_json(self.folder / "run.json", content)
@@ -130,25 +163,15 @@ class RunLog:
             file.write(json.dumps(_finite(row)) + "\n")
         self.mirror.log(row)
 
-    def log_absorption(self, table: pd.DataFrame) -> None:
-        """Add one evaluation's letters or words to absorption.parquet (rewritten whole: it is small)."""
-        import pandas as pd
-
-        self._tables.append(table)
-        write_parquet(self.absorption_path, pd.concat(self._tables, ignore_index=True))
-
     def rewind(self, step: int) -> None:
         """Keep only rows up to `step`, so that a resumed run logs every step once."""
-        import pandas as pd
-
         if self.metrics_path.exists():
             rows = [row for row in read_metrics(self.folder) if row["step"] <= step]
             temporary = self.metrics_path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             temporary.replace(self.metrics_path)
-        if self.absorption_path.exists():
-            table = pd.read_parquet(self.absorption_path)
-            self._tables = [table[table["step"] <= step]]
+        self.absorption.rewind(step)
+        self.trajectory.rewind(step)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

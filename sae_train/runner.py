@@ -6,20 +6,22 @@ speaks for all, but for the SAEs' own files, which their owners write.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train import callbacks, session, trainer
 from sae_train.activations import LanguageModel
+from sae_train.buffer import dropped
 from sae_train.card import write_card
 from sae_train.checkpoint import save_sae
 from sae_train.config import flat
 from sae_train.display import Display
-from sae_train.evals import baselines, fidelity
+from sae_train.evals import baselines, fidelity, latent_pages
 from sae_train.evals.presets import get_preset
 from sae_train.report import write_report
-from sae_train.run_log import RunLog, provenance, read_metrics
+from sae_train.run_log import RunLog, provenance, read_metrics, write_lines
 from sae_train.summary import summary_lines
 from sae_train.wandb_mirror import open_mirror
 
@@ -28,11 +30,13 @@ if TYPE_CHECKING:
 
     from sae_train.evals.assets import Assets
     from sae_train.learner import Learner
+    from sae_train.sae import SAE
     from sae_train.session import Session
 
 N_LOGGED = 100
 N_SAVED = 10
 FIDELITY_TOKENS = 4096
+SAMPLE_TOKENS = 16_384  # of held-out text in which latents are looked up
 
 
 class Runner:
@@ -58,7 +62,7 @@ class Runner:
         self.assets = assets
         self.absorption: callbacks.Absorption | None = None
         self.rows: list[dict[str, Any]] = []
-        self.tables: list[pd.DataFrame] = []
+        self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
 
     def go(self) -> Path:
         """Train to the end, or until Ctrl-C; raise KeyboardInterrupt then, with everything saved."""
@@ -134,21 +138,29 @@ class Runner:
         } | values
         self.rows.append(row)
         if self.ranks.size == 1:
-            self._hand_in()
+            self._hand_in_rows([self.rows])
 
-    def _keep_absorption(self, table: pd.DataFrame) -> None:
-        self.tables.append(table.assign(tokens=table["step"] * self.settings.train.batch_tokens))
+    def _keep_absorption(self, *tables: pd.DataFrame) -> None:
+        step = self.settings.train.batch_tokens
+        self.tables.append(tuple(table.assign(tokens=table["step"] * step) for table in tables))
 
     def _hand_in(self) -> None:
-        """Bring what all processes logged to the first one's files and display, in the grid's order."""
+        """Bring what all processes logged at one look to the first one's files and display."""
         handed = self.ranks.gather((self.rows, self.tables))
-        self.rows, self.tables = [], []
+        self.tables = []
         if not self.ranks.is_first:
+            self.rows = []
             return
-        for table in (table for _, tables in handed for table in tables):
-            self.log.log_absorption(table)
+        kept = [tables for _, theirs in handed for tables in theirs]
+        self.log.absorption.add([letters for letters, _ in kept])
+        self.log.trajectory.add([words for _, words in kept])
+        self._hand_in_rows([rows for rows, _ in handed])
+
+    def _hand_in_rows(self, handed: list[list[dict[str, Any]]]) -> None:
+        """Log and show rows in the grid's order."""
+        self.rows = []
         order = [spec.name for spec in self.settings.specs]
-        for row in sorted((row for rows, _ in handed for row in rows), key=lambda row: order.index(row["sae"])):
+        for row in sorted((row for rows in handed for row in rows), key=lambda row: order.index(row["sae"])):
             self.log.log(row)
             self.display.row(row)
 
@@ -237,8 +249,24 @@ class Runner:
             dataset_path=settings.dataset,
             l0=final.get("metrics/l0"),
         )
+        self._describe_latents(learner.name, sae)
         save_sae(sae, self.folder / "saes" / learner.name)
         if self.absorption is not None and final.get("absorption/valid"):
             self.baselines[learner.name] = baselines.all_scores(
                 sae, opened.held_out, self.absorption.assets, settings.eval.preset, learner.spec.seed, opened.model
             )
+
+    def _describe_latents(self, name: str, sae: SAE) -> None:
+        """Look up what the main latents and the absorbers do on held-out text."""
+        opened = self.session
+        roles = latent_pages.choose(self.absorption and self.absorption.results.get(name))
+        if roles:
+            records = latent_pages.describe(sae, roles, self._sample, opened.model)
+            write_lines(self.folder / "latents" / f"{name}.jsonl", records)
+
+    @functools.cached_property
+    def _sample(self) -> latent_pages.Sample:
+        """Held-out text with its activations, run through the language model once."""
+        opened = self.session
+        rows = opened.stream.held_out[: max(1, SAMPLE_TOKENS // opened.stream.context)]
+        return latent_pages.sample(opened.model, rows, dropped(opened.model, opened.drop_ids))

@@ -48,6 +48,9 @@ class FakeLM:
         x = self.activations(tokens)
         return (x if edit is None else edit(x)) @ self.unembed
 
+    def read_out(self, directions):
+        return directions @ self.unembed
+
 
 def fake_words(per_letter: int = 10) -> list[str]:
     """Distinct words, some with a leading space, some capitalised."""

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, save_tiny_model
 
-from sae_train.activations import DTYPES, KINDS, LanguageModel, hook_points, load_language_model
+from sae_train.activations import DTYPES, LanguageModel, load_language_model
 from sae_train.errors import UserError
+from sae_train.hooks import KINDS, hook_points
 
 TOKENS = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -56,6 +57,17 @@ def test_logits_are_the_models_and_edits_reach_them(kind: str, tmp_path: Path) -
     torch.testing.assert_close(lm.logits(TOKENS, lambda x: x), clean, rtol=0, atol=0)
     assert not torch.allclose(lm.logits(TOKENS, torch.zeros_like), clean)
     torch.testing.assert_close(lm.logits(TOKENS), clean, rtol=0, atol=0)  # the edit is gone
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt-neox", "gemma3", "olmo2"])
+def test_read_out_is_what_the_model_says_of_a_direction_alone_after_its_last_block(family: str, tmp_path: Path) -> None:
+    lm = load_language_model(save_tiny_model(tmp_path, family), "blocks.1.hook_resid_post")
+    directions = torch.randn(2, lm.d_in, generator=torch.Generator().manual_seed(1))
+    ours = lm.read_out(directions)
+    nothing = lm.logits(TOKENS[:1], torch.zeros_like)[0, -1]
+    for direction, found in zip(directions, ours, strict=True):
+        alone = lm.logits(TOKENS[:1], lambda x, d=direction: d.expand_as(x))[0, -1] - nothing
+        torch.testing.assert_close(found, alone - alone.mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_flow_through_an_edit_and_not_into_the_model(tmp_path: Path) -> None:

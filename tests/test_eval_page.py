@@ -52,9 +52,10 @@ def _word(name: str, i: int, outcome: str) -> dict:
 def _letter(name: str, counts: bool) -> dict:
     return {
         "letter": name, "counts": counts, "n_tp": 5, "fraction": 0.2, "full": 0.2, "fraction_family": 0.1,
-        "full_family": 0.05, "recall_main": 0.4, "lost_carried": 0.2, "lost_below": 0.2, "lost_nobody": 0.2,
-        "n_full": 1, "n_split": 2, "main_latents": [11, 12], "fraction_low": 0.0, "fraction_high": 0.6,
-        "full_low": 0.0, "full_high": 0.6, "probe_f1": 0.93 if counts else 0.31, "f1_k1": 0.71, "f1_split": 0.78,
+        "full_family": 0.05, "recall_main": 0.4, "precision_main": 0.9, "lost_carried": 0.2, "lost_below": 0.2,
+        "lost_nobody": 0.2, "n_full": 1, "n_split": 2, "main_latents": [11, 12], "fraction_low": 0.0,
+        "fraction_high": 0.6, "full_low": 0.0, "full_high": 0.6, "probe_f1": 0.93 if counts else 0.31,
+        "f1_k1": 0.71, "f1_split": 0.78,
     }  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def test_the_words_can_be_searched_with_their_outcome_and_absorbers(tmp_path):
     [rows] = page.words
     assert len(rows) == 26 * len(OUTCOMES)
     assert rows[0] == [
-        " aword0", "A", [11, 12], None, 4000, 0.41, 0.9, 1.0, 1, "carried", [[17, 0.12]]
+        " aword0", "A", [11, 12], None, 4000, 0.41, 0.9, 1.0, 1, "carried", [[17, 0.12]], None
     ]  # fmt: skip
     assert {row[9] for row in rows} == set(OUTCOMES)
     columns = re.findall(r'data-column="(\w+)"', text)
@@ -159,8 +160,8 @@ def test_a_causal_preset_says_that_full_is_the_causal_rate_and_shows_effects(tmp
     assert "(the causal rate;" in page.text and "takes the causal rate for full" in page.text
     assert _rows(text, "shuffled labels")[0][1] == "0.046 <small>by projections</small>"
     assert "full by projections, family" in page.text and page.text.count("full by projections, family") == 3
-    assert page.words[0][0][8] == 1 and page.words[0][0][11:] == [4000, -3.5, -0.5, 0.41]
-    assert page.words[0][-1][11:] == [None] * 4
+    assert page.words[0][0][8] == 1 and page.words[0][0][11:] == [None, 4000, -3.5, -0.5, 0.41]
+    assert page.words[0][-1][11:] == [None] * 5
     assert 'data-column="effect"' in text and "Absorption, causal rate, by letter" in page.text
 
 
@@ -177,7 +178,7 @@ def test_the_page_loads_nothing_and_strings_never_become_markup(tmp_path):
     words = result.words.assign(word=evil)
     about = ABOUT | {"SAE": evil, "model": evil}
     page, text = written(tmp_path, planted(words=words), about=about)
-    assert page.loads == [] and "img" not in page.tags and page.tags.count("script") == 2
+    assert page.loads == [] and "img" not in page.tags and page.tags.count("script") == 3
     assert page.words[0][0][0] == evil
     assert not re.search(r"@import|url\((?!#)|https?://|import\s*\(|fetch\(", text)
     assert not list(tmp_path.glob(".eval*"))

@@ -17,7 +17,7 @@ ROWS = [
     {"architectures"},
     {"schedule"},
     {"learner"},
-    {"hub", "hub_repo", "tensor_files"},
+    {"hub", "hub_repo", "hooks", "tensor_files"},
     {"documents", "tokens", "activations"},
     {"buffer", "toy"},
     {"evals"},
@@ -30,11 +30,11 @@ ROWS = [
     {"run", "publish"},
     {"cli"},
     {"__main__"},
-    {"speller", "bench"},
+    {"speller", "bench", "settings_page"},
 ]
 DOORS = {
     "triton": {"kernels"},
-    "transformer_lens": {"activations"},
+    "transformer_lens": {"hooks"},
     "datasets": {"documents", "tokens"},
     "accelerate": {"trainer"},
     "wandb": {"wandb_mirror"},

@@ -12,7 +12,7 @@ import pytest
 
 from sae_train.config import SAESpec, flat, resolve
 from sae_train.errors import UserError
-from sae_train.report import write_report
+from sae_train.report import export_report, write_report
 
 STEPS = (0, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 245)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -244,7 +244,7 @@ def test_strings_from_the_run_never_become_markup(tmp_path):
     table.to_parquet(run / "absorption.parquet")
     path = write_report(run)
     page = read(path)
-    assert "img" not in page.tags and page.tags.count("script") == 2
+    assert "img" not in page.tags and page.tags.count("script") == 3
     assert page.words[0][0][0] == evil and f"on “{evil}”" in page.text
     assert "a <b>note</b> & more" in page.text and "x <script>alert(1)</script>" in page.text
 
@@ -314,27 +314,57 @@ def test_several_training_seeds_give_two_way_intervals_and_comparisons_of_neighb
 
     run = fake_run(tmp_path / "run", widths=(1024, 4096), l0s=(8.0, 32.0), words=30, seeds=(0, 1, 2))
     text = write_report(run).read_text()
-    cells = dict(re.findall(r'<tr><th scope="row">(topk, .*?)</th>(.*?)</tr>', text, re.S))
+    cells = dict(re.findall(r'<tr><th scope="row">(topk[,:] .*?)</th>(.*?)</tr>', text, re.S))
     narrow, wide = _fractions(run, 1024, 8.0), _fractions(run, 4096, 8.0)
     assert narrow.shape == (3, 25)
     own = letters_by_seeds(narrow)
     assert f"{own.mean:.3f} <small>{own.low:.3f} to {own.high:.3f}</small>" in cells["topk, 1k, L0 8"]
     assert f"<td>{own.visible:.3f}</td>" in cells["topk, 1k, L0 8"]
     wider = paired_difference(wide, narrow)
-    difference, judged = cells["topk, L0 8: width 4k − 1k"].split("</td>")[:2]
+    difference, judged = cells["topk: 4k − 1k, L0 8"].split("</td>")[2:4]
     assert f"{wider.mean:.3f} <small>{wider.low:.3f} to {wider.high:.3f}</small>" in difference
     assert judged.startswith("<td>distinguishable") is wider.excludes_zero
     assert len([name for name in cells if "−" in name]) == 4
 
 
-def _fractions(run: Path, width: int, l0: float):
+def test_architectures_are_compared_at_matched_l0_or_the_reason_is_said(tmp_path):
+    from sae_train.evals.intervals import paired_difference
+
+    run = fake_run(tmp_path / "few", ("jumprelu", "topk"), (1024,), (8.0, 32.0), words=30)
+    facts = json.loads((run / "run.json").read_text())
+    for sae in facts["saes"]:
+        sae["final"]["metrics/l0"] = sae["l0"] * (1.1 if (sae["arch"], sae["l0"]) == ("jumprelu", 32.0) else 1.0)
+    (run / "run.json").write_text(json.dumps(facts))
+    rows = _comparisons(run)
+    assert rows["topk − jumprelu, 1k, L0 8"][:2] == ["1 + 1", "as reached"]
+    assert rows["topk − jumprelu, 1k, L0 32"][1:4] == ["not compared: L0 10.0\u00a0% apart", "–", "–"]
+
+    run = fake_run(tmp_path / "many", ("jumprelu", "topk"), (1024,), (4.0, 8.0, 16.0, 32.0), words=30)
+    facts = json.loads((run / "run.json").read_text())
+    for sae in facts["saes"]:
+        sae["final"]["metrics/l0"] = sae["l0"] * (1.1 if (sae["arch"], sae["l0"]) == ("jumprelu", 16.0) else 1.0)
+    (run / "run.json").write_text(json.dumps(facts))
+    low, high = (_fractions(run, 1024, l0, "jumprelu", 1) for l0 in (8.0, 16.0))
+    share = math.log(16 / 8) / math.log(17.6 / 8)
+    expected = paired_difference(_fractions(run, 1024, 16.0, "topk", 1), (1 - share) * low + share * high)
+    row = _comparisons(run)["topk − jumprelu, 1k, L0 16"]
+    assert row[1] == "interpolated" and row[2].startswith(f"{expected.mean:.3f} <small>{expected.low:.3f}")
+
+
+def _comparisons(run: Path) -> dict[str, list[str]]:
+    table = write_report(run).read_text().split("Distinguishable or not", 1)[1].split("</table>")[0]
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', table, re.S)
+    return {name: re.findall(r"<td>(.*?)</td>", cells) for name, cells in rows}
+
+
+def _fractions(run: Path, width: int, l0: float, arch: str = "topk", seeds: int = 3):
     """Seeds × letters that count, at the last step."""
     import pandas as pd
     import torch
 
     table = pd.read_parquet(run / "absorption.parquet")
     table = table[table["level"].eq("letter") & table["step"].eq(STEPS[-1]) & table["counts"].eq(True)]
-    names = [SAESpec(arch="topk", width=width, l0=l0, seed=seed).name for seed in range(3)]
+    names = [SAESpec(arch=arch, width=width, l0=l0, seed=seed).name for seed in range(seeds)]
     rows = [table[table["sae"] == name].sort_values("letter")["fraction"].tolist() for name in names]
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -436,3 +466,142 @@ def test_a_missing_folder_and_an_unwritable_page_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         write_report(run, out=run / "run.json" / "report.html")
     assert write_report(run, out=tmp_path / "new" / "page.html").is_file()
+
+
+def test_export_writes_every_figure_as_png_svg_and_csv_and_the_tables(tmp_path):
+    import pandas as pd
+
+    run = fake_run(tmp_path / "run", ("topk", "relu"), (1024,), words=30)
+    written = export_report([run], tmp_path / "out")
+    figures = {path.with_suffix("") for path in written if path.suffix == ".png"}
+    assert {path.with_suffix("") for path in written if path.suffix == ".svg"} == figures
+    names = {str(path.relative_to(tmp_path / "out")) for path in figures}
+    assert {"training/loss", "width-and-l0/full-l0", "width-and-l0/full-ev"} <= names
+    assert "saes/relu-1k-l0_50/fraction-by-label" in names
+    assert all(path.with_name(f"{path.name}.csv") in written for path in figures)
+    curve = pd.read_csv(tmp_path / "out" / "training" / "fraction.csv")
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = [row["absorption/mean_fraction"] for row in history if row["sae"] == "relu-1k-l0_50"]
+    assert curve[curve["sae"] == "relu-1k-l0_50"]["fraction"].tolist() == pytest.approx(expected)
+    table = pd.read_csv(tmp_path / "out" / "saes.csv")
+    assert len(table) == 2 and table["metrics/explained_variance"].notna().all()
+    assert len(pd.read_csv(tmp_path / "out" / "letters.csv")) == 2 * 26 * len(STEPS)
+    with pytest.raises(UserError, match="cannot be written"):
+        export_report([run], run / "run.json" / "out")
+
+
+def follow(run: Path) -> Path:
+    """Give a run what newer ones hold: words at every evaluation, pages of latents, a density histogram."""
+    import pandas as pd
+
+    words = pd.read_parquet(run / "absorption.parquet").query("level == 'word'")
+    taken = words["fraction"].astype(float) > 0
+    parts = []
+    for step in STEPS:
+        outcome = ["carried" if t and step >= 96 else "recalled" for t in taken]
+        absorber = [int(a[0]) if len(a) else -1 for a in words["absorbers"]]
+        part = words[["sae", "letter", "word", "token_id"]].assign(
+            step=step, tokens=step * BATCH, outcome=outcome, main_act=1.0
+        )
+        parts.append(part.assign(share=0.8, absorber=absorber, absorber_cos=0.4))
+    pd.concat(parts, ignore_index=True).to_parquet(run / "trajectory.parquet")
+    facts = json.loads((run / "run.json").read_text())
+    (run / "latents").mkdir()
+    for sae in facts["saes"]:
+        counts = [1, 2, 3, 4, 5, 4, 3, 2, 1, 0]
+        sae["final"] |= {"sparsity/silent_fraction": 0.25, "sparsity/log10_density_histogram": counts}
+        example = {"kind": "top", "tokens": [" <b>a ", " word"], "acts": [0, 2.5]}
+        record = {"latent": 4000, "main_of": [], "absorbs": [" a<i>"], "density": 0.01, "max": 2.5}
+        record |= {"histogram": [1, 0, 2], "examples": [example], "top": [[" x", 1.5]], "bottom": []}
+        (run / "latents" / f"{sae['name']}.jsonl").write_text(json.dumps(record))
+    (run / "run.json").write_text(json.dumps(facts))
+    return run
+
+
+def test_the_event_log_stands_in_the_panel_and_beside_each_word(tmp_path):
+    path = write_report(follow(fake_run(tmp_path / "run")))
+    page, text = read(path), path.read_text()
+    n = len(page.words[0])
+    assert f"{n} words are carried by another latent in the end. {n} of them had been recalled" in page.text
+    assert "By 393k tokens the letter’s latents had fallen silent for good on half of them" in page.text
+    assert f"<title>at 393k tokens: {n}</title>" in text and "<title>at 1M tokens: 0</title>" in text
+    assert page.words[0][0][11] == [64 * BATCH, 96 * BATCH, 96 * BATCH]
+    assert 'data-column="silent"' in text and 'data-column="taken"' in text
+
+
+def test_latents_have_pages_whose_strings_never_become_markup(tmp_path):
+    path = write_report(follow(fake_run(tmp_path / "run")))
+    page, text = read(path), path.read_text()
+    held = json.loads(re.search(r'<script type="application/json" id="latents">(.*?)</script>', text, re.S)[1])
+    assert held[0][0][:3] == [4000, [], [" a<i>"]] and held[0][0][6] == [["top", [" <b>a ", " word"], [0, 2.5]]]
+    assert "<b>a " not in text and "a<i>" not in text and 'id="cards"' in text
+    assert "How often latents fire" in page.text and "4,096 that never do there" in page.text
+
+
+def test_many_saes_share_the_room_for_contexts(tmp_path, monkeypatch):
+    from sae_train.report import latents
+
+    monkeypatch.setattr(latents, "EXAMPLES", 2)
+    run = follow(fake_run(tmp_path / "run", l0s=(8.0, 50.0), words=30))
+    for path in (run / "latents").iterdir():
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"examples": 5 * record["examples"]}))
+    text = write_report(run).read_text()
+    held = json.loads(re.search(r'id="latents">(.*?)</script>', text, re.S)[1])
+    assert [len(row[6]) for own in held for row in own] == [1, 1]
+
+
+def test_trade_offs_have_a_line_an_architecture_with_the_l0_that_was_reached(tmp_path):
+    run = fake_run(tmp_path / "run", ("topk", "relu"), (1024, 4096), (8.0, 32.0))
+    text = write_report(run).read_text()
+    assert "Full absorption against L0" in text and "Explained variance against L0" in text
+    assert re.search(r"<title>relu-1k-l0_32: explained variance 0\.\d+, L0 32\.\d</title>", text)
+    alone = read(write_report(fake_run(tmp_path / "alone"))).text
+    assert "against L0" not in alone
+
+
+def test_the_answer_comes_first_in_plain_words(tmp_path):
+    text = read(write_report(fake_run(tmp_path / "run", l0s=(8.0, 50.0)))).text
+    body = text[text.index("Does a latent that stands for a first letter fire on every word with that letter?") :]
+    share = "absorbed on 10.0 % of a letter’s words, on average (95 % interval 8.0 % to 12.5 %)"
+    assert body.index(f"topk-16k-l0_50: {share}") < 400
+    assert "distinguishably more than a random SAE (0.0 %)" in body
+    assert "What the words mean" in body
+
+
+def test_an_upper_bound_of_zero_is_a_bound(tmp_path):
+    run = fake_run(tmp_path / "run", l0s=(8.0, 50.0), words=30)
+    facts = json.loads((run / "run.json").read_text())
+    facts["saes"][1]["final"] |= {f"absorption/mean_full{end}": 0.0 for end in ("", "_low", "_high")}
+    (run / "run.json").write_text(json.dumps(facts))
+    text = read(write_report(run)).text
+    assert "Absorption (full) goes from 0.000 (topk-16k-l0_50, 0.000 to 0.000)" in text
+    assert "even these two are not" not in text
+
+
+def test_watch_serves_the_page_anew_once_the_run_has_logged_more(tmp_path):
+    import threading
+    import urllib.error
+    import urllib.request
+
+    from sae_train.report.watch import serve
+
+    run = fake_run(tmp_path / "run", words=30, status="running")
+    with serve(run, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        get = lambda: urllib.request.urlopen(url, timeout=20).read().decode()  # noqa: E731
+        first = get()
+        assert "Still running" in first and 'http-equiv="refresh"' in first
+        server.RequestHandlerClass.args[0]._next = 0.0  # as if some time had passed
+        facts = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(facts | {"status": "finished"}))
+        last = get()
+        assert "Still running" not in last and 'http-equiv="refresh"' not in last
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{url}../run.json", timeout=20)
+        with pytest.raises(UserError, match="choose another --port"):
+            serve(run, server.server_port)
+        server.shutdown()
+    with pytest.raises(UserError, match="not a folder"):
+        serve(tmp_path / "absent", 0)

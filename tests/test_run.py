@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sae_train import load_sae, train
 from sae_train.cli import main
+from sae_train.run import Run
 
 SMALL = {
     "width": 256,
@@ -54,7 +55,13 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_everything_that_the_design_names(finished):
-    for name in ("run.json", "metrics.jsonl", "absorption.parquet", "report.html"):
+    for name in (
+        "run.json",
+        "metrics.jsonl",
+        "absorption.parquet",
+        "trajectory.parquet",
+        "report.html",
+    ):
         assert (finished / name).stat().st_size > 0
     for name in NAMES:
         assert {path.name for path in (finished / "saes" / name).iterdir()} == {
@@ -85,6 +92,28 @@ def test_absorption_table_has_letters_at_every_look_and_words_at_the_last(finish
     assert set(letters["step"]) >= {0, 118}
     assert set(table[table["level"] == "word"]["step"]) == {118}
     assert set(letters["sae"]) == set(NAMES)
+
+
+def test_every_word_is_followed_and_the_event_log_names_those_carried_by_another_latent_at_the_end(finished):
+    run, words = Run(finished), pd.read_parquet(finished / "absorption.parquet").query("level == 'word'")
+    followed = pd.read_parquet(finished / "trajectory.parquet")
+    looks = pd.read_parquet(finished / "absorption.parquet").query("level == 'letter'").groupby("sae")["step"].nunique()
+    assert len(followed) == sum(looks[name] * (words["sae"] == name).sum() for name in NAMES)
+    carried = words[words["outcome"] == "carried"]
+    keys = ["sae", "letter", "word"]
+    log = run.events()
+    assert sorted(map(tuple, log[keys].to_numpy())) == sorted(map(tuple, carried[keys].to_numpy()))
+    assert set(log["taken_step"]) <= set(followed["step"])
+
+
+def test_latents_of_letters_are_looked_up_in_held_out_text(finished):
+    letters = pd.read_parquet(finished / "absorption.parquet").query("level == 'letter' and step == 118 and counts")
+    for name in NAMES:
+        lines = (finished / "latents" / f"{name}.jsonl").read_text().splitlines()
+        own = {record["latent"]: record for record in map(json.loads, lines)}
+        mains = {int(latents[0]) for latents in letters[letters["sae"] == name]["main_latents"] if len(latents)}
+        assert mains <= set(own)
+        assert any(record["examples"] and record["top"] for record in own.values())
 
 
 def test_a_saved_sae_takes_raw_activations_and_loads_bit_equal(finished):

@@ -36,6 +36,16 @@ def write_report(run_folder: str | Path | Sequence[str | Path], out: str | Path 
     return _write(Path(out) if out else default, text)
 
 
+def export_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Write every figure of the report as PNG, SVG and CSV and its tables as CSV below `out`; return the paths.
+
+    Raises UserError for a folder that is no run, and for a folder that cannot be written.
+    """
+    from sae_train.report.export import export
+
+    return export([Path(run) for run in runs], Path(out))
+
+
 def write_eval_page(
     result: AbsorptionResult, baselines: dict[str, dict[str, float]], interventions: pd.DataFrame | None,
     about: dict[str, str], out: Path,

@@ -1,13 +1,14 @@
-"""Draws figures as inline SVG coloured by the page's style sheet, so that they follow light and dark.
+"""Draws curves and heat maps as inline SVG coloured by the page's style sheet, so that they follow light and dark.
 
-In: `Figure` (lines over tokens) or a grid of values. Out: SVG text that keeps the values for hovering.
+In: `Curves` (lines over tokens) or a `HeatMap`. Out: SVG text that keeps the values for hovering.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from sae_train.report.shapes import Curves, HeatMap, Line
 from sae_train.report.text import escape, fixed, label_name, tick
 
 WIDTH, HEIGHT = 380, 230
@@ -15,31 +16,6 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 32
 MOST_POINTS = 160
 CHARACTER, MOST_LEFT = 6.3, 160  # width of a label's character, most room for labels
 WARM_UP = 0.03  # share of the x-axis that does not stretch the y-axis
-
-
-@dataclass(frozen=True)
-class Line:
-    """One SAE's curve; `css` holds its classes for colour, dash and strength."""
-
-    index: int
-    css: str
-    x: list[float]
-    y: list[float]
-    low: list[float] | None = None
-    high: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Curves over tokens; `targets` are horizontal dashed lines."""
-
-    key: str
-    title: str
-    note: str
-    lines: list[Line]
-    log: bool = False
-    zero: bool = False
-    targets: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,7 +33,7 @@ class Scale:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
-def draw(figure: Figure) -> str:
+def draw_curves(figure: Curves) -> str:
     """Draw one figure as SVG; figures without a point are the caller's business."""
     lines = [_thinned(line) for line in figure.lines]
     x = Scale(0, max(max(line.x) for line in lines) or 1, LEFT, WIDTH - RIGHT)
@@ -75,16 +51,18 @@ def draw(figure: Figure) -> str:
     )
 
 
-def heat_map(rows: list[str], columns: list[str], values: list[list[float | None]], most: float, title: str) -> str:
-    """Draw rows × columns of values in [0, most] as shaded cells, each with its number on hovering."""
+def draw_heat_map(chart: HeatMap) -> str:
+    """Draw rows × columns of values as shaded cells, each with its number on hovering."""
+    rows, columns = chart.rows, chart.columns
     cell, left, top = 13, left_margin(rows), 4
     wide = (WIDTH - left - 6) / max(len(columns), 1)
     parts = []
     for i, row in enumerate(rows):
         parts.append(row_label(row, left, top + i * cell + cell - 7))
-        for j, value in enumerate(values[i]):
+        for j, value in enumerate(chart.values[i]):
             if value is not None:
-                shade = min(value / most, 1) if most else 0
+                span = chart.high - chart.low
+                shade = min((value - chart.low) / span, 1) if span else 0
                 parts.append(
                     f'<rect x="{left + j * wide:.1f}" y="{top + i * cell}" width="{wide - 1:.1f}" '
                     f'height="{cell - 1}" fill-opacity="{0.04 + 0.96 * shade:.2f}">'
@@ -96,7 +74,7 @@ def heat_map(rows: list[str], columns: list[str], values: list[list[float | None
         x = left + (j + 0.5) * wide
         parts.append(f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{escape(columns[j])}</text>')
     size = f'viewBox="0 0 {WIDTH} {bottom + 20}"'
-    return f'<svg class="heat" {size} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    return f'<svg class="heat" {size} role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
 
 
 def left_margin(labels: list[str]) -> float:
@@ -132,7 +110,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return nice_ticks(low, high, 4)
 
 
-def _y_range(figure: Figure, lines: list[Line]) -> tuple[float, float]:
+def _y_range(figure: Curves, lines: list[Line]) -> tuple[float, float]:
     """Span all points after the warm-up, bands and targets included; never empty, positive if logarithmic."""
     end = max(max(line.x) for line in lines)
     values = list(figure.targets)
@@ -172,9 +150,10 @@ def _path(line: Line, x: Scale, y: Scale) -> str:
     data = f'data-x="{_numbers(line.x)}" data-y="{_numbers(line.y)}"'
     if line.low and line.high:
         data += f' data-low="{_numbers(line.low)}" data-high="{_numbers(line.high)}"'
+    name = f' data-name="{escape(line.name)}"' if line.index < 0 else ""
     path = f'<path d="M{" ".join(points)}"/>' if len(points) > 1 else ""
     dots = dots if len(points) <= 20 else ""
-    return f'<g class="line {line.css}" data-sae="{line.index}" {data}>{path}{dots}</g>'
+    return f'<g class="line {line.css}" data-sae="{line.index}"{name} {data}>{path}{dots}</g>'
 
 
 def _band(line: Line, x: Scale, y: Scale) -> str:
@@ -192,4 +171,4 @@ def _thinned(line: Line) -> Line:
     stride = math.ceil(len(line.x) / MOST_POINTS)
     keep = sorted({*range(0, len(line.x), stride), len(line.x) - 1})
     pick = lambda values: [values[i] for i in keep] if values else None  # noqa: E731
-    return Line(line.index, line.css, pick(line.x), pick(line.y), pick(line.low), pick(line.high))
+    return Line(line.index, line.css, pick(line.x), pick(line.y), pick(line.low), pick(line.high), line.name)

@@ -1,4 +1,4 @@
-"""What a report is made of: run.json, metrics.jsonl and absorption.parquet of a run as plain records.
+"""What a report is made of: the files of a run as plain records.
 
 In: folders of runs, finished or not. Out: `Run` objects; whatever is missing or unreadable becomes a
 sentence in `Run.gaps`, and only a folder that is no run at all raises UserError.
@@ -6,17 +6,15 @@ sentence in `Run.gaps`, and only a folder that is no run at all raises UserError
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sae_train.errors import UserError
+from sae_train.report.readers import read_absorption, read_events, read_facts, read_history, read_latents
 from sae_train.report.text import noun_of, number
 
 SILENT = 1e-8  # an activation below this counts as none
 OUTCOMES = ("recalled", "carried", "below", "nobody")
-LISTS = ("main_latents", "absorbers", "absorber_cos", "absorber_proj")
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,10 @@ class TrainedSAE:
     history: list[dict[str, Any]]
     letters: list[dict[str, Any]]
     words: list[dict[str, Any]]
+    event_log: dict[str, Any] = field(default_factory=dict)
+    """events, recovered, looks, as `readers.read_events` gives them; empty where words were not followed"""
+    latents: list[dict[str, Any]] = field(default_factory=list)
+    """records of single latents (evals/latent_pages.py)"""
     noun: str = "letter"
     """what one label of the hierarchy is called"""
     preset: str | None = None
@@ -120,12 +122,6 @@ def outcomes_of(row: dict[str, Any]) -> list[float] | None:
     return None if None in lost else [max(0.0, 1 - sum(lost)), *lost]  # type: ignore[arg-type,list-item]
 
 
-def plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Give every list column a list; a Parquet file has arrays, and nulls where a row has none."""
-    lists = {key: row.get(key) for key in LISTS}
-    return row | {key: list(value) if hasattr(value, "__len__") else [] for key, value in lists.items()}
-
-
 def load_runs(folders: list[Path]) -> list[Run]:
     """Read several runs; their SAEs carry the run's name in the label when there is more than one run."""
     return [load_run(folder, prefixed=len(folders) > 1) for folder in folders]
@@ -133,10 +129,11 @@ def load_runs(folders: list[Path]) -> list[Run]:
 
 def load_run(folder: Path, prefixed: bool = False) -> Run:
     """Read one run folder; UserError if it is none."""
-    facts = _read_facts(folder)
+    facts = read_facts(folder)
     gaps: list[str] = []
-    history = _read_history(folder / "metrics.jsonl", gaps)
-    letters, words = _read_absorption(folder / "absorption.parquet", gaps)
+    history = read_history(folder / "metrics.jsonl", gaps)
+    letters, words = read_absorption(folder / "absorption.parquet", gaps)
+    events, latents = read_events(folder / "trajectory.parquet", gaps), read_latents(folder / "latents", gaps)
     entries = [entry for entry in facts.get("saes") or [] if isinstance(entry, dict) and entry.get("name")]
     known = {entry["name"] for entry in entries}
     entries += [{"name": name} for name in history if name not in known]
@@ -149,64 +146,9 @@ def load_run(folder: Path, prefixed: bool = False) -> Run:
     ]
     asked = facts.get("settings") or {}
     noun, preset = noun_of(asked.get("hierarchy")), asked.get("preset")
-    saes = [replace(sae, noun=noun, preset=preset) for sae in saes]
+    followed = ((sae, events.get(sae.name, {}), latents.get(sae.name, [])) for sae in saes)
+    saes = [replace(sae, noun=noun, preset=preset, event_log=log, latents=own) for sae, log, own in followed]
     return Run(folder, facts, saes, gaps)
-
-
-def _read_facts(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is not a folder: give the folder of a run, such as checkpoints/NAME")
-    try:
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{str(folder)!r} is not the folder of a run: it holds no run.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(folder / 'run.json')!r} cannot be read ({error}): is this a run's folder?") from None
-    if not isinstance(facts, dict) or not ({"settings", "saes"} & facts.keys()):
-        raise UserError(f"{str(folder / 'run.json')!r} was not written by sae-train: it has no settings and no saes")
-    return facts
-
-
-def _read_history(path: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]]]:
-    history: dict[str, list[dict[str, Any]]] = {}
-    if not path.is_file():
-        gaps.append("No metrics were logged (metrics.jsonl is absent), so there are no curves.")
-        return history
-    broken = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            history.setdefault(str(row["sae"]), []).append(row)
-        except (ValueError, KeyError, TypeError):
-            broken += bool(line.strip())
-    if broken:
-        gaps.append(f"{broken} unreadable row(s) of metrics.jsonl were left out.")
-    return history
-
-
-def _read_absorption(path: Path, gaps: list[str]) -> tuple[dict[str, list], dict[str, list]]:
-    """Letters of every step and the absorbed words of each SAE's last step, by SAE."""
-    if not path.is_file():
-        gaps.append("The absorption eval left no letters and no words (absorption.parquet is absent).")
-        return {}, {}
-    import pandas as pd
-
-    try:
-        table = pd.read_parquet(path)
-        letters = table[table["level"] == "letter"].sort_values(["step", "letter"])
-        words = table[table["level"] == "word"]
-        words = words[words["step"] == words.groupby("sae")["step"].transform("max")]
-        absorbed = (words[["full", "fraction"]].astype(float) > 0).any(axis=1)
-        return _by_sae(letters), _by_sae(words[absorbed].sort_values("word"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        gaps.append(f"absorption.parquet cannot be read: {error}.")
-        return {}, {}
-
-
-def _by_sae(table: Any) -> dict[str, list[dict[str, Any]]]:
-    return {
-        str(name): [plain(row) for row in part.to_dict("records")] for name, part in table.groupby("sae", sort=False)
-    }
 
 
 def _sae(entry: dict, run: str, prefixed: bool, history: list, letters: list, words: list) -> TrainedSAE:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sae_train.report import tables
-from sae_train.report.data import TrainedSAE, plain
+from sae_train.report.data import TrainedSAE
 from sae_train.report.findings import (
     FAMILY,
     MEASURES,
@@ -23,8 +23,10 @@ from sae_train.report.findings import (
     weak,
 )
 from sae_train.report.interventions import intervention_section
-from sae_train.report.letters import charts, letter_table, probe_table
+from sae_train.report.letters import letter_charts, letter_table, probe_table
+from sae_train.report.readers import plain
 from sae_train.report.shell import document, flat, folded, paragraphs, section, tiles
+from sae_train.report.svg import shown
 from sae_train.report.text import duration, escape, fixed, interval, noun_of, nouns, short
 from sae_train.report.words import word_lists, word_section
 
@@ -47,7 +49,7 @@ def eval_page(
     sections = [_top(title, sae, about), _beside(sae), _by_label(sae)]
     if not sae.invalid:
         sections += [intervention_section(interventions, sae.noun), word_section([sae], cut, "Words", _lead(sae))]
-    return document(title, [*sections, _settings(result, about)], words)
+    return document(title, [*sections, _settings(result, about)], {"words": words, "latents": "[]"})
 
 
 def evaluated(
@@ -133,7 +135,11 @@ def _by_label(sae: TrainedSAE) -> str:
         return section(
             title, probe_table(sae), lead=f"Which {escape(nouns(sae.noun))} a linear probe reads off the model."
         )
-    return section(title, charts(sae) + letter_table(sae), lead="Hover a mark for its value. Click a heading to sort.")
+    return section(
+        title,
+        shown(letter_charts(sae)) + letter_table(sae),
+        lead="Hover a mark for its value. Click a heading to sort.",
+    )
 
 
 def _lead(sae: TrainedSAE) -> str:

@@ -6,8 +6,8 @@ In: the SAEs of all runs. Out: figures over tokens, a style per SAE, and what th
 from __future__ import annotations
 
 from sae_train.config import width_label
-from sae_train.report.charts import Figure, Line, draw, heat_map
 from sae_train.report.data import TrainedSAE
+from sae_train.report.shapes import Curves, HeatMap, Line
 from sae_train.report.text import escape, nouns, number, tick
 
 COLOURS, DASHES, STRENGTHS = 8, 4, 4
@@ -77,21 +77,20 @@ def styles(saes: list[TrainedSAE]) -> tuple[list[str], str]:
     return css, "; ".join(words)
 
 
-def curves(saes: list[TrainedSAE], css: list[str]) -> list[tuple[Figure, str]]:
-    """Every figure that has at least one point, with its SVG."""
+def curves(saes: list[TrainedSAE], css: list[str]) -> list[Curves]:
+    """Every figure over tokens that has at least one point."""
     drawn = []
     for key, *texts, metric, log, zero in CURVES:
         title, note = (_worded(text, saes[0].noun if saes else "letter") for text in texts)
         lines = [line for i, sae in enumerate(saes) if (line := _line(i, css[i], sae, metric, log))]
         if lines:
             targets = sorted({sae.l0 for sae in saes if sae.l0}) if key == "l0" else []
-            figure = Figure(key, title, note, lines, log, zero, targets)
-            drawn.append((figure, draw(figure)))
+            drawn.append(Curves(key, title, escape(note), lines, log, zero, targets))
     return drawn
 
 
-def letter_maps(sae: TrainedSAE) -> list[tuple[str, str]]:
-    """Absorption by letter over training as (title, SVG), fraction and full; empty before two evaluations."""
+def letter_maps(sae: TrainedSAE) -> list[HeatMap]:
+    """Absorption by letter over training, fraction and full; empty before two evaluations."""
     steps = sorted({(row["step"], number(row.get("tokens")) or 0) for row in sae.letters})
     if len(steps) < 2:
         return []
@@ -103,7 +102,7 @@ def letter_maps(sae: TrainedSAE) -> list[tuple[str, str]]:
         most = max((value for value in found.values() if value is not None), default=0)
         values = [[found.get((letter, step)) for step, _ in steps] for letter in letters]
         title = f"{noun} by {sae.noun} and tokens (darkest: {most:.2f})"
-        maps.append((title, heat_map(letters, columns, values, most, title)))
+        maps.append(HeatMap(f"{key}-over-tokens", title, "", letters, columns, values, 0, most))
     return maps
 
 
@@ -145,8 +144,8 @@ def _line(index: int, css: str, sae: TrainedSAE, metric: str, log: bool) -> Line
     x, y = [a for a, _ in kept], [b for _, b in kept]
     lows, highs = (dict(zip(*sae.series(f"{metric}_{end}"), strict=True)) for end in ("low", "high"))
     if not all(a in lows and a in highs for a in x):
-        return Line(index, css, x, y)
-    return Line(index, css, x, y, [lows[a] for a in x], [highs[a] for a in x])
+        return Line(index, css, x, y, name=sae.label)
+    return Line(index, css, x, y, [lows[a] for a in x], [highs[a] for a in x], sae.label)
 
 
 def _worded(text: str, noun: str) -> str:

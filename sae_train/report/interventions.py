@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sae_train.report.marks import Mark, Row, dots
-from sae_train.report.shell import figure, section
+from sae_train.report.shapes import Dots, Mark, Row
+from sae_train.report.shell import section
+from sae_train.report.svg import shown
 from sae_train.report.text import escape, fixed, interval, plural
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def intervention_section(table: pd.DataFrame | None, noun: str) -> str:
     if table is None or not len(table):
         return ""
     found = _means(table)
-    chart = figure("Mean change of the answer’s margin", "logits, with 95 % intervals over words", _chart(found))
-    return section("What the model itself says", f'<p>{_said(found, table, noun)}</p><div class="plots">{chart}</div>')
+    body = f"<p>{_said(found, table, noun)}</p>" + shown([_chart(found)], "plots")
+    return section("What the model itself says", body)
 
 
 def _means(table: pd.DataFrame) -> dict[str, tuple[float, float, float]]:
@@ -81,7 +82,9 @@ def _judged(found: dict[str, tuple[float, float, float]]) -> str:
     return " The absorber’s effect is not distinguishable from the random latent’s."
 
 
-def _chart(found: dict[str, tuple[float, float, float]]) -> str:
+def _chart(found: dict[str, tuple[float, float, float]]) -> Dots:
     rows = [Row(EDITS[name], [Mark("change", mean, "dot c0", low, high)], fixed(mean, 2))
             for name, (mean, low, high) in found.items()]  # fmt: skip
-    return dots(rows, "mean change of the margin", height=26, lines=[(0.0, "mean")], right=44)
+    title = "Mean change of the answer’s margin"
+    note = "logits, with 95 % intervals over words"
+    return Dots("margin", title, note, rows, height=26, lines=[(0.0, "mean")], right=44)

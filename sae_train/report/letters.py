@@ -1,4 +1,4 @@
-"""One SAE label by label: its last evaluation comes in; charts with intervals and a table go out as HTML.
+"""One SAE label by label: its last evaluation comes in; charts with intervals and a table go out.
 
 "Letter" stands for any label of the hierarchy.
 """
@@ -9,19 +9,20 @@ from typing import Any
 
 from sae_train.report.data import OUTCOMES, TrainedSAE, outcomes_of
 from sae_train.report.findings import MEASURES, family_name, measure_name, outcome_key
-from sae_train.report.marks import Mark, Row, dots, key, stacked
-from sae_train.report.shell import figure, table
+from sae_train.report.marks import key
+from sae_train.report.shapes import Chart, Dots, Mark, Row, Stacked
+from sae_train.report.shell import table
 from sae_train.report.text import escape, fixed, label_name, nouns, number
 
 COLOURS = [f"out{i}" for i in range(len(OUTCOMES))]
 
 
-def charts(sae: TrainedSAE) -> str:
+def letter_charts(sae: TrainedSAE) -> list[Chart]:
     """Scores with intervals, outcomes and splitting of each label; empty without labels."""
-    if not any(row.get("counts") for row in sae.last_letters):
-        return ""
-    drawn = [_scores(sae, measure) for measure in MEASURES] + [_outcomes(sae), _splitting(sae)]
-    return f'<div class="plots two">{"".join(drawn)}</div>'
+    if sae.invalid or not any(row.get("counts") for row in sae.last_letters):
+        return []
+    found = [*(_scores(sae, measure) for measure in MEASURES), _outcomes(sae), _splitting(sae)]
+    return [chart for chart in found if chart]
 
 
 def letter_table(sae: TrainedSAE) -> str:
@@ -51,21 +52,19 @@ def probe_table(sae: TrainedSAE) -> str:
     return table(head, rows, "sortable letters")
 
 
-def recall_bars(saes: list[TrainedSAE]) -> str:
+def recall_bars(saes: list[TrainedSAE]) -> list[Chart]:
     """Where the recall of each SAE's main latents goes, one bar an SAE; empty where it was not kept."""
     rows = [(sae.label, sae.outcomes) for sae in saes if sae.outcomes and not sae.invalid]
-    if not rows:
-        return ""
-    note = "means over " + escape(nouns(saes[0].noun)) + f": {key(outcome_key())}"
-    return figure("Where recall goes", note, stacked(rows, list(OUTCOMES), COLOURS, "outcomes by SAE"))
+    note = "means over " + escape(nouns(saes[0].noun if saes else "letter")) + f": {key(outcome_key())}"
+    return [Stacked("recall-by-sae", "Where recall goes", note, rows, list(OUTCOMES), COLOURS)] if rows else []
 
 
-def _scores(sae: TrainedSAE, measure: str) -> str:
+def _scores(sae: TrainedSAE, measure: str) -> Chart | None:
     family = not (sae.causal and measure == "full")
     mean, random = sae.get(MEASURES[measure]), number(sae.baseline.get(f"mean_{measure}"))
     rows = [Row(str(row["letter"]), *_marks(row, measure, family)) for row in sae.last_letters]
     if not any(row.marks for row in rows):
-        return ""
+        return None
     entries = [("dot c0", "score with 95 % interval" if _with_interval(sae, measure) else "score")]
     hollow = any(mark.css.startswith("ring") for row in rows for mark in row.marks)
     entries += [("ring c1", "family-corrected")] if hollow else []
@@ -73,7 +72,7 @@ def _scores(sae: TrainedSAE, measure: str) -> str:
     entries += [("rule random", "random SAE")] if random is not None else []
     lines = [(value, css) for value, css in ((mean, "mean"), (random, "random")) if value is not None]
     title = f"Absorption, {measure_name(sae, measure)}, by {sae.noun}"
-    return figure(title, key(entries), dots(rows, title, lines=lines))
+    return Dots(f"{measure}-by-label", title, key(entries), rows, lines=lines)
 
 
 def _marks(row: dict[str, Any], measure: str, family: bool) -> tuple[list[Mark], str]:
@@ -91,16 +90,16 @@ def _with_interval(sae: TrainedSAE, measure: str) -> bool:
     return any(number(row.get(f"{measure}_low")) is not None for row in sae.last_letters)
 
 
-def _outcomes(sae: TrainedSAE) -> str:
+def _outcomes(sae: TrainedSAE) -> Chart | None:
     rows = [(str(row["letter"]), outcomes_of(row) if row.get("counts") else None) for row in sae.last_letters]
     if not any(shares for _, shares in rows):
-        return ""
+        return None
     rows = ([("all", sae.outcomes)] if sae.outcomes else []) + rows
     title = f"Where recall goes, by {sae.noun}"
-    return figure(title, key(outcome_key()), stacked(rows, list(OUTCOMES), COLOURS, title))
+    return Stacked("recall-by-label", title, key(outcome_key()), rows, list(OUTCOMES), COLOURS)
 
 
-def _splitting(sae: TrainedSAE) -> str:
+def _splitting(sae: TrainedSAE) -> Chart:
     names = {
         "f1_k1": ("best latent", "dot c7"),
         "f1_split": ("main latents", "dot c0"),
@@ -115,7 +114,7 @@ def _splitting(sae: TrainedSAE) -> str:
     title = f"F1 and splitting, by {sae.noun}"
     least = min((mark.value for row in rows for mark in row.marks if mark.value is not None), default=0.0)
     note = key([(css, name) for name, css in names.values()]) + " at the right: number of main latents"
-    return figure(title, note, dots(rows, title, (max(least - 0.05, 0), 1.02), right=30))
+    return Dots("f1-by-label", title, note, rows, (max(least - 0.05, 0), 1.02), right=30)
 
 
 def _letter_row(row: dict[str, Any], with_family: bool) -> list[str]:

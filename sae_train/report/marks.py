@@ -5,44 +5,21 @@ In: rows of values. Out: SVG text in which every mark says its value on hovering
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from sae_train.report.charts import Scale, left_margin, nice_ticks, row_label
+from sae_train.report.shapes import Dots, Mark, Row, Stacked
 from sae_train.report.text import escape, fixed, interval, label_name, percent, tick
 
 WIDTH, RIGHT, TOP, BOTTOM = 380, 10, 6, 20
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A value, with its interval where there is one; css is `dot` or `ring` and a colour."""
-
-    name: str
-    value: float | None
-    css: str = "dot c0"
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One label's marks; note is printed in their place if there are none, else at the right."""
-
-    label: str
-    marks: list[Mark]
-    note: str = ""
-
-
-def dots(
-    rows: list[Row], title: str, span: tuple[float, float] | None = None, height: int = 15,
-    lines: list[tuple[float, str]] | None = None, right: int = RIGHT,
-) -> str:  # fmt: skip
-    """Draw marks along a shared axis; lines are vertical ones, (value, css)."""
-    left, low, high = left_margin([row.label for row in rows]), *(span or _span(rows))
-    x = Scale(low, high, left, WIDTH - right)
+def draw_dots(chart: Dots) -> str:
+    """Draw marks along a shared axis."""
+    rows, height = chart.rows, chart.height
+    left, low, high = left_margin([row.label for row in rows]), *(chart.span or span_of(rows))
+    x = Scale(low, high, left, WIDTH - chart.right)
     bottom = TOP + height * len(rows)
     parts = [_ruling(x, bottom)]
-    parts += [_vertical(x, value, css, bottom) for value, css in lines or [] if low <= value <= high]
+    parts += [_vertical(x, value, css, bottom) for value, css in chart.lines if low <= value <= high]
     for i, row in enumerate(rows):
         y = TOP + height * (i + 0.5)
         parts.append(row_label(row.label, left, y))
@@ -52,11 +29,12 @@ def dots(
             parts.append(
                 f'<text class="soft" x="{at}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(row.note)}</text>'
             )
-    return _svg(title, bottom + BOTTOM, parts)
+    return _svg(chart.title, bottom + BOTTOM, parts)
 
 
-def stacked(rows: list[tuple[str, list[float] | None]], names: list[str], css: list[str], title: str) -> str:
+def draw_stacked(chart: Stacked) -> str:
     """Draw shares of a whole, one bar a label; rows without shares are said not to count."""
+    rows = chart.rows
     left, height = left_margin([label for label, _ in rows]), 15
     x, bottom = Scale(0, 1, left, WIDTH - RIGHT), TOP + height * len(rows)
     parts = []
@@ -65,7 +43,7 @@ def stacked(rows: list[tuple[str, list[float] | None]], names: list[str], css: l
         parts.append(row_label(label, left, y + height / 2))
         if shares is None:
             parts.append(f'<text class="soft" x="{left + 4}" y="{y + 11.5:.1f}">does not count</text>')
-        for share, name, colour in zip(shares or [], names, css, strict=False):
+        for share, name, colour in zip(shares or [], chart.names, chart.css, strict=False):
             said = f"{escape(label_name(label))}, {name}: {percent(share)}"
             parts.append(
                 f'<rect class="part {colour}" x="{x(start):.1f}" y="{y + 1.5:.1f}" '
@@ -74,7 +52,7 @@ def stacked(rows: list[tuple[str, list[float] | None]], names: list[str], css: l
             start += share
     for value in (0, 0.25, 0.5, 0.75, 1):
         parts.append(_tick(x(value), bottom, percent(value, 0)))
-    return _svg(title, bottom + BOTTOM, parts)
+    return _svg(chart.title, bottom + BOTTOM, parts)
 
 
 def key(entries: list[tuple[str, str]]) -> str:
@@ -82,7 +60,7 @@ def key(entries: list[tuple[str, str]]) -> str:
     return " ".join(f'<span class="key"><i class="{css}"></i>{escape(words)}</span>' for css, words in entries)
 
 
-def _span(rows: list[Row]) -> tuple[float, float]:
+def span_of(rows: list[Row]) -> tuple[float, float]:
     """All marks and intervals, from 0 where none is below it."""
     marks = [mark for row in rows for mark in row.marks]
     values = [v for mark in marks for v in (mark.value, mark.low, mark.high) if v is not None] or [0.0, 1.0]

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from sae_train.config import groups as setting_groups
 from sae_train.report import tables
+from sae_train.report.absorbing import course, density, event_charts
 from sae_train.report.data import Run, TrainedSAE
 from sae_train.report.figures import curves, legend, letter_maps, styles
 from sae_train.report.findings import FAMILY, MEASURES
-from sae_train.report.letters import charts, letter_table, probe_table, recall_bars
-from sae_train.report.seeds import seed_tables
-from sae_train.report.shell import document, figure, flat, folded, paragraphs, section, tiles
+from sae_train.report.glossary import glossary
+from sae_train.report.latents import latent_lists, latent_section
+from sae_train.report.letters import letter_charts, letter_table, probe_table, recall_bars
+from sae_train.report.pareto import pareto
+from sae_train.report.seeds import comparison_table, seed_table
+from sae_train.report.shell import document, flat, folded, paragraphs, section, tiles
+from sae_train.report.svg import shown
 from sae_train.report.text import duration, escape, fixed, nouns, number, percent, short, target, tick
-from sae_train.report.verdict import about, verdict
+from sae_train.report.verdict import about, headline, verdict
 from sae_train.report.words import word_lists, word_section
 
 
@@ -22,6 +27,7 @@ def page(runs: list[Run]) -> str:
     """Return the whole report of one or several runs."""
     saes = [sae for run in runs for sae in run.saes]
     listed_words, cut = word_lists(saes)
+    data = {"words": listed_words, "latents": latent_lists(saes)}
     title = runs[0].title if len(runs) == 1 else f"{len(runs)} runs compared"
     sections = [
         _top(title, runs, saes),
@@ -30,11 +36,13 @@ def page(runs: list[Run]) -> str:
         _curves(saes),
         _grids(saes),
         _seeds(runs),
+        _comparisons(runs),
         _panels(runs),
         word_section(saes, cut, "Words absorbed", _word_lead(saes)),
+        latent_section(saes),
         _facts(runs),
     ]
-    return document(title, sections, listed_words)
+    return document(title, sections, data)
 
 
 def _top(title: str, runs: list[Run], saes: list[TrainedSAE]) -> str:
@@ -43,8 +51,11 @@ def _top(title: str, runs: list[Run], saes: list[TrainedSAE]) -> str:
     preset = runs[0].setting("preset")
     if scored:
         notes.insert(0, _caveat(str(preset) if preset else None, runs))
-    body = _tiles(saes[0]) if len(saes) == 1 and not saes[0].failed else ""
+    answer = headline(runs)
+    body = f'<div class="verdict answer">{answer}</div>' if answer else ""
+    body += _tiles(saes[0]) if len(saes) == 1 and not saes[0].failed else ""
     body += f'<div class="verdict">{paragraphs(verdict(runs))}</div>'
+    body += glossary(saes[0].noun, any(sae.get(FAMILY) is not None for sae in saes)) if saes else ""
     body += "".join(f'<p class="note">{escape(note)}</p>' for note in dict.fromkeys(notes))
     return f"<header><h1>{escape(title)}</h1>{body}</header>"
 
@@ -81,8 +92,8 @@ def _table(saes: list[TrainedSAE]) -> str:
         return ""
     lead = "Small numbers are 95 % intervals; baselines’ scores are fraction / full."
     lead += " Click a heading to sort." if len(saes) > 1 else ""
-    bars = recall_bars(saes) if len(saes) > 1 else ""
-    return section("SAEs", tables.overview(saes) + (f'<div class="plots two">{bars}</div>' if bars else ""), lead=lead)
+    bars = shown(recall_bars(saes)) if len(saes) > 1 else ""
+    return section("SAEs", tables.overview(saes) + bars, lead=lead)
 
 
 def _truth(saes: list[TrainedSAE]) -> str:
@@ -96,28 +107,37 @@ def _curves(saes: list[TrainedSAE]) -> str:
     drawn = curves(saes, css)
     if not drawn:
         return section("Training", "<p>Nothing was logged yet, so there is nothing to draw.</p>") if saes else ""
-    boxes = "".join(figure(curve.title, escape(curve.note), svg, curve.key) for curve, svg in drawn)
     lead = "Hover or touch a curve for its values."
     lead += " Press names to bring their curves forward." if len(saes) > 1 else ""
     lead += f" How to tell them apart – {escape(meaning)}." if meaning else ""
-    shown = legend(saes, css) if len(saes) > 1 else ""
-    return section("Training", f'{shown}<div class="plots">{boxes}</div>', "many" if len(saes) > 6 else "", lead)
+    chips = legend(saes, css) if len(saes) > 1 else ""
+    return section("Training", chips + shown(drawn, "plots"), "many" if len(saes) > 6 else "", lead)
 
 
 def _grids(saes: list[TrainedSAE]) -> str:
-    blocks = tables.grids(saes)
-    return section("Width and L0", blocks, lead="Last values; seeds averaged.") if blocks else ""
+    blocks = tables.grids(saes) + shown(pareto(saes), "plots")
+    return section("Width and L0", blocks, lead="Last values on held-out text; seeds averaged.") if blocks else ""
 
 
 def _seeds(runs: list[Run]) -> str:
     noun = next((sae.noun for run in runs for sae in run.saes), "letter")
     lead = (
-        f"Intervals are 95 % two-way bootstraps over the training seeds and the {escape(nouns(noun))} that count "
-        "in all of them; differences are paired. Of differences as large as the smallest visible one, four in five "
-        "would be found."
+        f"Intervals are 95 % two-way bootstraps over the training seeds and the {escape(nouns(noun))} that count "
+        "in all of them. Of differences as large as the smallest visible one, four in five would be found."
     )
-    found = seed_tables(runs)
+    found = seed_table(runs)
     return section("Training seeds", found, lead=lead) if found else ""
+
+
+def _comparisons(runs: list[Run]) -> str:
+    noun = next((sae.noun for run in runs for sae in run.saes), "letter")
+    lead = (
+        f"Differences paired over {escape(nouns(noun))}, with 95 % two-way bootstraps over them and training seeds. "
+        "L0 as reached where it differs by at most 2 %, else interpolated on log L0 over at least four. One verdict in "
+        "twenty is wrong by chance."
+    )
+    found = comparison_table(runs)
+    return section("Distinguishable or not", found, lead=lead) if found else ""
 
 
 def _panels(runs: list[Run]) -> str:
@@ -137,13 +157,15 @@ def _panels(runs: list[Run]) -> str:
 
 def _panel(index: int, sae: TrainedSAE, run: Run, hidden: bool, several: bool) -> str:
     body = paragraphs(about(sae, run)) if several else ""
+    body += shown(density(sae))
     if not sae.letters:
         body += "<p>There are no letters to show for this SAE: the absorption eval left none.</p>"
     else:
         body += tables.baselines(sae)
-        maps = "".join(figure(title, "", svg) for title, svg in letter_maps(sae))
-        body += f'<div class="plots two">{maps}</div>' if maps else "<p>One evaluation only: no course over time.</p>"
-        body += probe_table(sae) if sae.invalid else charts(sae) + letter_table(sae)
+        body += shown(letter_maps(sae)) or "<p>One evaluation only: no course over time.</p>"
+        body += paragraphs([sentence]) if (sentence := course(sae)) else ""
+        body += shown(event_charts(sae))
+        body += probe_table(sae) if sae.invalid else shown(letter_charts(sae)) + letter_table(sae)
     return f'<div class="panel" data-sae="{index}"{" hidden" if hidden else ""}>{body}</div>'
 
 
@@ -153,6 +175,11 @@ def _word_lead(saes: list[TrainedSAE]) -> str:
         f"Words with the {noun} on which its main latents are silent or weak, and the latent that carries the "
         f"{noun} instead: the cosine of its decoder row with the {noun}’s probe, and its share of the "
         "activation’s projection on the probe."
+        + (
+            " Silent since: the evaluation from which on its main latents never fired on it again."
+            if any(sae.event_log for sae in saes)
+            else ""
+        )
     )
 
 

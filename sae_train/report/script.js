@@ -1,5 +1,5 @@
 "use strict";
-// Sorting, choosing an SAE, the table of words, highlighting and hovering. Page text goes in through textContent only.
+// Sorting, choosing an SAE, the table of words, highlighting and hovering; latents.js follows in the same script. Page text goes in through textContent only.
 const $ = (query, root = document) => root.querySelector(query);
 const $$ = (query, root = document) => [...root.querySelectorAll(query)];
 const make = (tag, text, parent) => {
@@ -8,6 +8,8 @@ const make = (tag, text, parent) => {
   if (parent) parent.append(node);
   return node;
 };
+
+const tokens = (value) => (value >= 1e9 ? `${+(value / 1e9).toPrecision(4)}B` : value >= 1e6 ? `${+(value / 1e6).toPrecision(4)}M` : value >= 1e3 ? `${+(value / 1e3).toPrecision(4)}k` : value);
 
 // --- sortable tables made by the writer
 const keyOf = (row, column) => {
@@ -33,12 +35,12 @@ $$("table.sortable").forEach((table) => {
 });
 
 // --- words: [word, letter, main latents, activation, absorber, cosine, share, fraction, full, outcome, next absorbers,
-// and of some: latent of the largest effect, effect, second effect, cosine]; the table's head names its columns
+// [recalled until, silent since, taken over since] or null, and of some: latent of the largest effect, effect, second effect, cosine]; the table's head names its columns
 const words = JSON.parse($("#words").textContent);
 const names = $$("#sae option").map((option) => option.textContent);
 const wordTable = $("table.words");
 const columns = wordTable ? $$("thead th", wordTable).map((head) => head.dataset.column) : [];
-const PAGE = 50;
+const PAGE = 20;
 let current = $("#sae") ? Number($("#sae").value) : 0;
 let limit = PAGE;
 let order = null;
@@ -49,6 +51,7 @@ function others(row, family) {
   const found = rest(row, family);
   return found.slice(0, 8).map((word) => word.trim()).join(", ") + (found.length > 8 ? ` and ${found.length - 8} more` : "");
 }
+const rounded = (value) => (value === null ? "never" : tokens(Number(value.toPrecision(3))));
 const COLUMNS = { // what a cell says and what it is sorted by
   word: [(row) => row[0].trim(), (row) => row[0].trim()],
   letter: [(row) => (row[1].length === 1 ? row[1].toUpperCase() : row[1]), (row) => row[1]],
@@ -60,10 +63,13 @@ const COLUMNS = { // what a cell says and what it is sorted by
   share: [(row) => (row[6] === null ? "–" : `${(100 * row[6]).toFixed(0)} %`), (row) => row[6]],
   fraction: [(row) => fixed(row[7]), (row) => row[7]],
   full: [(row) => (row[8] ? "yes" : "no"), (row) => row[8]],
-  effect_latent: [(row) => row[11] ?? "–", (row) => row[11]],
-  effect: [(row) => fixed(row[12]), (row) => row[12]],
-  second: [(row) => fixed(row[13]), (row) => row[13]],
-  effect_cos: [(row) => fixed(row[14]), (row) => row[14]],
+  effect_latent: [(row) => row[12] ?? "–", (row) => row[12]],
+  effect: [(row) => fixed(row[13]), (row) => row[13]],
+  second: [(row) => fixed(row[14]), (row) => row[14]],
+  effect_cos: [(row) => fixed(row[15]), (row) => row[15]],
+  before: [(row) => (row[11] ? rounded(row[11][0]) : "–"), (row) => (row[11] ? row[11][0] ?? -1 : null)],
+  silent: [(row) => (row[11] ? rounded(row[11][1]) : "–"), (row) => (row[11] ? row[11][1] : null)],
+  taken: [(row) => (row[11] ? rounded(row[11][2]) : "–"), (row) => (row[11] ? row[11][2] : null)],
   next: [(row) => row[10].map(([latent, cosine]) => `${latent} (${fixed(cosine)})`).join(", ") || "–", (row) => row[10].length],
   others: [others, (row, family) => (family.get(row[4]) || []).length],
 };
@@ -77,7 +83,7 @@ function showWords() {
   const sought = $("#search").value.trim().toLowerCase();
   const full = $("#only-full").checked;
   const fits = (row) => !sought || row[0].toLowerCase().includes(sought) || row[1].toLowerCase() === sought
-    || row[9] === sought || [row[4], row[11], ...row[2], ...row[10].map((pair) => pair[0])].map(String).includes(sought);
+    || row[9] === sought || [row[4], row[12], ...row[2], ...row[10].map((pair) => pair[0])].map(String).includes(sought);
   let rows = all.filter((row) => (!full || row[8]) && fits(row));
   if (order) {
     const key = COLUMNS[columns[order.column]][1];
@@ -87,7 +93,11 @@ function showWords() {
   body.textContent = "";
   rows.slice(0, limit).forEach((row) => {
     const line = make("tr", undefined, body);
-    columns.forEach((name, i) => make(i ? "td" : "th", COLUMNS[name][0](row, family), line));
+    columns.forEach((name, i) => {
+      const cell = make(i ? "td" : "th", COLUMNS[name][0](row, family), line);
+      if (name === "main") linkLatents(cell, row[2]);
+      if (name === "absorber" && row[4] !== null) linkLatents(cell, [row[4]]);
+    });
     line.cells[0].scope = "row";
   });
   $("#more").hidden = rows.length <= limit;
@@ -104,13 +114,13 @@ if (wordTable) {
   $("#search").addEventListener("input", restart);
   $("#only-full").addEventListener("change", restart);
   $("#more").addEventListener("click", () => { limit += 4 * PAGE; showWords(); });
-  showWords();
 }
 if ($("#sae")) $("#sae").addEventListener("change", (event) => {
   current = Number(event.target.value);
   limit = PAGE;
   $$(".panel").forEach((panel) => { panel.hidden = Number(panel.dataset.sae) !== current; });
   showWords();
+  showLabels();
 });
 
 // --- pressed names bring their curves forward
@@ -132,14 +142,13 @@ const tip = $("#tip");
 const chips = $$(".chip");
 const numbers = (text) => (text ? text.split(" ").map(Number) : null);
 const brief = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4))));
-const tokens = (value) => (value >= 1e9 ? `${+(value / 1e9).toPrecision(4)}B` : value >= 1e6 ? `${+(value / 1e6).toPrecision(4)}M` : value >= 1e3 ? `${+(value / 1e3).toPrecision(4)}k` : value);
 function values(plot, at) {
   return $$(".line:not(.dim)", plot).map((line) => {
     const x = numbers(line.dataset.x);
     const i = x.reduce((best, value, j) => (Math.abs(value - at) < Math.abs(x[best] - at) ? j : best), 0);
     const low = numbers(line.dataset.low), high = numbers(line.dataset.high);
     const band = low ? ` (${brief(low[i])} to ${brief(high[i])})` : "";
-    return { x: x[i], y: numbers(line.dataset.y)[i], band, css: line.getAttribute("class"), sae: Number(line.dataset.sae) };
+    return { x: x[i], y: numbers(line.dataset.y)[i], band, css: line.getAttribute("class"), sae: Number(line.dataset.sae), name: line.dataset.name };
   });
 }
 function hover(event) {
@@ -156,7 +165,8 @@ function hover(event) {
   found.slice(0, 14).forEach((item) => {
     const row = make("div", undefined, tip);
     make("i", undefined, row).className = item.css.replace("line", "");
-    const name = chips[item.sae] ? `${chips[item.sae].textContent.trim()}: ` : "";
+    const of = item.name || (chips[item.sae] ? chips[item.sae].textContent.trim() : "");
+    const name = of ? `${of}: ` : "";
     row.append(`${name}${brief(item.y)}${item.band}`);
   });
   if (found.length > 14) make("div", `and ${found.length - 14} more`, tip);

@@ -1,4 +1,4 @@
-"""What every page is made in: a title, ready sections and the words as JSON come in, one HTML text goes out.
+"""What every page is made in: a title, ready sections and data as JSON come in, one HTML text goes out.
 
 The text holds its style and script, and loads nothing from anywhere.
 """
@@ -24,18 +24,20 @@ SHELL = """<!doctype html>
 {body}
 </main>
 <div id="tip" hidden></div>
-<script type="application/json" id="words">{words}</script>
+{data}
 <script>{script}</script>
 </body>
 </html>
 """
 
 
-def document(title: str, sections: list[str], words: str) -> str:
-    """Put sections (already HTML, empty ones left out) and the words' JSON into a page."""
+def document(title: str, sections: list[str], data: dict[str, str]) -> str:
+    """Put sections (already HTML, empty ones left out) and data for the script (name: safe JSON) into a page."""
     body = "\n".join(filter(None, sections))
     title = f"{escape(title)} · sae-train"
-    return SHELL.format(title=title, style=_asset("style.css"), script=_asset("script.js"), words=words, body=body)
+    held = "\n".join(f'<script type="application/json" id="{name}">{text}</script>' for name, text in data.items())
+    script = _asset("script.js") + _asset("latents.js")
+    return SHELL.format(title=title, style=_asset("style.css"), script=script, data=held, body=body)
 
 
 def section(title: str, body: str, css: str = "", lead: str = "") -> str:
@@ -53,19 +55,18 @@ def tiles(cells: list[tuple[str, str, str]]) -> str:
     return f'<dl class="tiles">{boxes}</dl>'
 
 
-def figure(title: str, note: str, svg: str, key: str = "") -> str:
+def figure(title: str, note: str, svg: str) -> str:
     """A drawing under its caption; note is HTML."""
     note = f"<small>{note}</small>" if note else ""
-    anchor = f' id="{key}"' if key else ""
-    return f"<figure{anchor}><figcaption><h3>{escape(title)}</h3>{note}</figcaption>{svg}</figure>"
+    return f"<figure><figcaption><h3>{escape(title)}</h3>{note}</figcaption>{svg}</figure>"
 
 
-def table(head: list[str], rows: list[list[str]], css: str = "") -> str:
-    """Wrap ready cells (already HTML) in a table that scrolls sideways on a narrow screen."""
+def table(head: list[str], rows: list[list[str]], css: str = "", tall: bool = False) -> str:
+    """Wrap ready cells (already HTML) in a table that scrolls sideways on a narrow screen, and down if it is tall."""
     header = "".join(cell if cell.startswith("<th") else f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(f'<tr><th scope="row">{row[0]}</th>{"".join(map(_cell, row[1:]))}</tr>' for row in rows)
     inside = f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table class="{css}">{inside}</table></div>'
+    return f'<div class="scroll{" tall" if tall else ""}"><table class="{css}">{inside}</table></div>'
 
 
 def folded(summary: str, rows: list[list[str]], opened: bool = False) -> str:

@@ -39,6 +39,7 @@ BASELINES = {
     "random_directions": ("random directions", "this SAE, random vectors for the probe"),
     "probe": ("probe", "its read-outs as latents: upper bound of recall"),
 }
+MOST_ROWS = 16  # a longer table scrolls within its own height
 PROJECTED = ("shuffled_labels", "random_directions", "probe")  # scored so by every preset
 COLUMNS = {
     "mean_fraction": "fraction",
@@ -62,7 +63,7 @@ def overview(saes: list[TrainedSAE]) -> str:
         "mean F1",
     ]
     rows = [_overview_row(sae, beside, with_family, len(scores)) for sae in saes]
-    return table(head + scores, rows, "sortable")
+    return table(head + scores, rows, "sortable", tall=len(rows) > MOST_ROWS)
 
 
 def baselines(sae: TrainedSAE, whole: bool = False) -> str:
@@ -105,8 +106,8 @@ def grids(saes: list[TrainedSAE]) -> str:
             ]
             head = ["<small>width ↓ L0 →</small>", *targets]
             maps += f'<div class="cell-map"><small>{escape(name)}</small>{table(head, rows, "map")}</div>'
-        blocks.append(f'<h3>{escape(title)}</h3><div class="maps">{maps}</div>')
-    return "".join(blocks)
+        blocks.append(f'<div class="metric"><h3>{escape(title)}</h3><div class="maps">{maps}</div></div>')
+    return f'<div class="metrics">{"".join(blocks)}</div>' if blocks else ""
 
 
 def _overview_row(sae: TrainedSAE, beside: list[str], with_family: bool, n_scores: int) -> list[str]:

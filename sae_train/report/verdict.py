@@ -19,6 +19,41 @@ from sae_train.report.findings import (
 from sae_train.report.text import duration, escape, fixed, interval, listed, number, percent, plural, short, tick
 
 CLOSE_L0 = 0.02
+MOST_TOLD = 4  # SAEs whose answers are all told at the top
+
+
+def headline(runs: list[Run]) -> str:
+    """The answer in plain words: how much each SAE absorbs, of many the least and the most; empty without a score."""
+    whole = [sae for run in runs for sae in run.saes if not sae.failed and not sae.invalid]
+    scored = sorted((s for s in whole if s.get(MEASURES["full"]) is not None), key=lambda s: s.get(MEASURES["full"]))
+    if not scored:
+        return ""
+    sae = scored[0]
+    noun = escape(sae.noun)
+    first = "first letter" if sae.noun == "letter" else noun
+    question = (
+        f"<b>Does a latent that stands for a {first} fire on every word with that {noun}?</b> (A "
+        "latent is one of the directions that an SAE takes activations apart into.) Where it stays silent "
+        f"because another latent carries the {noun} instead, the {noun} is <i>absorbed</i>."
+    )
+    told = scored if len(scored) <= MOST_TOLD else [scored[0], scored[-1]]
+    many = "" if len(told) == len(scored) else f" The least and the most of {len(scored)} SAEs:"
+    items = "".join(f"<li>{_answer(sae)}</li>" for sae in sorted(told, key=lambda s: s.get(MEASURES["full"])))
+    return f"{question}{many}<ul>{items}</ul>"
+
+
+def _answer(sae: TrainedSAE) -> str:
+    metric, noun = MEASURES["full"], escape(sae.noun)
+    low, high = (sae.get(f"{metric}_{end}") for end in ("low", "high"))
+    random = number(sae.baseline.get("mean_full"))
+    span = f" (95 % interval {percent(low)} to {percent(high)})" if low is not None and high is not None else ""
+    share = f"<b>{percent(sae.get(metric))}</b> of a {noun}’s words, on average"
+    text = f"<b>{escape(sae.label)}</b>: absorbed on {share}{span}"
+    if random is None:
+        return f"{text}."
+    above = against_random(sae, "full")
+    judged = "distinguishably more than" if above else "not distinguishably more than"
+    return f"{text}, {judged} a random SAE ({percent(random)})."
 
 
 def verdict(runs: list[Run]) -> list[str]:
@@ -88,8 +123,8 @@ def _compared(saes: list[TrainedSAE], runs: list[Run]) -> list[str]:
     failed = [f"{escape(sae.label)} ({escape(sae.failed)})" for sae in saes if sae.failed]
     if failed:
         sentences.append(f"<b>{len(failed)} failed</b>: {listed(failed)}.")
-    sentences += [_all_l0(whole), _range(whole, "metrics/explained_variance", "Explained variance")]
-    sentences += [_range(whole, "metrics/ce_loss_score", "CE loss recovered")]
+    ranges = {"Explained variance": "metrics/explained_variance", "CE loss recovered": "metrics/ce_loss_score"}
+    sentences += [" ".join(filter(None, [_all_l0(whole), *(_range(whole, m, noun) for noun, m in ranges.items())]))]
     sentences += [_all_absorption(whole, measure) for measure in MEASURES]
     without = [sae for sae in whole if sae.invalid]
     if without:
@@ -128,7 +163,8 @@ def _all_absorption(saes: list[TrainedSAE], measure: str) -> str:
     if not known:
         return "Absorption was not evaluated." if measure == "full" else ""
     ends = [f"<b>{fixed(s.get(metric))}</b> ({escape(s.label)}{_bracket(s, metric)})" for s in (known[0], known[-1])]
-    apart = (known[-1].get(f"{metric}_low") or 0) > (known[0].get(f"{metric}_high") or 1)
+    low, high = known[-1].get(f"{metric}_low"), known[0].get(f"{metric}_high")
+    apart = low is not None and high is not None and low > high
     judged = "these two are distinguishable" if apart else "even these two are not distinguishable"
     zero = sum(against_zero(sae, measure) is True for sae in known)
     random = [verdict for sae in known if (verdict := against_random(sae, measure)) is not None]

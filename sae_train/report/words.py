@@ -18,7 +18,8 @@ HEADS = {
     "word": "word", "letter": "letter", "main": "main latents", "activation": "main activation", "outcome": "outcome",
     "absorber": "taken over by", "cosine": "cosine", "share": "share", "fraction": "fraction", "full": "full",
     "effect_latent": "latent of the largest effect", "effect": "its effect", "second": "second effect",
-    "effect_cos": "its cosine", "next": "next absorbers (cosine)", "others": "same absorber also on",
+    "effect_cos": "its cosine", "before": "recalled until (tokens)", "silent": "silent since",
+    "taken": "taken over since", "next": "next absorbers (cosine)", "others": "same absorber also on",
 }  # fmt: skip
 
 
@@ -27,7 +28,9 @@ def word_lists(saes: list[TrainedSAE]) -> tuple[str, list[str]]:
     most = WORD_ROWS // max(sum(bool(sae.words) for sae in saes), 1)
     lists, cut = [], []
     for sae in saes:
-        rows = sorted((_word_row(row) for row in sae.words), key=lambda row: (-row[8], -row[7], row[0]))
+        events = {(row["letter"], row["word"]): row for row in sae.event_log.get("events", [])}
+        rows = (_word_row(row, events.get((row["letter"], row["word"]))) for row in sae.words)
+        rows = sorted(rows, key=lambda row: (-row[8], -row[7], row[0]))
         if len(rows) > most:
             cut.append(f"{sae.label}: the {most:,} most absorbed of {len(rows):,} words are listed.")
         lists.append(rows[:most])
@@ -58,12 +61,15 @@ def _columns(saes: list[TrainedSAE]) -> list[str]:
     absent = set() if any(isinstance(row.get("outcome"), str) for row in rows) else {"outcome"}
     if not any("effect" in row for row in rows):
         absent |= {"effect_latent", "effect", "second", "effect_cos"}
+    if not any(sae.event_log.get("events") for sae in saes):
+        absent |= {"silent", "taken", "before"}
     return [name for name in HEADS if name not in absent]
 
 
-def _word_row(row: dict[str, Any]) -> list[Any]:
+def _word_row(row: dict[str, Any], event: dict[str, Any] | None) -> list[Any]:
     """Word, letter, main latents, activation, absorber, cosine, share of A, fraction, full, outcome, next absorbers,
-    and for causal presets the latent of the largest effect, the effect, the second's and the latent's cosine."""
+    for a word of the event log [recalled until, silent since, taken over since] in tokens, and for causal presets the
+    latent of the largest effect, the effect, the second's and the latent's cosine."""
     absorbers, cosines = row["absorbers"], [_round(cosine) for cosine in row["absorber_cos"]]
     activation = number(row.get("main_act")) or 0
     found = [
@@ -78,6 +84,7 @@ def _word_row(row: dict[str, Any]) -> list[Any]:
         int((number(row.get("full")) or 0) > 0),
         row.get("outcome") if isinstance(row.get("outcome"), str) else None,
         [[int(latent), cosine] for latent, cosine in zip(absorbers[1:], cosines[1:], strict=False)],
+        event and [_whole(event[f"{name}_tokens"]) for name in ("recalled", "silent", "taken")],
     ]
     if "effect" not in row:
         return found
@@ -88,3 +95,8 @@ def _word_row(row: dict[str, Any]) -> list[Any]:
 def _round(value: object) -> float | None:
     found = number(value)
     return None if found is None else round(found, 3)
+
+
+def _whole(value: object) -> int | None:
+    found = number(value)
+    return None if found is None else int(found)

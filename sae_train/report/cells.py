@@ -1,0 +1,70 @@
+"""Cells of a grid: runs come in, their SAEs gathered by architecture, width and L0 go out, training seeds together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sae_train.config import width_label
+from sae_train.report.data import Run, TrainedSAE
+from sae_train.report.text import number
+
+SCORES = ("fraction", "full")
+SETTINGS = ("model", "hook", "preset", "hierarchy", "template", "eval_words", "eval_seed", "tokens")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """SAEs that differ in their training seed only; setting tells apart runs of other models, evals or lengths."""
+
+    setting: tuple[str, ...]
+    arch: str
+    width: int
+    l0: float
+    saes: tuple[TrainedSAE, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch}, {width_label(self.width)}, L0 {self.l0:g}"
+
+    @property
+    def seeds(self) -> tuple[int | None, ...]:
+        return tuple(sae.seed for sae in self.saes)
+
+    @property
+    def letters(self) -> set[str]:
+        """Labels that count in all seeds."""
+        return set.intersection(*(set(_values(sae, SCORES[0])) for sae in self.saes))
+
+    @property
+    def reached(self) -> float | None:
+        """Mean L0 on held-out text; None where one was not measured."""
+        found = [sae.get("metrics/l0") for sae in self.saes]
+        return None if None in found or not found else sum(found) / len(found)  # type: ignore[arg-type]
+
+    def matrix(self, score: str, letters: list[str]) -> Any:
+        """Seeds × labels."""
+        import torch
+
+        rows = [_values(sae, score) for sae in self.saes]
+        return torch.tensor([[row[letter] for letter in letters] for row in rows], dtype=torch.float64)
+
+
+def cells(runs: list[Run]) -> list[Cell]:
+    """All cells with a label that counts in every seed, in the order of setting, architecture, width and L0."""
+    found: dict[tuple, dict[int, TrainedSAE]] = {}
+    for run in runs:
+        assets = (run.facts.get("eval_assets") or {}).get("hash")
+        setting = (*(str(run.setting(name)) for name in SETTINGS), str(assets))
+        for sae in run.saes:
+            usable = not sae.failed and not sae.invalid and _values(sae, SCORES[0])
+            if usable and sae.width and sae.l0 and sae.seed is not None:
+                found.setdefault((setting, sae.arch, sae.width, sae.l0), {}).setdefault(sae.seed, sae)
+    made = [Cell(*key, tuple(seed for _, seed in sorted(seeds.items()))) for key, seeds in sorted(found.items())]
+    return [cell for cell in made if cell.letters]
+
+
+def _values(sae: TrainedSAE, score: str) -> dict[str, float]:
+    """The last evaluation's labels that count."""
+    rows = {str(row["letter"]): number(row.get(score)) for row in sae.last_letters if row.get("counts")}
+    return {letter: value for letter, value in rows.items() if value is not None}

@@ -1,0 +1,79 @@
+"""Writes a report as files: runs come in; PNG, SVG and CSV of every chart and CSV of every table go out."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sae_train.errors import UserError
+from sae_train.report.data import Run, load_runs
+from sae_train.report.gallery import gallery
+from sae_train.report.plates import plate
+from sae_train.report.text import number
+
+DPI = 160
+PLAIN = ("name", "run", "arch", "width", "l0", "seed", "failed", "invalid")
+
+
+def export(folders: list[Path], out: Path) -> list[Path]:
+    """Write everything below `out`, whose files of the same names are replaced; return the paths written.
+
+    Raises UserError for folders that are no runs and for an `out` that cannot be written.
+    """
+    runs = load_runs(folders)
+    try:
+        return [*_tables(runs, out), *_charts(runs, out)]
+    except OSError as error:
+        raise UserError(f"the figures cannot be written to {str(out)!r}: {error.strerror}") from None
+
+
+def _charts(runs: list[Run], out: Path) -> Iterator[Path]:
+    import matplotlib
+
+    # Text stays text in SVG files, and the same run gives the same bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sae-train"}):
+        for name, chart in gallery(runs):
+            path = out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield _csv(path.with_name(f"{path.name}.csv"), *chart.table())
+            figure = plate(chart)
+            for kind in ("svg", "png"):
+                file = path.with_name(f"{path.name}.{kind}")
+                figure.savefig(file, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
+                yield file
+
+
+def _tables(runs: list[Run], out: Path) -> Iterator[Path]:
+    """SAEs with all their last figures, letters at every evaluation, absorbed words and the event log."""
+    out.mkdir(parents=True, exist_ok=True)
+    saes = [sae for run in runs for sae in run.saes]
+    figures = [
+        {name: getattr(sae, name) for name in PLAIN} | {k: v for k, v in sae.final.items() if number(v) is not None}
+        for sae in saes
+    ]
+    yield _records(out / "saes.csv", figures)
+    for name, attribute in (("letters", "letters"), ("words", "words")):
+        yield _records(out / f"{name}.csv", ({"sae": s.label, **row} for s in saes for row in getattr(s, attribute)))
+    yield _records(out / "events.csv", (row | {"sae": s.label} for s in saes for row in s.event_log.get("events", [])))
+
+
+def _records(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+    rows = list(records)
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    return _csv(path, head, [[_cell(row.get(name)) for name in head] for row in rows])
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _csv(path: Path, head: list[str], rows: list[list[Any]]) -> Path:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerows([["" if value is None or value != value else value for value in row] for row in rows])
+    temporary.replace(path)
+    return path

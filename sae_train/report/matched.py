@@ -1,0 +1,120 @@
+"""Comparisons at matched L0: cells of SAEs come in, one row a pair with its difference and a verdict goes out.
+
+Two cells are compared as they are where their L0 differ by at most 2 %. Otherwise each side's scores, label by label
+and seed by seed, are interpolated on log L0 to the L0 asked for, if it has at least four L0 around it; else the pair is
+left out with its reason. Labels are paired; a pair needs the same words, which the same eval assets give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, groupby, pairwise
+from typing import TYPE_CHECKING, Any
+
+from sae_train.config import width_label
+from sae_train.report.cells import SCORES, Cell
+from sae_train.report.text import escape, percent
+
+if TYPE_CHECKING:
+    from sae_train.evals.intervals import Interval
+
+CLOSE_L0 = 0.02
+LEAST_POINTS = 4  # L0 of a side that is interpolated
+SEEDS_ASKED = 3  # a side; fewer leave the noise of training out of sight
+
+
+@dataclass(frozen=True)
+class Compared:
+    """b − a of each score, or why there is none; `how` says what was done to match L0."""
+
+    name: str
+    seeds: str
+    how: str
+    differences: dict[str, Interval]
+
+
+def comparisons(cells: list[Cell]) -> list[Compared]:
+    """Architectures at one width and L0, widths of one architecture and L0, L0 of one architecture and width."""
+    found = [_at_one_l0(a, b, cells) for a, b in _pairs(cells, "arch") + _pairs(cells, "width")]
+    return found + [_over_l0(a, b) for a, b in _pairs(cells, "l0")]
+
+
+def _pairs(cells: list[Cell], trait: str) -> list[tuple[Cell, Cell]]:
+    """Cells that differ in one trait only: all pairs of architectures, neighbours in width and L0."""
+    others = [name for name in ("setting", "arch", "width", "l0") if name != trait]
+    rest = lambda cell: tuple(getattr(cell, name) for name in others)  # noqa: E731
+    order = sorted(cells, key=lambda cell: (rest(cell), getattr(cell, trait)))
+    pairs: list[tuple[Cell, Cell]] = []
+    for _, group in groupby(order, key=rest):
+        own = list(group)
+        pairs += combinations(own, 2) if trait == "arch" else pairwise(own)
+    return pairs
+
+
+def _at_one_l0(a: Cell, b: Cell, cells: list[Cell]) -> Compared:
+    differs = f"{b.arch} − {a.arch}, {width_label(a.width)}" if a.arch != b.arch else ""
+    differs = differs or f"{a.arch}: {width_label(b.width)} − {width_label(a.width)}"
+    name = f"{differs}, L0 {a.l0:g}"
+    apart = abs(math.log(b.reached / a.reached)) if a.reached and b.reached else math.inf
+    if apart <= CLOSE_L0:
+        return _compared(name, "as reached", a, b)
+    if all(_can_interpolate(cell, cells) for cell in (a, b)):
+        return _compared(name, "interpolated", a, b, _series(a, cells), _series(b, cells))
+    reason = f"not compared: L0 {percent(math.expm1(apart))} apart" if math.isfinite(apart) else "not compared: no L0"
+    return Compared(name, _seeds(a, b), reason, {})
+
+
+def _over_l0(a: Cell, b: Cell) -> Compared:
+    return _compared(f"{a.arch}, {width_label(a.width)}: L0 {b.l0:g} − {a.l0:g}", "two L0", a, b)
+
+
+def _compared(
+    name: str, how: str, a: Cell, b: Cell, along_a: Sequence[Cell] = (), along_b: Sequence[Cell] = ()
+) -> Compared:  # fmt: skip
+    """b − a over the labels that count in both, along a series of L0 if one is given."""
+    from sae_train.evals.intervals import paired_difference
+
+    labels = sorted(set.intersection(*(cell.letters for cell in (a, b, *along_a, *along_b))))
+    if not labels:
+        return Compared(name, _seeds(a, b), "not compared: no label counts in both", {})
+    sides = [(b, along_b), (a, along_a)]
+    matrices = {score: [_matrix(cell, along, score, labels) for cell, along in sides] for score in SCORES}
+    return Compared(name, _seeds(a, b), how, {score: paired_difference(*pair) for score, pair in matrices.items()})
+
+
+def _series(cell: Cell, cells: list[Cell]) -> list[Cell]:
+    """The cell's own architecture and width at every L0, with as many seeds."""
+    own = [c for c in cells if (c.setting, c.arch, c.width) == (cell.setting, cell.arch, cell.width)]
+    return sorted((c for c in own if c.reached and c.seeds == cell.seeds), key=lambda c: c.reached or 0)
+
+
+def _can_interpolate(cell: Cell, cells: list[Cell]) -> bool:
+    series = _series(cell, cells)
+    return len(series) >= LEAST_POINTS and (series[0].reached or 0) <= cell.l0 <= (series[-1].reached or 0)
+
+
+def _matrix(cell: Cell, along: Sequence[Cell], score: str, labels: list[str]) -> Any:
+    """Seeds × labels of the cell, or at the L0 asked for by straight lines over log L0 between its neighbours."""
+    if not along:
+        return cell.matrix(score, labels)
+    low = [c for c in along if (c.reached or 0) <= cell.l0][-1]
+    high = next(c for c in along if (c.reached or 0) >= cell.l0)
+    span = math.log(high.reached / low.reached)
+    share = math.log(cell.l0 / low.reached) / span if span else 0.0
+    return (1 - share) * low.matrix(score, labels) + share * high.matrix(score, labels)
+
+
+def _seeds(a: Cell, b: Cell) -> str:
+    return f"{len(a.saes)} + {len(b.saes)}"
+
+
+def summary(found: list[Compared], noun: str) -> str:
+    """How many differences can be told from none."""
+    told = [c for c in found if c.differences]
+    counts = [f"{sum(c.differences[score].excludes_zero for c in told)} in {score}" for score in SCORES]
+    few = any(int(n) < SEEDS_ASKED for c in told for n in c.seeds.split(" + "))
+    care = f" With fewer than {SEEDS_ASKED} training seeds a side an interval says little of other seeds" if few else ""
+    care += f"; with one each it is over {escape(noun)} only." if few else ""
+    return f"Of {len(told)} comparisons, <b>{' and '.join(counts)}</b> are distinguishable from no difference.{care}"
