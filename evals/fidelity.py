@@ -7,8 +7,9 @@ see those in training, so there the clean activation stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LOGIT_ELEMENTS = 2**25  # of one (batch, position, vocabulary) block: 128 MB in float32
-_KEEP_ELEMENTS = 2**27  # clean log-probabilities are kept up to 512 MB, or else computed again for each SAE
+_KEEP_ELEMENTS = 2**27  # clean log-probabilities are kept up to 512 MB, or else computed again at each look
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,36 @@ def loss_recovered(lm: Any, sae: Any, tokens: Tensor | FidelityData) -> dict[str
     1 is as good as clean, 0 as bad as zeros; the KL divergence is from clean to spliced, in nats.
     """
     data = tokens if isinstance(tokens, FidelityData) else FidelityData.build(lm, tokens)
-    special, total, divergence, n = data.special_ids, 0.0, 0.0, 0
-    edit = _edit(data.kept_ids, lambda x: _reconstruct(sae, x))
+    return losses_recovered(lm, [lambda: sae], data)[0]
+
+
+@torch.no_grad()
+def losses_recovered(lm: Any, makers: Sequence[Callable[[], Any]], data: FidelityData) -> list[dict[str, float]]:
+    """loss_recovered of each SAE that a maker returns; a clean pass that was not kept is made once for all of them.
+
+    A maker is called for every batch of tokens, so that no two SAEs are in memory at a time.
+    """
+    special, n = data.special_ids, 0
+    loss, divergence = [0.0] * len(makers), [0.0] * len(makers)
     for number, part in enumerate(_batches(lm, data.tokens)):
         clean = data.clean_log_probs[number] if data.clean_log_probs else _log_probs(lm, part, special)
-        spliced = _log_probs(lm, part, special, edit)
-        total += float(-spliced.gather(1, _targets(part, special).to(spliced.device)).double().sum())
-        divergence += float((clean.exp() * (clean - spliced)).double().sum())
-        n += len(spliced)
+        targets = _targets(part, special).to(clean.device)
+        for i, make in enumerate(makers):
+            spliced = _log_probs(lm, part, special, _edit(data.kept_ids, partial(_reconstruct, make())))
+            loss[i] += float(-spliced.gather(1, targets).double().sum())
+            divergence[i] += float((clean.exp() * (clean - spliced)).double().sum())
+        n += len(clean)
     lost = data.ablated_loss - data.clean_loss
-    return {
-        "metrics/ce_loss_score": (data.ablated_loss - total / n) / lost if lost else float("nan"),
-        "metrics/ce_loss_with_sae": total / n,
-        "metrics/ce_loss_without_sae": data.clean_loss,
-        "metrics/ce_loss_with_ablation": data.ablated_loss,
-        "metrics/kl_div_with_sae": divergence / n,
-    }
+    return [
+        {
+            "metrics/ce_loss_score": (data.ablated_loss - total / n) / lost if lost else float("nan"),
+            "metrics/ce_loss_with_sae": total / n,
+            "metrics/ce_loss_without_sae": data.clean_loss,
+            "metrics/ce_loss_with_ablation": data.ablated_loss,
+            "metrics/kl_div_with_sae": apart / n,
+        }
+        for total, apart in zip(loss, divergence, strict=True)
+    ]
 
 
 def _batches(lm: Any, tokens: Tensor) -> Iterator[Tensor]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,13 +76,21 @@ def density_histogram(density: Float[Tensor, " d_sae"]) -> list[int]:
 
 
 class Fidelity:
-    """Loss recovered when the reconstruction replaces the activation; the clean pass is made once."""
+    """Loss recovered when the reconstruction replaces the activation.
 
-    def __init__(self, lm: LanguageModel, data: fidelity.FidelityData, scale: float):
-        self.lm, self.data, self.scale = lm, data, scale
+    At a step all SAEs are measured at the first one's turn, so that they share the language model's clean pass.
+    """
+
+    def __init__(self, lm: LanguageModel, data: fidelity.FidelityData, scale: float, learners: Sequence[Learner]):
+        self.lm, self.data, self.scale, self.learners = lm, data, scale, learners
+        self._step, self._found = -1, {}
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
-        yield from fidelity.loss_recovered(self.lm, learner.export(self.scale), self.data).items()
+        if step != self._step:
+            makers = {each.name: partial(each.export, self.scale) for each in self.learners if each.failed is None}
+            found = fidelity.losses_recovered(self.lm, list(makers.values()), self.data)
+            self._step, self._found = step, dict(zip(makers, found, strict=True))
+        yield from self._found[learner.name].items()
 
 
 class Truth:

@@ -123,7 +123,7 @@ class Runner:
         if isinstance(opened.model, LanguageModel):
             rows = opened.stream.held_out[: max(1, FIDELITY_TOKENS // opened.stream.context)]
             data = fidelity.FidelityData.build(opened.model, rows, opened.drop_ids)
-            return [callbacks.Fidelity(opened.model, data, opened.scale)]
+            return [callbacks.Fidelity(opened.model, data, opened.scale, opened.own_learners)]
         if not settings.eval.absorption:
             return []
         return [callbacks.Truth(opened.model, opened.scale, settings.data.held_out_tokens)]

@@ -8,7 +8,7 @@ from eval_fakes import D_IN, FakeLM, fake_words, word_tokenizer
 
 from sae_train.errors import UserError
 from sae_train.evals.baselines import random_sae
-from sae_train.evals.fidelity import FidelityData, loss_recovered
+from sae_train.evals.fidelity import FidelityData, loss_recovered, losses_recovered
 
 
 class Scaled:
@@ -70,6 +70,20 @@ def test_shared_clean_pass_and_recomputed_one_agree(lm, tokens, monkeypatch):
     monkeypatch.setattr(fidelity, "_LOGIT_ELEMENTS", 1)
     again = loss_recovered(lm, Scaled(0.3), tokens)
     assert again == pytest.approx(shared, rel=1e-5)
+
+
+def test_saes_measured_together_share_the_clean_pass_and_have_their_own_figures(lm, tokens, monkeypatch):
+    from sae_train.evals import fidelity
+
+    monkeypatch.setattr(fidelity, "_KEEP_ELEMENTS", 0)
+    data = FidelityData.build(lm, tokens)
+    saes = [Scaled(factor) for factor in (0.2, 0.5, 0.9)]
+    alone = [loss_recovered(lm, sae, data) for sae in saes]
+    edits = []
+    logits = lm.logits
+    monkeypatch.setattr(lm, "logits", lambda tokens, edit=None: edits.append(edit) or logits(tokens, edit))
+    assert losses_recovered(lm, [lambda sae=sae: sae for sae in saes], data) == alone
+    assert sum(edit is None for edit in edits) == 1 and len(edits) == 4
 
 
 def test_dropped_tokens_stay_clean(lm, tokens):
