@@ -111,7 +111,8 @@ def resume(folder: str | Path) -> Run:
     opened = session.open_session(resolve(info["settings"]))
     session.load(opened, saved)
     built, _ = _assets(opened)
-    return Run(Runner(opened, folder, built, info.get("notes", [])).go())
+    written = {sae["name"]: sae["baseline"] for sae in info["saes"] if sae.get("written")}
+    return Run(Runner(opened, folder, built, info.get("notes", []), written).go())
 
 
 def evaluate_checkpoint(

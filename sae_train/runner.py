@@ -42,7 +42,11 @@ SAMPLE_TOKENS = 16_384  # of held-out text in which latents are looked up
 class Runner:
     """Lives as long as one process works on a run."""
 
-    def __init__(self, opened: Session, folder: Path, assets: Assets | None, notes: list[str]):
+    def __init__(
+        self, opened: Session, folder: Path, assets: Assets | None, notes: list[str],
+        written: dict[str, dict[str, Any]] | None = None,
+    ):  # fmt: skip
+        """`written` holds the baselines of the SAEs that an interrupted run has written already."""
         self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, notes
         self.ranks = opened.ranks
         wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
@@ -58,7 +62,7 @@ class Runner:
             "dataset": self.settings.dataset,
             "processes": self.ranks.size,
         } | provenance()
-        self.baselines: dict[str, dict[str, Any]] = {}
+        self.written = dict(written or {})
         self.assets = assets
         self.absorption: callbacks.Absorption | None = None
         self.rows: list[dict[str, Any]] = []
@@ -168,7 +172,7 @@ class Runner:
         opened = self.session
         failed, beside = {}, {}
         own = {learner.name: learner.failed for learner in opened.own_learners}
-        for theirs in self.ranks.gather((own, self.baselines)):
+        for theirs in self.ranks.gather((own, self.written)):
             failed |= theirs[0]
             beside |= theirs[1]
         if not self.ranks.is_first:
@@ -193,6 +197,7 @@ class Runner:
                     **spec.model_dump(),
                     "failed": failed[spec.name],
                     "final": finals.get(spec.name, {}),
+                    "written": spec.name in beside,
                     "baseline": beside.get(spec.name, {}),
                 }
                 for spec in self.settings.specs
@@ -215,11 +220,17 @@ class Runner:
         raise KeyboardInterrupt
 
     def _finish(self) -> Path:
-        """Write the SAEs with their cards, the baselines, run.json and the report; say the results."""
+        """Write the SAEs with their cards, the baselines, run.json and the report; say the results.
+
+        run.json notes each SAE once it is written, so that a run that ends here goes on with the others.
+        """
         whole = trainer.running(self.session.own_learners)
         finals = self.ranks.first(self._finals)
-        for learner in whole:
-            self._keep(learner, finals[learner.name])
+        to_write = [learner for learner in whole if learner.name not in self.written]
+        for i in range(max(self.ranks.gather(len(to_write)))):
+            for learner in to_write[i : i + 1]:
+                self._keep(learner, finals[learner.name])
+            self._write_run("running")
         self._write_run("finished" if any(self.ranks.any(bool(whole))) else "failed")
         self.ranks.first(self._present)
         return self.folder
@@ -251,10 +262,12 @@ class Runner:
         )
         self._describe_latents(learner.name, sae)
         save_sae(sae, self.folder / "saes" / learner.name)
+        beside = {}
         if self.absorption is not None and final.get("absorption/valid"):
-            self.baselines[learner.name] = baselines.all_scores(
+            beside = baselines.all_scores(
                 sae, opened.held_out, self.absorption.assets, settings.eval.preset, learner.spec.seed, opened.model
             )
+        self.written[learner.name] = beside
 
     def _describe_latents(self, name: str, sae: SAE) -> None:
         """Look up what the main latents and the absorbers do on held-out text."""

@@ -179,10 +179,9 @@ def fit(
     ranks = ranks or Ranks()
     clock.start()
     for step in range(start, n_steps + 1):
-        if step == n_steps:
-            for learner in running(learners):
+        if step > start or start == 0:  # a saved state was calibrated and looked at before it was saved
+            for learner in running(learners) if step == n_steps else ():
                 before_last_look(learner)
-        if step > start or start == 0:
             look_at(learners, callbacks, step, log, clock, owned, hand_in)
         if step > start and step in save_steps:
             with clock.paused():
