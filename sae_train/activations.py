@@ -69,7 +69,8 @@ class LanguageModel:
         self._side = point.side
         self._norm = model.get_submodule(point.norm) if point.norm else None
         self.device = next(model.parameters()).device
-        self.d_in = int(self.activations(torch.zeros(1, 1, dtype=torch.long)).shape[-1])
+        seen = self._activations(torch.zeros(1, 1, dtype=torch.long))
+        self.d_in, self.dtype = seen.shape[-1], seen.dtype
 
     def activations(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_in"]:
         """Return the activations at the hook in float32, computing nothing beyond the hooked module."""
@@ -77,7 +78,7 @@ class LanguageModel:
         n = max(1, CPU_TOKENS // tokens.shape[1]) if self.device.type == "cpu" else -(-len(tokens) // ranks.size)
         parts = tokens.split(n)
         if ranks.size == 1:
-            return torch.cat([self._activations(part) for part in parts])
+            return torch.cat([self._activations(part) for part in parts]).float()
         x = torch.empty(*tokens.shape, self.d_in, device=self.device)
         ranks.fill(x.split(n), lambda i: self._activations(parts[i]))
         return x
@@ -101,7 +102,7 @@ class LanguageModel:
 
         with torch.no_grad(), self._hooked(catch), suppress(_Stop):
             self._forward(tokens)
-        return caught[0].float()
+        return caught[0]
 
     def logits(
         self,

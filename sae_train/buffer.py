@@ -3,7 +3,7 @@ Out: an endless iterator of shuffled activation batches that resumes bit-exactly
 
 The activations of the stream's kept tokens, in order, are cut into blocks of `buffer_tokens`; each block is
 permuted by a generator of its own and handed out in batches. Nothing is lost between blocks, and the state
-is a position: on resume the current block is computed again.
+is a position: on resume the current block is computed again, or read where blocks are kept on disk.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from sae_train.activation_cache import ActivationCache
     from sae_train.activations import LanguageModel
     from sae_train.tokens import TokenStream
 
@@ -38,14 +39,18 @@ class ActivationBuffer:
         batch_tokens: int,
         drop_ids: Collection[int] = (),
         seed: int = 0,
+        cache: ActivationCache | None = None,
     ) -> None:
-        """Special ids and `drop_ids` are left out; `buffer_tokens` is rounded up to whole batches."""
+        """Special ids and `drop_ids` are left out; `buffer_tokens` is rounded up to whole batches.
+
+        Blocks that `cache` has are read, and the others are written to it.
+        """
         self.lm = lm
         self.tokens = tokens
         self.batch_tokens = batch_tokens
         self.buffer_tokens = max(1, -(-buffer_tokens // batch_tokens)) * batch_tokens
         self._drop = dropped(lm, drop_ids)
-        self._seed = seed
+        self._seed, self._cache = seed, cache
         self.load_state_dict({"tokens": tokens.state_dict(), "skip": 0, "block": 0, "offset": 0})
 
     def __iter__(self) -> ActivationBuffer:
@@ -57,7 +62,7 @@ class ActivationBuffer:
         x = self._block[self._order[self._offset : self._offset + self.batch_tokens]]
         self._offset += self.batch_tokens
         if self._offset == self.buffer_tokens:
-            self._start = {"tokens": self._batch_start, "skip": self._used, "block": self._start["block"] + 1}
+            self._start = {"tokens": self._end["tokens"], "skip": self._end["skip"], "block": self._start["block"] + 1}
             self._offset = 0
             self._block = None
         return x
@@ -65,7 +70,7 @@ class ActivationBuffer:
     @property
     def epoch(self) -> int:
         """How often the data began anew, up to the end of the current block."""
-        return self.tokens.epoch
+        return self._end["epoch"] if self._end else self.tokens.epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain JSON values: where the block starts, how much of it is handed out."""
@@ -75,13 +80,38 @@ class ActivationBuffer:
         """Continue from a position; the next batches are bit-equal to those that followed it."""
         self._start = {name: state[name] for name in ("tokens", "skip", "block")}
         self._offset = state["offset"]
-        self.tokens.load_state_dict(state["tokens"])
         self._block: Tensor | None = None
+        self._end: dict[str, Any] = {}
+        self._move()
+
+    def _move(self) -> None:
+        """Bring the tokens to where the block at the position starts."""
+        self.tokens.load_state_dict(self._start["tokens"])
         self._rest: Tensor | None = None
-        self._used = state["skip"]
+        self._used = self._start["skip"]
+        self._behind = False
 
     def _fill(self) -> None:
-        """Compute the block at the position, check it, and draw its permutation."""
+        """Read or compute the block at the position, check it, and draw its permutation."""
+        number = self._start["block"]
+        found = self._cache.read(number, self.lm.device) if self._cache else None
+        if found is not None:
+            block, self._end = found
+            self._behind = True
+        else:
+            block = self._compute()
+            self._end = {"tokens": self._batch_start, "skip": self._used, "epoch": self.tokens.epoch}
+            if self._cache:
+                self._cache.write(number, block, self._end)
+        check_activations(block, self.lm)
+        generator = torch.Generator().manual_seed(_mix(self._seed, number))
+        self._order = torch.randperm(self.buffer_tokens, generator=generator).to(block.device)
+        self._block = block
+
+    def _compute(self) -> Float[Tensor, "buffer_tokens d_in"]:
+        """Compute the block at the position; the tokens may have stayed behind while blocks were read."""
+        if self._behind:
+            self._move()
         block = torch.zeros(self.buffer_tokens, self.lm.d_in, device=self.lm.device)
         filled = 0
         while filled < self.buffer_tokens:
@@ -92,10 +122,7 @@ class ActivationBuffer:
             filled += len(piece)
             self._used += len(piece)
             self._rest = self._rest[len(piece) :]
-        check_activations(block, self.lm)
-        generator = torch.Generator().manual_seed(_mix(self._seed, self._start["block"]))
-        self._order = torch.randperm(self.buffer_tokens, generator=generator).to(block.device)
-        self._block = block
+        return block
 
     def _forward(self) -> None:
         """Compute the next tokens' kept activations; after a resume some of them are used up."""

@@ -21,6 +21,7 @@ from sae_train.units import (
     parse_share,
     parse_width,
     prefix_problems,
+    read_yaml,
     strings,
     width_label,
 )
@@ -29,10 +30,9 @@ DEFAULT_HUB_DATASET = "monology/pile-uncopyrighted"
 MAX_DEFAULT_CONTEXT = 128
 OWN_DATASETS = {"speller": "generated", "toy": "letters"}  # models with a preset of their own, and their data
 TOY_DATASETS = ("letters", "dictionary", "trees", "pairs")
-# What a toy, which has no text, cannot be asked.
-TEXT_SETTINGS = (
+TEXT_SETTINGS = (  # what a toy, which has no text, cannot be asked
     "hook", "dtype", "trust_remote_code", "text_column", "context", "buffer_tokens", "drop", "preset", "hierarchy",
-    "template", "eval_words", "eval_seed",
+    "template", "eval_words", "eval_seed", "activation_cache",
 )  # fmt: skip
 CONFIGS = Path(__file__).parent / "configs"
 Count = Annotated[int, BeforeValidator(parse_count)]
@@ -91,6 +91,9 @@ class DataSettings(_Group):
     buffer_tokens: Count = Field(65_536, description="activations shuffled together")
     drop: Annotated[tuple[str, ...], BeforeValidator(strings)] = Field(
         (), description="token strings left out of SAE training, beside the special tokens"
+    )
+    activation_cache: str | None = Field(
+        None, description="folder to keep activations in, for this and later runs of the same model, hook and text"
     )
 
 
@@ -154,6 +157,11 @@ class RunSettings(_Group):
     )
     save_every: Annotated[int, Field(ge=1)] | None = Field(
         None, description="steps between saved states; default: ten a run"
+    )
+    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="memory the run may take; default: 90% of what is free; a grid that needs more is trained in "
+        "passes over activations kept on disk",
     )
     wandb: Literal["disabled", "offline", "online"] = Field(
         "disabled", description="mirror metrics, curves, report and absorption tables to W&B"
@@ -292,19 +300,3 @@ def resolve(given: dict[str, Any], file: str | Path | None = None) -> Settings:
 def flat(settings: Settings) -> dict[str, Any]:
     """The tree as one flat dictionary of JSON values, as `resolve` takes it."""
     return {key: value for group in settings.model_dump(mode="json").values() for key, value in group.items()}
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a settings file: a YAML mapping with flat keys; UserError if absent, unreadable or of another shape."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"the settings file {str(path)!r} does not exist: give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the settings file {str(path)!r} cannot be read as YAML: {reason}") from None
-    if not isinstance(content or {}, dict) or not all(isinstance(key, str) for key in content or {}):
-        raise UserError(f"the settings file {str(path)!r} must be a mapping such as 'width: 16k', one setting a line")
-    return content or {}

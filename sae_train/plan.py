@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_train.architectures import TRAINED
 from sae_train.config import width_label
 from sae_train.errors import UserError
 from sae_train.forms import FORMS
+from sae_train.passes import Passes, split
 from sae_train.ranks import Division, Ranks, current, divide
 
 if TYPE_CHECKING:
@@ -32,28 +35,39 @@ EVAL_SECONDS = 3.0  # one look at one SAE: held-out figures, loss recovered, abs
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved run: `check` refuses what cannot work, `text` shows it. Memory is that of the busiest process."""
+    """The resolved run: `check` refuses what cannot work, `text` shows it. Memory is that of the busiest process in the
+    largest pass, in bytes; `budget` is what it may be.
+    """
 
     settings: Settings
     facts: ModelFacts
     device: str
     memory: dict[str, float]
     available: float
+    budget: float
+    passes: Passes
     seconds: float
     notes: list[str] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
     division: Division | None = None
 
     def check(self) -> None:
-        """Raise UserError if the memory needed is not there."""
+        """Raise UserError if the memory needed is not there, or the room on disk."""
         needed = sum(self.memory.values())
-        if needed > HEADROOM * self.available:
+        if needed > self.budget:
             largest = max(self.memory, key=self.memory.get)
             raise UserError(
-                f"this plan needs about {needed / GIB:.1f} GiB of memory on {self.device}{self._each()} and "
-                f"{self.available / GIB:.1f} GiB are free; most of it is for the {largest} "
-                f"({self.memory[largest] / GIB:.1f} GiB): lower --width, --batch-tokens or --buffer-tokens, "
-                "or train fewer SAEs at once"
+                f"this plan needs about {needed / GIB:.1f} GiB of memory on {self.device}{self._each()}; "
+                f"{self.available / GIB:.1f} GiB are free and {self.budget / GIB:.1f} GiB may be taken; most of it is "
+                f"for the {largest} ({self.memory[largest] / GIB:.1f} GiB): lower --width, --batch-tokens or "
+                "--buffer-tokens, or train fewer SAEs at once"
+            )
+        size, (folder, free) = self._cache_bytes(), self._disk()
+        if size > HEADROOM * free:
+            raise UserError(
+                f"the activations to be kept take {size / GIB:.1f} GiB on disk and {str(folder)!r} has "
+                f"{free / GIB:.1f} GiB free: lower --tokens, take --dtype bfloat16, name a larger disk by "
+                "--activation-cache, or train fewer SAEs, which need no second pass"
             )
 
     def text(self) -> str:
@@ -69,10 +83,11 @@ class Plan:
                 f"{weights_of(spec, facts.d_model) / 1e6:,.1f} M weights"
                 for spec in s.specs
             ),
+            *self._passes(),
             *self._sharing(),
             *(f"memory     {size / GIB:6.2f} GiB {part}" for part, size in self.memory.items()),
             f"memory     {sum(self.memory.values()) / GIB:6.2f} GiB in all{self._each()}, "
-            f"{self.available / GIB:.1f} GiB free",
+            f"{self.available / GIB:.1f} GiB free, {self.budget / GIB:.1f} GiB to take",
             f"time       about {_duration(self.seconds)} (from the speed of a matrix product just now)",
             *(f"note       {note}" for note in self.notes),
         ]
@@ -80,6 +95,34 @@ class Plan:
 
     def _each(self) -> str:
         return f" for each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
+
+    def _cache_bytes(self) -> float:
+        """What the run's activations take on disk: nothing where they are not kept."""
+        s = self.settings
+        if s.is_toy or (len(self.passes) == 1 and not s.data.activation_cache):
+            return 0.0
+        return float(s.n_steps * s.train.batch_tokens * self.facts.d_model * (4 if s.lm.dtype == "float32" else 2))
+
+    def _disk(self) -> tuple[Path, int]:
+        """The folder that activations are kept under, and the bytes that are free there or theirs already."""
+        folder = Path(self.settings.data.activation_cache or self.settings.run.out).expanduser()
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        asked = self.settings.data.activation_cache
+        theirs = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) if asked else 0
+        return folder, shutil.disk_usage(there).free + theirs
+
+    def _passes(self) -> list[str]:
+        """What is in memory together where that is not the whole grid, and what is kept on disk."""
+        lines, size, (folder, free) = [], self._cache_bytes(), self._disk()
+        if len(self.passes) > 1:
+            lines.append(f"passes     {len(self.passes)}, since the SAEs do not fit into memory together")
+            for number, specs in enumerate(self.passes, start=1):
+                lines.append(f"pass {number:<6}trains {', '.join(spec.name for spec in specs)}")
+        if size:
+            end = "kept" if self.settings.data.activation_cache else "removed at the end"
+            there = f"in {folder}, {end}; {free / GIB:.1f} GiB free"
+            lines.append(f"disk       {size / GIB:6.2f} GiB of activations {there}")
+        return lines
 
     def _sharing(self) -> list[str]:
         """What several processes do, a line each."""
@@ -140,15 +183,23 @@ def make_plan(settings: Settings) -> Plan:
         settings.context(facts.context)
     ranks = current()
     division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
-    busiest = busiest_process(settings, division, ranks)
+    trained = busiest = busiest_process(settings, division, ranks)
+    available = _available(device) / (ranks.on_machine if device.type == "cpu" else 1)
+    budget = settings.run.memory_gib * GIB if settings.run.memory_gib else HEADROOM * available
+    passes = (tuple(settings.specs),)
+    if ranks.size == 1:
+        passes = split(settings.specs, lambda specs: sum(memory_of(settings, facts, specs).values()) <= budget)
+        busiest = max(passes, key=lambda specs: sum(memory_of(settings, facts, specs).values()))
     return Plan(
         settings=settings,
         facts=facts,
         device=str(device),
         memory=memory_of(settings, facts, busiest),
-        available=_available(device) / (ranks.on_machine if device.type == "cpu" else 1),
-        seconds=_seconds(settings, _flops(settings, facts, busiest, division, ranks), len(busiest), device),
-        notes=_notes(settings, facts),
+        available=available,
+        budget=budget,
+        passes=passes,
+        seconds=_seconds(settings, _flops(settings, facts, trained, division, ranks), len(trained), device),
+        notes=_notes(settings, facts, passes),
         ranks=ranks,
         division=division,
     )
@@ -221,13 +272,15 @@ def _available(device) -> float:
     return float(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
-def _notes(settings: Settings, facts: ModelFacts) -> list[str]:
+def _notes(settings: Settings, facts: ModelFacts, passes: Passes) -> list[str]:
     too_many = [f"{l0:g}" for l0 in settings.sae.l0 if l0 > facts.d_model]
     notes = []
     if too_many:
         notes.append(f"L0 {', '.join(too_many)} is above d_in {facts.d_model}: such a code is not sparse")
     if settings.lm.hook is None and not settings.is_toy:
         notes.append(f"no hook was named: {facts.hook_name} was taken")
+    if len(passes) > 1:
+        notes.append(f"the SAEs do not fit into memory together: they are trained in {len(passes)} passes")
     return notes
 
 

@@ -77,7 +77,7 @@ def start(settings: Settings) -> Run:
     folder = free_folder(settings)
     plan = make_plan(settings)
     current().first(plan.check)
-    opened = session.open_session(settings)
+    opened = session.open_session(settings, plan.passes, folder)
     built, notes = _assets(opened)
     session.begin(opened)
     opened.ranks.first(lambda: folder.mkdir(parents=True))
@@ -99,6 +99,7 @@ def _assets(opened: Session) -> tuple[Assets | None, list[str]]:
 def resume(folder: str | Path) -> Run:
     """Go on with an interrupted run from its last saved state; UserError if there is nothing to go on with."""
     from sae_train import session
+    from sae_train.passes import named
     from sae_train.runner import Runner
 
     folder = Path(folder)
@@ -108,11 +109,11 @@ def resume(folder: str | Path) -> Run:
     saved = session.newest_state(folder)
     if saved is None:
         raise UserError(f"the run {str(folder)!r} has no saved state yet: delete the folder and start it again")
-    opened = session.open_session(resolve(info["settings"]))
+    settings = resolve(info["settings"])
+    opened = session.open_session(settings, named(settings.specs, info["passes"]), folder)
     session.load(opened, saved)
     built, _ = _assets(opened)
-    written = {sae["name"]: sae["baseline"] for sae in info["saes"] if sae.get("written")}
-    return Run(Runner(opened, folder, built, info.get("notes", []), written).go())
+    return Run(Runner(opened, folder, built, info.get("notes", []), info["saes"]).go())
 
 
 def evaluate_checkpoint(

@@ -129,19 +129,19 @@ class GrowingTable:
             self._parts = [pd.concat(self._parts + tables, ignore_index=True)]
             write_parquet(self.path, self._parts[0])
 
-    def rewind(self, step: int) -> None:
-        """Keep only rows up to `step`."""
+    def rewind(self, reached: dict[str, int]) -> None:
+        """Keep only rows up to the step that each SAE has reached."""
         import pandas as pd
 
         if self.path.exists():
             table = pd.read_parquet(self.path)
-            self._parts = [table[table["step"] <= step]]
+            self._parts = [table[table["step"] <= table["sae"].map(reached).fillna(-1)]]
 
 
 class RunLog:
     """The files of one run folder: absorption holds letters (and the last words), trajectory all words at all looks.
 
-    `rewind(step)` forgets what lies after a saved state.
+    `rewind` forgets what lies after a saved state.
     """
 
     def __init__(self, folder: Path, mirror: Mirror | None = None):
@@ -163,15 +163,15 @@ class RunLog:
             file.write(json.dumps(_finite(row)) + "\n")
         self.mirror.log(row)
 
-    def rewind(self, step: int) -> None:
-        """Keep only rows up to `step`, so that a resumed run logs every step once."""
+    def rewind(self, reached: dict[str, int]) -> None:
+        """Keep only rows up to the step that each SAE has reached, so that a resumed run logs every step once."""
         if self.metrics_path.exists():
-            rows = [row for row in read_metrics(self.folder) if row["step"] <= step]
+            rows = [row for row in read_metrics(self.folder) if row["step"] <= reached.get(row["sae"], -1)]
             temporary = self.metrics_path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             temporary.replace(self.metrics_path)
-        self.absorption.rewind(step)
-        self.trajectory.rewind(step)
+        self.absorption.rewind(reached)
+        self.trajectory.rewind(reached)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

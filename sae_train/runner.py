@@ -7,6 +7,7 @@ speaks for all, but for the SAEs' own files, which their owners write.
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,58 +45,80 @@ class Runner:
 
     def __init__(
         self, opened: Session, folder: Path, assets: Assets | None, notes: list[str],
-        written: dict[str, dict[str, Any]] | None = None,
+        known: list[dict[str, Any]] | None = None,
     ):  # fmt: skip
-        """`written` holds the baselines of the SAEs that an interrupted run has written already."""
+        """`known` is what run.json says of the SAEs where the run was interrupted."""
         self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, notes
         self.ranks = opened.ranks
         wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
         self.log = RunLog(folder, open_mirror(wandb, self.settings, folder))
-        self.display = Display(
-            {spec.name: spec.l0 for spec in self.settings.specs},
-            self.settings.n_steps,
-            self.settings.train.batch_tokens,
-            quiet=not self.ranks.is_first,
-        )
+        self.display = self._new_display()
         self.info: dict[str, Any] = {
             "settings": flat(self.settings),
             "dataset": self.settings.dataset,
             "processes": self.ranks.size,
+            "passes": [[spec.name for spec in specs] for specs in opened.passes],
         } | provenance()
-        self.written = dict(written or {})
+        self.failed = {sae["name"]: sae["failed"] for sae in known or []}
+        # The baselines of the SAEs that are written: those are not measured and written again.
+        self.written = {sae["name"]: sae["baseline"] for sae in known or [] if sae["written"]}
         self.assets = assets
         self.absorption: callbacks.Absorption | None = None
         self.rows: list[dict[str, Any]] = []
         self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
 
+    def _new_display(self) -> Display:
+        """One for the SAEs of the pass."""
+        return Display(
+            {spec.name: spec.l0 for spec in self.session.passes[self.session.number]},
+            self.settings.n_steps,
+            self.settings.train.batch_tokens,
+            quiet=not self.ranks.is_first,
+        )
+
     def go(self) -> Path:
         """Train to the end, or until Ctrl-C; raise KeyboardInterrupt then, with everything saved."""
-        opened, n_steps = self.session, self.settings.n_steps
-        self.ranks.first(lambda: self.log.rewind(opened.step))
+        opened = self.session
+        self.ranks.first(lambda: self.log.rewind(opened.reached()))
         self._write_run("running")
         for note in self.notes:
             self.display.say(note)
         with trainer.StopRequest() as stop:
-            with self.display:
-                opened.step = trainer.fit(
-                    opened.batches(),
-                    opened.learners,
-                    self._callbacks(),
-                    start=opened.step,
-                    n_steps=n_steps,
-                    log=self._log,
-                    before_last_look=lambda learner: learner.calibrate(opened.calibration * opened.scale),
-                    save=lambda step: session.save(opened, self.folder, step),
-                    save_steps=trainer.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps),
-                    clock=opened.clock,
-                    stop=stop,
-                    ranks=self.ranks,
-                    owned=opened.owned,
-                    hand_in=self._hand_in,
-                )
-            if stop.requested and opened.step < n_steps:
-                self._interrupt()
+            self._pass(stop)
+            for number in range(opened.number + 1, len(opened.passes)):
+                session.enter(opened, number)
+                session.begin(opened)
+                self.display = self._new_display()
+                self._pass(stop)
         return self._finish()
+
+    def _pass(self, stop: trainer.StopRequest) -> None:
+        """Train the SAEs that are in memory to the end, and write them."""
+        opened, n_steps = self.session, self.settings.n_steps
+        if len(opened.passes) > 1:
+            self.display.say(f"pass {opened.number + 1} of {len(opened.passes)}: {', '.join(self.display.targets)}")
+        with self.display:
+            opened.step = trainer.fit(
+                opened.batches(),
+                opened.learners,
+                self._callbacks(),
+                start=opened.step,
+                n_steps=n_steps,
+                log=self._log,
+                before_last_look=lambda learner: learner.calibrate(opened.calibration * opened.scale),
+                save=lambda step: session.save(opened, self.folder, step),
+                save_steps=trainer.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps),
+                clock=opened.clock,
+                stop=stop,
+                ranks=self.ranks,
+                owned=opened.owned,
+                hand_in=self._hand_in,
+            )
+        if stop.requested and opened.step < n_steps:
+            self._interrupt()
+        self._write_saes()
+        if opened.cache:
+            self.display.say(f"activations on disk: {opened.cache.said()}")
 
     def _callbacks(self) -> list[trainer.Callback]:
         """Training figures often; held-out figures, loss recovered and absorption at the same, fewer steps."""
@@ -125,12 +148,17 @@ class Runner:
         """What this kind of model can be asked: a language model for its loss, a toy for the truth."""
         opened, settings = self.session, self.settings
         if isinstance(opened.model, LanguageModel):
-            rows = opened.stream.held_out[: max(1, FIDELITY_TOKENS // opened.stream.context)]
-            data = fidelity.FidelityData.build(opened.model, rows, opened.drop_ids)
-            return [callbacks.Fidelity(opened.model, data, opened.scale, opened.own_learners)]
+            return [callbacks.Fidelity(opened.model, self._fidelity_data, opened.scale, opened.own_learners)]
         if not settings.eval.absorption:
             return []
         return [callbacks.Truth(opened.model, opened.scale, settings.data.held_out_tokens)]
+
+    @functools.cached_property
+    def _fidelity_data(self) -> fidelity.FidelityData:
+        """The passes of the language model that all SAEs share."""
+        opened = self.session
+        rows = opened.stream.held_out[: max(1, FIDELITY_TOKENS // opened.stream.context)]
+        return fidelity.FidelityData.build(opened.model, rows, opened.drop_ids)
 
     def _log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:
         tokens = step * self.settings.train.batch_tokens
@@ -170,11 +198,12 @@ class Runner:
 
     def _write_run(self, status: str) -> None:
         opened = self.session
-        failed, beside = {}, {}
+        failed, beside = dict(self.failed), {}
         own = {learner.name: learner.failed for learner in opened.own_learners}
         for theirs in self.ranks.gather((own, self.written)):
             failed |= theirs[0]
             beside |= theirs[1]
+        self.failed = failed
         if not self.ranks.is_first:
             return
         finals = self._finals()
@@ -187,7 +216,7 @@ class Runner:
             "context": opened.stream.context,
             "scale": opened.scale,
             "tokens": opened.step * self.settings.train.batch_tokens,
-            "epochs": opened.stream.epoch,
+            "epochs": opened.buffer.epoch,
             "seconds": opened.clock.training,
             "eval_seconds": opened.clock.paused_for,
             "eval_assets": {} if self.assets is None else {"hash": self.assets.hash, **self.assets.settings},
@@ -195,7 +224,7 @@ class Runner:
                 {
                     "name": spec.name,
                     **spec.model_dump(),
-                    "failed": failed[spec.name],
+                    "failed": failed.get(spec.name),
                     "final": finals.get(spec.name, {}),
                     "written": spec.name in beside,
                     "baseline": beside.get(spec.name, {}),
@@ -219,8 +248,8 @@ class Runner:
         self.display.say(f"interrupted at step {self.session.step}; go on with: sae-train resume {self.folder}")
         raise KeyboardInterrupt
 
-    def _finish(self) -> Path:
-        """Write the SAEs with their cards, the baselines, run.json and the report; say the results.
+    def _write_saes(self) -> None:
+        """Write the SAEs in memory and measure their baselines.
 
         run.json notes each SAE once it is written, so that a run that ends here goes on with the others.
         """
@@ -231,8 +260,12 @@ class Runner:
             for learner in to_write[i : i + 1]:
                 self._keep(learner, finals[learner.name])
             self._write_run("running")
-        self._write_run("finished" if any(self.ranks.any(bool(whole))) else "failed")
+
+    def _finish(self) -> Path:
+        """Write cards, run.json and the report; say the results."""
+        self._write_run("finished" if any(self.ranks.any(bool(self.written))) else "failed")
         self.ranks.first(self._present)
+        self.ranks.first(lambda: shutil.rmtree(session.run_cache(self.folder), ignore_errors=True))
         return self.folder
 
     def _present(self) -> None:

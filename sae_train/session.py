@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_train.activation_cache import ActivationCache, files_of, key_of
 from sae_train.activations import load_language_model
 from sae_train.buffer import ActivationBuffer, estimate_scale, held_out_activations
 from sae_train.checkpoint import load_state, save_state
 from sae_train.errors import UserError
 from sae_train.learner import Learner
+from sae_train.passes import Passes
 from sae_train.ranks import Ranks, current, divide
 from sae_train.tokens import open_tokens
 from sae_train.toy import ToyStream, held_out_sample, open_toy
@@ -42,8 +44,9 @@ class Session:
     """What a run holds; `scale` maps raw activations to ⟨‖x‖²⟩ = d_in.
 
     A toy's stream is its buffer too, and it has no tokens to drop. `held_out` and `calibration` are raw activations
-    that training never sees, apart from each other. Of several processes (`ranks`) each holds the learners that it
-    trains and looks at and saves those that it owns.
+    that training never sees, apart from each other. SAEs that do not fit into memory together are trained in `passes`
+    over the same data; the learners are those of the pass `number`. Of several processes (`ranks`) each holds the
+    learners that it trains and looks at and saves those that it owns.
     """
 
     settings: Settings
@@ -53,9 +56,13 @@ class Session:
     drop_ids: set[int]
     held_out: Tensor
     calibration: Tensor
-    learners: list[Learner]
-    owned: frozenset[str]
-    ranks: Ranks = field(default_factory=Ranks)
+    passes: Passes
+    ranks: Ranks
+    start: dict[str, Any]
+    cache: ActivationCache | None = None
+    number: int = 0
+    learners: list[Learner] = field(default_factory=list)
+    owned: frozenset[str] = frozenset()
     together: bool = False
     scale: float = 0.0
     step: int = 0
@@ -72,9 +79,15 @@ class Session:
         """The learners that this process looks at and saves."""
         return [learner for learner in self.learners if learner.name in self.owned]
 
+    def reached(self) -> dict[str, int]:
+        """The last step of each SAE whose training has begun."""
+        done = {spec.name: self.settings.n_steps for specs in self.passes[: self.number] for spec in specs}
+        return done | {spec.name: self.step for spec in self.passes[self.number]}
+
     def state_dict(self, step: int) -> dict[str, Any]:
         """What a bit-equal continuation needs beside the learners' own states."""
         return {
+            "pass": self.number,
             "step": step,
             "scale": self.scale,
             "seconds": self.clock.training,
@@ -89,12 +102,16 @@ class Session:
         self.buffer.load_state_dict(state["buffer"])
 
 
-def open_session(settings: Settings) -> Session:
-    """Load the language model, open the text and make the learners; UserError for whatever cannot work."""
+def open_session(settings: Settings, passes: Passes | None = None, folder: Path | None = None) -> Session:
+    """Load the language model, open the text and make the learners; UserError for whatever cannot work.
+
+    `passes` is by default all SAEs together; where there are more, activations are kept in the run's `folder`.
+    """
     device = choose_device(settings.lm.device)
     ranks = current()
+    passes = passes or (tuple(settings.specs),)
     if settings.is_toy:
-        return open_toy_session(settings, device, ranks)
+        return open_toy_session(settings, device, passes, ranks)
     lm = open_model(settings, device)
     shared = lm.shared_by(ranks)
     context = settings.context(lm.context)
@@ -108,6 +125,10 @@ def open_session(settings: Settings) -> Session:
         held_out_tokens=settings.data.held_out_tokens,
     )
     drop = drop_ids(lm, settings.data.drop)
+    held_out = held_out_activations(shared, stream.held_out, drop, settings.data.held_out_tokens)
+    cache = None
+    if settings.data.activation_cache or len(passes) > 1:
+        cache = open_cache(settings, lm, stream, held_out, folder, ranks)
     buffer = ActivationBuffer(
         shared,
         stream,
@@ -115,38 +136,72 @@ def open_session(settings: Settings) -> Session:
         buffer_tokens=settings.data.buffer_tokens,
         drop_ids=drop,
         seed=0,
+        cache=cache,
     )
-    held_out = held_out_activations(shared, stream.held_out, drop, settings.data.held_out_tokens)
-    return _session(settings, lm, stream, buffer, drop, held_out, ranks)
+    return _session(settings, lm, stream, buffer, drop, held_out, passes, ranks, cache)
 
 
-def open_toy_session(settings: Settings, device: torch.device, ranks: Ranks) -> Session:
+def open_cache(
+    settings: Settings, lm: LanguageModel, stream: TokenStream, held_out: Tensor, folder: Path | None, ranks: Ranks
+) -> ActivationCache:
+    """Name what the activations are made from: settings, text files, the first tokens, the held-out activations."""
+    if ranks.size > 1:
+        raise UserError("activations are kept on disk by one process only: leave --activation-cache out")
+    start = stream.state_dict()
+    first = next(stream)
+    stream.load_state_dict(start)
+    made_from = {
+        "data": settings.data.model_dump(mode="json", exclude={"activation_cache"}), "hook": lm.hook_name,
+        "batch_tokens": settings.train.batch_tokens, "files": files_of(settings.dataset),
+    }  # fmt: skip
+    key = key_of(made_from, first, held_out)
+    asked = settings.data.activation_cache
+    return ActivationCache(Path(asked).expanduser() if asked else run_cache(folder), key, lm.dtype)
+
+
+def run_cache(folder: Path) -> Path:
+    """Where a run keeps activations that nobody asked to keep."""
+    return folder / "activations"
+
+
+def open_toy_session(settings: Settings, device: torch.device, passes: Passes, ranks: Ranks) -> Session:
     """Plant the toy that the settings name and make the learners; each process makes all samples."""
     toy = open_toy(settings.dataset, device)
     stream = ToyStream(toy, settings.train.batch_tokens)
     held_out = held_out_sample(toy, settings.data.held_out_tokens).x
-    return _session(settings, toy, stream, stream, set(), held_out, ranks)
+    return _session(settings, toy, stream, stream, set(), held_out, passes, ranks)
 
 
 def _session(
     settings: Settings, model: LanguageModel | Toy, stream: Any, buffer: Any, drop: set[int], held_out: Tensor,
-    ranks: Ranks,
+    passes: Passes, ranks: Ranks, cache: ActivationCache | None = None,
 ) -> Session:  # fmt: skip
-    """Divide held-out activations and SAEs, and make this process's learners."""
-    division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
+    """Divide held-out activations, and enter the first pass."""
     for_calibration = torch.arange(len(held_out), device=held_out.device) % CALIBRATION_PERIOD == 0
+    opened = Session(
+        settings, model, stream, buffer, drop, held_out[~for_calibration], held_out[for_calibration], passes, ranks,
+        buffer.state_dict(), cache,
+    )  # fmt: skip
+    enter(opened, 0)
+    return opened
+
+
+def enter(session: Session, number: int) -> None:
+    """Go to the start of a pass: its learners of this process in the place of the last pass's, the data rewound."""
+    session.learners = []  # before new ones are made
+    settings, ranks, specs = session.settings, session.ranks, session.passes[number]
+    division = divide([spec.width for spec in specs], ranks, settings.train.batch_tokens)
+    session.together = division.together
     together = ranks if division.together else Ranks()
-    owners = dict(zip(settings.specs, division.owners, strict=True))
-    learners = [
-        Learner(spec, settings.train, model.d_in, settings.n_steps, model.device, together)
+    owners = dict(zip(specs, division.owners, strict=True))
+    session.learners = [
+        Learner(spec, settings.train, session.model.d_in, settings.n_steps, session.model.device, together)
         for spec, owner in owners.items()
         if division.together or owner == ranks.rank
     ]
-    return Session(
-        settings, model, stream, buffer, drop, held_out[~for_calibration], held_out[for_calibration], learners,
-        owned=frozenset(spec.name for spec, owner in owners.items() if owner == ranks.rank),
-        ranks=ranks, together=division.together,
-    )  # fmt: skip
+    session.owned = frozenset(spec.name for spec, owner in owners.items() if owner == ranks.rank)
+    session.number, session.step = number, 0
+    session.buffer.load_state_dict(session.start)
 
 
 def open_model(settings: Settings, device: torch.device) -> LanguageModel:
@@ -184,7 +239,7 @@ def first_activations(session: Session) -> Tensor:
 
 def save(session: Session, folder: Path, step: int) -> None:
     """Write state/step-N whole, every process the learners it owns, then remove older ones."""
-    target = folder / "state" / f"step-{step:09d}"
+    target = folder / "state" / f"step-{session.number * session.settings.n_steps + step:09d}"
     temporary = target.with_name(f"{target.name}.tmp")
     ranks = session.ranks
     ranks.first(lambda: _make_empty(temporary))
@@ -198,7 +253,10 @@ def save(session: Session, folder: Path, step: int) -> None:
 
 def load(session: Session, saved: Path) -> None:
     """Go back to a saved moment, which any number of processes may have written."""
-    session.load_state_dict(load_state(saved))
+    state = load_state(saved)
+    if state["pass"] != session.number:
+        enter(session, state["pass"])
+    session.load_state_dict(state)
     for learner in session.learners:
         learner.load_state_dict(load_state(saved / learner.name))
 

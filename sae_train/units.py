@@ -1,4 +1,4 @@
-"""Readers of single values as people type them: a string in, a number out, or a ValueError that says what may be."""
+"""Readers of what people type: a string in, a number out, or a ValueError that says what may be; settings files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from pydantic import BeforeValidator
+
+from sae_train.errors import UserError
 
 ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu", "matryoshka", "gated")
 WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
@@ -116,3 +119,19 @@ def listed(parse: Callable[[object], Any]) -> BeforeValidator:
 
 def strings(value: object) -> tuple:
     return tuple(str(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a settings file: a YAML mapping with flat keys; UserError if absent, unreadable or of another shape."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"the settings file {str(path)!r} does not exist: give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the settings file {str(path)!r} cannot be read as YAML: {reason}") from None
+    if not isinstance(content or {}, dict) or not all(isinstance(key, str) for key in content or {}):
+        raise UserError(f"the settings file {str(path)!r} must be a mapping such as 'width: 16k', one setting a line")
+    return content or {}

@@ -1,19 +1,27 @@
-"""Grids: SAEs that train side by side, and what is left to do after an interruption."""
+"""Grids: SAEs that train side by side, in one pass or several, and what is left to do after an interruption."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_train import runner, train
+from sae_train import plan, runner, train
 from sae_train.cli import main
+from sae_train.config import SAESpec, resolve
+from sae_train.errors import UserError
+from sae_train.learner import Learner
+from sae_train.passes import named, split
+from sae_train.plan import GIB, make_plan
+from sae_train.session import enter
 
 SMALL = {
-    "width": "64,128", "l0": 8, "arch": "batchtopk,jumprelu", "tokens": 26_000, "batch_tokens": 256,
-    "buffer_tokens": 2048, "held_out_tokens": 2048, "eval_words": 600, "absorption_evals": 1, "device": "cpu",
+    "width": "64,128", "l0": 8, "arch": "batchtopk,jumprelu", "tokens": 6500, "batch_tokens": 64,
+    "buffer_tokens": 640, "held_out_tokens": 2048, "absorption": False, "absorption_evals": 1, "device": "cpu",
 }  # fmt: skip
+N_BLOCKS = 11  # of 10 steps each
 NAMES = [f"{arch}-{width}-l0_8" for arch in ("batchtopk", "jumprelu") for width in (64, 128)]
 
 
@@ -44,10 +52,96 @@ def test_a_grid_that_ended_while_it_wrote_its_saes_goes_on_with_those_that_are_m
     monkeypatch.setattr(runner, "save_sae", save_two)
     with pytest.raises(KeyboardInterrupt):
         train(**SMALL, out=str(tmp_path), name="broken")
+    noted = json.loads((tmp_path / "broken" / "run.json").read_text())
+    assert [sae["written"] for sae in noted["saes"]] == [True, True, False, False]
+    noted["saes"][0]["baseline"] = {"random": {"mean_fraction": 0.5}}
+    (tmp_path / "broken" / "run.json").write_text(json.dumps(noted))
     monkeypatch.setattr(runner, "save_sae", lambda sae, folder: saved.append(folder.name) or save_sae(sae, folder))
     assert main(["resume", str(tmp_path / "broken")]) == 0
     assert saved == NAMES
     assert_same_saes(unbroken, tmp_path / "broken", NAMES)
-    figures = [json.loads((run / "run.json").read_text())["saes"] for run in (unbroken, tmp_path / "broken")]
-    assert [sae["baseline"] for sae in figures[0]] == [sae["baseline"] for sae in figures[1]]
-    assert all(sae["baseline"] for sae in figures[0])
+    finished = json.loads((tmp_path / "broken" / "run.json").read_text())
+    assert finished["saes"][0]["baseline"] == {"random": {"mean_fraction": 0.5}}, "measured before, not again"
+
+
+def budget_below(**settings) -> float:
+    """Memory in GiB that all SAEs together exceed by a little."""
+    plan = make_plan(resolve(settings))
+    return sum(plan.memory.values()) / GIB - 1e-6
+
+
+def rows_of(run: Path) -> dict:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    timed = ("seconds", "details/tokens_per_second", "absorption/seconds")
+    return {(row["sae"], row["step"]): {k: v for k, v in row.items() if k not in timed} for row in rows}
+
+
+def test_a_grid_in_two_passes_ends_with_the_bits_and_figures_of_one_pass(unbroken, tmp_path, capsys):
+    split = train(**SMALL, out=str(tmp_path), name="split", memory_gib=budget_below(**SMALL)).path
+    passes = json.loads((split / "run.json").read_text())["passes"]
+    assert len(passes) == 2 and sorted(name for names in passes for name in names) == sorted(NAMES)
+    assert_same_saes(unbroken, split, NAMES)
+    assert rows_of(split) == rows_of(unbroken)
+    assert not (split / "activations").exists()
+    said = capsys.readouterr().out
+    assert "trained in 2 passes" in said and f"{N_BLOCKS} blocks written, {N_BLOCKS} read" in said
+
+
+def test_an_interrupted_grid_goes_on_in_its_pass_and_makes_spoilt_activations_anew(
+    unbroken, tmp_path, monkeypatch, capsys
+):  # fmt: skip
+    class Crash(Exception):
+        """What a kill is to a test."""
+
+    def enter_the_first_only(opened, number):
+        if number:
+            raise Crash
+        enter(opened, number)
+
+    given = SMALL | {"out": str(tmp_path)}
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(runner.session, "enter", enter_the_first_only)
+        train(**given, name="broken", memory_gib=budget_below(**given))
+    blocks = sorted((tmp_path / "broken" / "activations").rglob("*.safetensors"))
+    blocks[1].write_bytes(blocks[1].read_bytes()[:-1])
+    stepped = set()
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda learner, x: stepped.add(learner.name) or step(learner, x))
+    assert main(["resume", str(tmp_path / "broken")]) == 0
+    assert stepped == set(json.loads((tmp_path / "broken" / "run.json").read_text())["passes"][1])
+    assert_same_saes(unbroken, tmp_path / "broken", NAMES)
+    assert "1 blocks written (1 of them truncated" in capsys.readouterr().out
+    assert {key: row["losses/loss"] for key, row in rows_of(tmp_path / "broken").items() if key[1]} == {
+        key: row["losses/loss"] for key, row in rows_of(unbroken).items() if key[1]
+    }
+
+
+def test_activations_that_were_asked_to_be_kept_serve_the_next_run(unbroken, tmp_path, capsys):
+    kept = {"out": str(tmp_path), "activation_cache": str(tmp_path / "kept")}
+    first = train(**SMALL | kept | {"arch": "jumprelu"}).path
+    capsys.readouterr()
+    second = train(**SMALL | kept | {"arch": "batchtopk"}).path
+    assert f"0 blocks written, {N_BLOCKS} read" in capsys.readouterr().out
+    assert_same_saes(unbroken, first, NAMES[2:])
+    assert_same_saes(unbroken, second, NAMES[:2])
+
+
+def test_the_plan_shows_passes_and_disk_and_refuses_what_has_no_room(tmp_path, monkeypatch, capsys):
+    settings = resolve(SMALL | {"memory_gib": budget_below(**SMALL), "out": str(tmp_path)})
+    text = make_plan(settings).text()
+    assert "2, since the SAEs do not fit into memory together" in text and "pass 2" in text
+    assert "0.01 GiB of activations" in text and "removed at the end" in text
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="GiB on disk"):
+        make_plan(settings).check()
+    with pytest.raises(UserError, match="GiB of memory on cpu"):
+        make_plan(resolve(SMALL | {"memory_gib": 0.001})).check()
+
+
+def test_passes_hold_what_fits_the_widest_first_in_grid_order():
+    specs = [SAESpec(arch="topk", width=width, l0=8) for width in (64, 128, 256, 512)]
+    passes = split(specs, lambda members: sum(spec.width for spec in members) <= 600)
+    assert [[spec.width for spec in members] for members in passes] == [[64, 512], [128, 256]]
+    assert split(specs, lambda members: True) == (tuple(specs),)
+    assert len(split(specs, lambda members: False)) == 4
+    assert named(specs, [["topk-128-l0_8"]]) == ((specs[1],),)

@@ -23,6 +23,7 @@ ROWS = [
     {"evals"},
     {"readers", "curves"},
     {"checkpoint", "run_log", "wandb_mirror"},
+    {"activation_cache", "passes"},
     {"trainer"},
     {"callbacks"},
     {"display", "plan", "session", "summary", "card", "report"},
