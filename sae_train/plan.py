@@ -87,7 +87,7 @@ class Plan:
             *self._sharing(),
             *(f"memory     {size / GIB:6.2f} GiB {part}" for part, size in self.memory.items()),
             f"memory     {sum(self.memory.values()) / GIB:6.2f} GiB in all{self._each()}, "
-            f"{self.available / GIB:.1f} GiB free, {self.budget / GIB:.1f} GiB to take",
+            f"{self.available / GIB:.1f} GiB free, {self.budget / GIB:.2f} GiB to take",
             f"time       about {_duration(self.seconds)} (from the speed of a matrix product just now)",
             *(f"note       {note}" for note in self.notes),
         ]
