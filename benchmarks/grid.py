@@ -13,7 +13,7 @@ figures and loss recovered at both looks, SAELens nothing.
 `floor` is the sum of its parts: the language model's pass over the tokens once, and each SAE's steps alone.
 
 SAELens gets the token rows ready made, the model cut off after the hook (its own early stop knows only TransformerLens
-models), and sparse activations for the widths where they are faster. It trains on a quarter of the tokens; the seconds
+models), and sparse activations where they are faster. It trains on a quarter of the tokens; the seconds
 of its runner.run() are multiplied by 4, its start-up is not.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import platform
@@ -37,7 +38,7 @@ COLUMNS = ("date", "machine", "load", "threads", "model", "hook", "tokens", "bat
 WIDTHS, L0S = {"1k": 1024, "4k": 4096, "16k": 16384}, (10, 25, 50, 100)
 SINGLES = tuple(f"singles-{width}" for width in WIDTHS)
 PARTS = ("grid", *SINGLES, "floor", "saelens")
-SPARSE_FROM = 4096  # width from which SAELens' sparse activations are faster than its dense ones
+SPARSE_FROM = 40  # latents per active one from which SAELens' sparse activations are faster than its dense ones
 TIMES = ("wall", "loop", "training")
 FLOOR_STEPS = 8
 PEER_SHARE = 4  # SAELens trains on the first 1/4 of the tokens, timed once and multiplied: its steps are all alike
@@ -190,10 +191,10 @@ def saelens(job: dict[str, Any]) -> dict[str, float]:
     setattr(core, name, getattr(core, name)[: block + 1])
     lm.model.lm_head = torch.nn.Identity()
     saes = {}
-    for width in WIDTHS.values():
-        sparse = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False} if width >= SPARSE_FROM else {}
-        for k in L0S:
-            saes[f"{width}-{k}"] = TopKTrainingSAEConfig(d_in=job["d_in"], d_sae=width, k=k, **sparse)
+    sparse = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
+    for width, k in itertools.product(WIDTHS.values(), L0S):
+        options = sparse if width >= SPARSE_FROM * k else {}
+        saes[f"{width}-{k}"] = TopKTrainingSAEConfig(d_in=job["d_in"], d_sae=width, k=k, **options)
     config = MultiSAETrainingRunnerConfig(
         saes=saes, hook_names=f"{prefix}.{name}.{block}", model_name=job["model"],
         model_class_name="AutoModelForCausalLM", context_size=job["context"], training_tokens=job["tokens"],

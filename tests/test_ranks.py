@@ -75,6 +75,13 @@ def fail(sentence: str) -> None:
 
 
 def test_two_processes_on_half_batches_learn_what_one_learns_on_whole_ones(tmp_path):
+    """As long as rounding is not amplified, which in a wide SAE it is, in one process too.
+
+    At width 16k, L0 50 and batches of 2,048 of the embedded model, the losses of one process with one thread and with
+    two part by 1e-5 of their value after 24 steps and by up to 2e-3 within 72 (no latent is dead yet): sums in another
+    order put another latent at the edge of a token's top 50. One process and two, of one thread each, part later and
+    less: 7e-6 after 56 steps, up to 6e-4 within 72.
+    """
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     for name in first:
