@@ -80,9 +80,9 @@ class Session:
         return [learner for learner in self.learners if learner.name in self.owned]
 
     def reached(self) -> dict[str, int]:
-        """The last step of each SAE whose training has begun."""
+        """The last step of each SAE whose training has begun; at step 0 it begins anew."""
         done = {spec.name: self.settings.n_steps for specs in self.passes[: self.number] for spec in specs}
-        return done | {spec.name: self.step for spec in self.passes[self.number]}
+        return done | {spec.name: self.step or -1 for spec in self.passes[self.number]}
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """What a bit-equal continuation needs beside the learners' own states."""

@@ -1,5 +1,6 @@
 """Grids: SAEs that train side by side, in one pass or several, and what is left to do after an interruption."""
 
+import gc
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from sae_train.errors import UserError
 from sae_train.learner import Learner
 from sae_train.passes import named, split
 from sae_train.plan import GIB, make_plan
-from sae_train.session import enter
+from sae_train.session import begin, enter
 
 SMALL = {
     "width": "64,128", "l0": 8, "arch": "batchtopk,jumprelu", "tokens": 6500, "batch_tokens": 64,
@@ -76,12 +77,21 @@ def rows_of(run: Path) -> dict:
     return {(row["sae"], row["step"]): {k: v for k, v in row.items() if k not in timed} for row in rows}
 
 
-def test_a_grid_in_two_passes_ends_with_the_bits_and_figures_of_one_pass(unbroken, tmp_path, capsys):
+def test_a_grid_in_two_passes_ends_with_the_bits_and_figures_of_one_pass(unbroken, tmp_path, monkeypatch, capsys):
+    in_memory = []
+
+    def begin_and_count(opened):
+        gc.collect()
+        in_memory.append(sum(isinstance(thing, Learner) for thing in gc.get_objects()))
+        begin(opened)
+
+    monkeypatch.setattr(runner.session, "begin", begin_and_count)
     split = train(**SMALL, out=str(tmp_path), name="split", memory_gib=budget_below(**SMALL)).path
     passes = json.loads((split / "run.json").read_text())["passes"]
     assert len(passes) == 2 and sorted(name for names in passes for name in names) == sorted(NAMES)
     assert_same_saes(unbroken, split, NAMES)
     assert rows_of(split) == rows_of(unbroken)
+    assert in_memory == [len(names) for names in passes]
     assert not (split / "activations").exists()
     said = capsys.readouterr().out
     assert "trained in 2 passes" in said and f"{N_BLOCKS} blocks written, {N_BLOCKS} read" in said
@@ -124,6 +134,16 @@ def test_activations_that_were_asked_to_be_kept_serve_the_next_run(unbroken, tmp
     assert f"0 blocks written, {N_BLOCKS} read" in capsys.readouterr().out
     assert_same_saes(unbroken, first, NAMES[2:])
     assert_same_saes(unbroken, second, NAMES[:2])
+
+
+def test_a_toy_s_passes_need_no_disk_and_end_alike(tmp_path, capsys):
+    toy = {"model": "toy", "width": "32,64", "l0": 3, "tokens": 6400, "batch_tokens": 64, "device": "cpu"}
+    toy |= {"absorption": False, "absorption_evals": 1, "held_out_tokens": 512, "out": str(tmp_path)}
+    whole = train(**toy).path
+    split = train(**toy, memory_gib=budget_below(**toy)).path
+    assert_same_saes(whole, split, ["topk-32-l0_3", "topk-64-l0_3"])
+    said = capsys.readouterr().out
+    assert "trained in 2 passes" in said and "on disk" not in said
 
 
 def test_the_plan_shows_passes_and_disk_and_refuses_what_has_no_room(tmp_path, monkeypatch, capsys):
