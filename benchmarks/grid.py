@@ -6,7 +6,7 @@ SAELens' MultiSAETrainingRunner: a language model comes in, rows of benchmarks/r
     python benchmarks/grid.py --only singles-1k,floor                             some parts; rows of one day join up
     python benchmarks/grid.py --table                                             ratios of the newest rows
 
-ENV is an environment with sae-lens. Every part is a process of its own, so that start-up (imports, model, text) can be
+ENV is an environment with sae-lens; `others` is the share of the machine that other processes had meanwhile. Every part is a process of its own, so that start-up (imports, model, text) can be
 counted (`wall`) or not (`loop`: SAELens' runner.run(); ours with its looks at the first and the last step and one saved
 state), or the looks neither (`training`). No side evaluates absorption or logs to W&B; ours also measures held-out
 figures and loss recovered at both looks, SAELens nothing.
@@ -34,7 +34,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "grid.csv"
-COLUMNS = ("date", "machine", "load", "threads", "model", "hook", "tokens", "batch", "part", "wall", "loop", "training")
+COLUMNS = (
+    "date", "machine", "others", "threads", "model", "hook", "tokens", "batch", "part", "wall", "loop", "training"
+)  # fmt: skip
 WIDTHS, L0S = {"1k": 1024, "4k": 4096, "16k": 16384}, (10, 25, 50, 100)
 SINGLES = tuple(f"singles-{width}" for width in WIDTHS)
 PARTS = ("grid", *SINGLES, "floor", "saelens")
@@ -52,9 +54,11 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for part in () if args.table else args.only:
+        start, before = time.perf_counter(), _others()
         seconds = {name: round(value, 2) for name, value in zip(TIMES, run_part(part, args), strict=True)}
-        print(f"{part}: {seconds}", flush=True)
-        _append(args.out, _common(args) | {"part": part} | seconds)
+        others = round((_others() - before) / (time.perf_counter() - start) / os.cpu_count(), 3)
+        print(f"{part}: {seconds}, other processes had {others:.1%} of the machine", flush=True)
+        _append(args.out, _common(args) | {"part": part, "others": others} | seconds)
     print(table(args))
 
 
@@ -237,9 +241,17 @@ def _common(args: argparse.Namespace) -> dict[str, Any]:
     settings = _settings(args)
     return {
         "date": time.strftime("%Y-%m-%d"), "machine": f"{_cpu()} x {os.cpu_count()}",
-        "load": round(os.getloadavg()[0], 2), "threads": args.threads, "model": Path(args.model).name,
+        "threads": args.threads, "model": Path(args.model).name,
         "hook": settings.lm.hook, "tokens": settings.train.tokens, "batch": settings.train.batch_tokens,
     }  # fmt: skip
+
+
+def _others() -> float:
+    """Processor seconds of all other processes since the machine started (Linux; elsewhere 0)."""
+    if not Path("/proc/stat").is_file():
+        return 0.0
+    user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def _cpu() -> str:
