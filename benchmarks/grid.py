@@ -6,15 +6,15 @@ SAELens' MultiSAETrainingRunner: a language model comes in, rows of benchmarks/r
     python benchmarks/grid.py --only singles-1k,floor                             some parts; rows of one day join up
     python benchmarks/grid.py --table                                             ratios of the newest rows
 
-ENV is an environment with sae-lens; `others` is the share of the machine that other processes had meanwhile. Every part is a process of its own, so that start-up (imports, model, text) can be
+ENV is an environment with sae-lens. Every part is a process of its own, so that start-up (imports, model, text) can be
 counted (`wall`) or not (`loop`: SAELens' runner.run(); ours with its looks at the first and the last step and one saved
 state), or the looks neither (`training`). No side evaluates absorption or logs to W&B; ours also measures held-out
-figures and loss recovered at both looks, SAELens nothing.
-`floor` is the sum of its parts: the language model's pass over the tokens once, and each SAE's steps alone.
+figures and loss recovered at both looks, SAELens nothing. `floor` is the sum of its parts: the language model's pass
+over the tokens once, and each SAE's steps alone. `others` is the share of the machine that other processes had.
 
 SAELens gets the token rows ready made, the model cut off after the hook (its own early stop knows only TransformerLens
-models), and sparse activations where they are faster. It trains on a quarter of the tokens; the seconds
-of its runner.run() are multiplied by 4, its start-up is not.
+models), and sparse activations where they are faster. It trains on a quarter of the tokens; the seconds of its
+runner.run() are multiplied by 4, its start-up is not.
 """
 
 from __future__ import annotations
