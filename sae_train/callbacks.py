@@ -117,13 +117,19 @@ class Absorption:
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
         start = time.perf_counter()
-        sae, how = learner.export(self.scale), self.settings
-        result = absorption.evaluate(sae, self.assets, how.preset, how.eval_seed, self.lm)
-        self.results[learner.name] = result
+        self.results.pop(learner.name, None)
+        result = self.result_of(learner)
         table = table_of(result, learner.name, step, with_words=step == self.last_step)
         self.keep(table, trace(result).assign(sae=learner.name, step=step))
         yield from figures_of(result)
         yield "absorption/seconds", time.perf_counter() - start
+
+    def result_of(self, learner: Learner) -> AbsorptionResult:
+        """The result at the last look; measured now where a resumed run has had none."""
+        if learner.name not in self.results:
+            sae, how = learner.export(self.scale), self.settings
+            self.results[learner.name] = absorption.evaluate(sae, self.assets, how.preset, how.eval_seed, self.lm)
+        return self.results[learner.name]
 
 
 def table_of(result: AbsorptionResult, sae: str, step: int, with_words: bool) -> pd.DataFrame:

@@ -93,7 +93,7 @@ class DataSettings(_Group):
         (), description="token strings left out of SAE training, beside the special tokens"
     )
     activation_cache: str | None = Field(
-        None, description="folder to keep activations in, for this and later runs of the same model, hook and text"
+        None, description="folder that keeps activations for later runs of the same model, hook and text"
     )
 
 

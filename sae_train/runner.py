@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import functools
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train import callbacks, session, trainer
 from sae_train.activations import LanguageModel
-from sae_train.buffer import dropped
 from sae_train.card import write_card
-from sae_train.checkpoint import save_sae
 from sae_train.config import flat
 from sae_train.display import Display
-from sae_train.evals import baselines, fidelity, latent_pages
+from sae_train.evals import fidelity
 from sae_train.evals.presets import get_preset
+from sae_train.finisher import Finisher
 from sae_train.report import write_report
-from sae_train.run_log import RunLog, provenance, read_metrics, write_lines
+from sae_train.run_log import RunLog, provenance, read_metrics
 from sae_train.summary import summary_lines
 from sae_train.wandb_mirror import open_mirror
 
@@ -31,13 +29,11 @@ if TYPE_CHECKING:
 
     from sae_train.evals.assets import Assets
     from sae_train.learner import Learner
-    from sae_train.sae import SAE
     from sae_train.session import Session
 
 N_LOGGED = 100
 N_SAVED = 10
 FIDELITY_TOKENS = 4096
-SAMPLE_TOKENS = 16_384  # of held-out text in which latents are looked up
 
 
 class Runner:
@@ -62,6 +58,7 @@ class Runner:
         self.failed = {sae["name"]: sae["failed"] for sae in known or []}
         # The baselines of the SAEs that are written: those are not measured and written again.
         self.written = {sae["name"]: sae["baseline"] for sae in known or [] if sae["written"]}
+        self.finisher = Finisher(opened, folder)
         self.assets = assets
         self.absorption: callbacks.Absorption | None = None
         self.rows: list[dict[str, Any]] = []
@@ -258,7 +255,7 @@ class Runner:
         to_write = [learner for learner in whole if learner.name not in self.written]
         for i in range(max(self.ranks.gather(len(to_write)))):
             for learner in to_write[i : i + 1]:
-                self._keep(learner, finals[learner.name])
+                self.written[learner.name] = self.finisher.write(learner, finals[learner.name], self.absorption)
             self._write_run("running")
 
     def _finish(self) -> Path:
@@ -279,40 +276,3 @@ class Runner:
         for line in summary_lines(self.info):
             self.display.say(line)
         self.display.say(f"report: {report}")
-
-    def _keep(self, learner: Learner, final: dict[str, Any]) -> None:
-        """Write a finished SAE with where it came from, and measure the random SAE of the same width and L0."""
-        opened, settings = self.session, self.settings
-        sae = learner.export(opened.scale)
-        sae.cfg = replace(
-            sae.cfg,
-            hook_name=opened.model.hook_name,
-            model_name=opened.model.name,
-            context_size=opened.stream.context,
-            prepend_bos=opened.model.bos_id is not None,
-            dataset_path=settings.dataset,
-            l0=final.get("metrics/l0"),
-        )
-        self._describe_latents(learner.name, sae)
-        save_sae(sae, self.folder / "saes" / learner.name)
-        beside = {}
-        if self.absorption is not None and final.get("absorption/valid"):
-            beside = baselines.all_scores(
-                sae, opened.held_out, self.absorption.assets, settings.eval.preset, learner.spec.seed, opened.model
-            )
-        self.written[learner.name] = beside
-
-    def _describe_latents(self, name: str, sae: SAE) -> None:
-        """Look up what the main latents and the absorbers do on held-out text."""
-        opened = self.session
-        roles = latent_pages.choose(self.absorption and self.absorption.results.get(name))
-        if roles:
-            records = latent_pages.describe(sae, roles, self._sample, opened.model)
-            write_lines(self.folder / "latents" / f"{name}.jsonl", records)
-
-    @functools.cached_property
-    def _sample(self) -> latent_pages.Sample:
-        """Held-out text with its activations, run through the language model once."""
-        opened = self.session
-        rows = opened.stream.held_out[: max(1, SAMPLE_TOKENS // opened.stream.context)]
-        return latent_pages.sample(opened.model, rows, dropped(opened.model, opened.drop_ids))

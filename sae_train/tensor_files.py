@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -24,19 +26,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors and text metadata to a safetensors file."""
-    from safetensors.torch import save
+    """Write tensors and text metadata to a safetensors file, without a copy of it in memory."""
+    from safetensors.torch import save_file
 
     data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_bytes(save(data, metadata), path)
+    _write(path, lambda partial: save_file(data, partial, metadata))
 
 
 def write_bytes(data: bytes, path: Path) -> None:
     """Write a file that appears whole or not at all."""
+    _write(path, lambda partial: partial.write_bytes(data))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
+    write(partial)
+    with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_train import plan, runner, train
+from sae_train import finisher, plan, runner, train
 from sae_train.cli import main
 from sae_train.config import SAESpec, resolve
 from sae_train.errors import UserError
@@ -49,15 +49,15 @@ def test_a_grid_that_ended_while_it_wrote_its_saes_goes_on_with_those_that_are_m
         saved.append(folder.name)
         save_sae(sae, folder)
 
-    save_sae = runner.save_sae
-    monkeypatch.setattr(runner, "save_sae", save_two)
+    save_sae = finisher.save_sae
+    monkeypatch.setattr(finisher, "save_sae", save_two)
     with pytest.raises(KeyboardInterrupt):
         train(**SMALL, out=str(tmp_path), name="broken")
     noted = json.loads((tmp_path / "broken" / "run.json").read_text())
     assert [sae["written"] for sae in noted["saes"]] == [True, True, False, False]
     noted["saes"][0]["baseline"] = {"random": {"mean_fraction": 0.5}}
     (tmp_path / "broken" / "run.json").write_text(json.dumps(noted))
-    monkeypatch.setattr(runner, "save_sae", lambda sae, folder: saved.append(folder.name) or save_sae(sae, folder))
+    monkeypatch.setattr(finisher, "save_sae", lambda sae, folder: saved.append(folder.name) or save_sae(sae, folder))
     assert main(["resume", str(tmp_path / "broken")]) == 0
     assert saved == NAMES
     assert_same_saes(unbroken, tmp_path / "broken", NAMES)
@@ -82,7 +82,7 @@ def test_a_grid_in_two_passes_ends_with_the_bits_and_figures_of_one_pass(unbroke
 
     def begin_and_count(opened):
         gc.collect()
-        in_memory.append(sum(isinstance(thing, Learner) for thing in gc.get_objects()))
+        in_memory.append(sum(type(thing) is Learner for thing in gc.get_objects()))
         begin(opened)
 
     monkeypatch.setattr(runner.session, "begin", begin_and_count)

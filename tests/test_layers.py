@@ -27,6 +27,7 @@ ROWS = [
     {"trainer"},
     {"callbacks"},
     {"display", "plan", "session", "summary", "card", "report"},
+    {"finisher"},
     {"runner", "reproduce", "publish_card"},
     {"run", "publish"},
     {"cli"},
