@@ -36,7 +36,7 @@ def without_last(pair):
     """Forget the last entry of the batch."""
     values, pattern = pair
     return values[:-1], replace(
-        pattern, latents=pattern.latents[:-1], offsets=pattern.offsets.clamp(max=len(values) - 1)
+        pattern, latents=pattern.latents[:-1], offsets=pattern.offsets.clamp(max=max(0, len(values) - 1))
     )
 
 
