@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_train.errors import UserError
-from sae_train.kernels import encoders, sparse
-from sae_train.kernels.reference import Pattern, row_pattern
+from sae_train.kernels import encoders, patterns, sparse
+from sae_train.kernels.crossover import Crossover
+from sae_train.kernels.patterns import Pattern, row_pattern
 
 # A latent's entries beyond this are summed in parts, so that one that fires on half of all tokens is no tail.
 SEGMENT = 256
@@ -40,12 +41,25 @@ def bag(rows, weights, table, starts, ends, bias: Tensor | None = None) -> tuple
     return out, sums
 
 
+def token_sums(pattern: Pattern, weights: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return Σ weight·table[latent] (+ bias) for each token (batch, d), in float32."""
+    if pattern.dense:
+        out = patterns.sum_by_token(pattern, weights.float(), table.float())
+        return out if bias is None else out + bias.float()
+    starts, ends = pattern.offsets[:-1].contiguous(), pattern.offsets[1:].contiguous()
+    return bag(pattern.latents, weights.contiguous(), table.contiguous(), starts, ends, bias)[0]
+
+
 def latent_sums(pattern: Pattern, weights: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σ weight·table[token] for each latent (d_sae, d), and Σ weight (d_sae,).
 
     Latents with more than SEGMENT entries are summed in parts of SEGMENT, the parts then in order. The number of parts
     is bounded on the host by the number of entries, so that nothing waits for the device.
     """
+    if pattern.dense:
+        weights = weights.float()
+        sums = weights.new_zeros(pattern.d_sae).index_add_(0, pattern.latents, weights)
+        return patterns.sum_by_latent(pattern, weights, table.float()), sums
     order, tokens, offsets = pattern.by_latent
     weights, table = weights[order], table.contiguous()
     counts, limit = offsets.diff(), 2 * len(weights) // SEGMENT
@@ -73,6 +87,8 @@ def latent_sums(pattern: Pattern, weights: Tensor, table: Tensor) -> tuple[Tenso
 
 def dots(a: Tensor, table: Tensor, pattern: Pattern) -> Tensor:
     """Return a[token] · table[latent] for every entry, in float32."""
+    if pattern.dense:
+        return patterns.dots(pattern, a.float(), table.float())
     out = table.new_empty(len(pattern.latents), dtype=torch.float32)
     d = table.shape[1]
     sparse.dots_kernel[(len(a),)](
@@ -98,8 +114,7 @@ class _Encode(torch.autograd.Function):
         d_W, d_b = latent_sums(pattern, grad, x - b_dec)
         d_x = None
         if ctx.needs_input_grad[0]:
-            starts, ends = pattern.offsets[:-1].contiguous(), pattern.offsets[1:].contiguous()
-            d_x = bag(pattern.latents, grad, W_enc.t().contiguous(), starts, ends)[0].to(x.dtype)
+            d_x = token_sums(pattern, grad, W_enc.t()).to(x.dtype)
         d_b_dec = -(W_enc.float() @ d_b)
         return d_x, d_W.t().to(W_enc.dtype), d_b, d_b_dec.to(b_dec.dtype), None, None
 
@@ -111,8 +126,7 @@ class _Decode(torch.autograd.Function):
     def forward(ctx, values, W_dec, b_dec, pattern):
         ctx.save_for_backward(values, W_dec)
         ctx.pattern = pattern
-        starts, ends = pattern.offsets[:-1].contiguous(), pattern.offsets[1:].contiguous()
-        return bag(pattern.latents, values.contiguous(), W_dec.contiguous(), starts, ends, b_dec)[0]
+        return token_sums(pattern, values, W_dec, b_dec)
 
     @staticmethod
     @once_differentiable
@@ -196,12 +210,13 @@ def pre_topk(x, W_enc, b_enc, b_dec, k: int) -> tuple[Tensor, Pattern]:
     return _Encode.apply(x, W_enc, b_enc, b_dec, values.view(-1), pattern), pattern
 
 
-def pre_above(x, W_enc, b_enc, b_dec, floor: Tensor | float) -> tuple[Tensor, Pattern]:
+def pre_above(x, W_enc, b_enc, b_dec, floor: Tensor | float, crossover: Crossover | None = None):
     """Return the pre-activations above floor (scalar or (d_sae,)), flat, differentiable, and their pattern."""
     with torch.no_grad():
         floors = torch.as_tensor(floor, dtype=torch.float32, device=x.device).expand(W_enc.shape[1]).contiguous()
         values, latents, offsets = encoders.above(*_prepared(x, W_enc, b_dec), b_enc, floors)
         pattern = Pattern(latents, offsets, W_enc.shape[1])
+        pattern = crossover.choose(pattern) if crossover else pattern
     return _Encode.apply(x, W_enc, b_enc, b_dec, values, pattern), pattern
 
 

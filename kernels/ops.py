@@ -16,13 +16,14 @@ from torch import Tensor
 
 from sae_train.errors import UserError
 from sae_train.kernels import batch_topk, reference
+from sae_train.kernels.crossover import Crossover
 from sae_train.kernels.patterns import Pattern
 from sae_train.kernels.rows import normalise, remove_parallel
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["Pattern", "normalise", "remove_parallel"]  # handed through; the rest is below
+__all__ = ["Crossover", "Pattern", "normalise", "remove_parallel"]  # handed through; the rest is below
 IMPLEMENTATIONS = ("triton", "reference")
 
 
@@ -109,9 +110,14 @@ def active_topk(x, W_enc, b_enc, b_dec, k: int, impl: str | None = None) -> tupl
     return _twin(impl, x).pre_topk(x, W_enc, b_enc, b_dec, k)
 
 
-def active_above(x, W_enc, b_enc, b_dec, floor, impl: str | None = None) -> tuple[Tensor, Pattern]:
-    """Return the pre-activations above floor (a number or (d_sae,)), flat, and their pattern (for training)."""
-    return _twin(impl, x).pre_above(x, W_enc, b_enc, b_dec, floor)
+def active_above(
+    x, W_enc, b_enc, b_dec, floor, impl: str | None = None, crossover: Crossover | None = None
+) -> tuple[Tensor, Pattern]:
+    """Return the pre-activations above floor (a number or (d_sae,)), flat, and their pattern (for training).
+
+    `crossover` chooses between sparse sums and dense products for all that is done at the pattern; without, sparse.
+    """
+    return _twin(impl, x).pre_above(x, W_enc, b_enc, b_dec, floor, crossover)
 
 
 def decode_active(values, pattern: Pattern, W_dec, b_dec, impl: str | None = None) -> Tensor:

@@ -37,7 +37,8 @@ def pays(x: Tensor, d_sae: int, k: int = 1) -> bool:
 
 
 def _has_tiles() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    used = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return used and torch.cpu._is_amx_tile_supported()
 
 
 @dataclass(frozen=True)
@@ -143,4 +144,4 @@ def _candidates(u: Tensor, maxima: Tensor, level: Tensor, slack: Tensor) -> tupl
 def _exact(x: Tensor, W: Tensor, b: Tensor, latents: Tensor, counts: Tensor) -> tuple[Tensor, Pattern]:
     """Return float32 pre-activations of candidates, and their pattern."""
     pattern = Pattern(latents, nnf.pad(counts.cumsum(0), (1, 0)), len(W))
-    return dots(x, W, pattern) + b[latents], pattern
+    return dots(pattern, x, W) + b[latents], pattern

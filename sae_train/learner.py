@@ -132,6 +132,7 @@ class Learner:
             "adam": {name: dict(self.optimiser.state[p]) for name, p in self.trained.items()},
             "control": self.control.state_dict() if self.control else {},
             "architecture": dict(self.arch.state),
+            "crossover": self.arch.crossover.state_dict(),
             "idle_tokens": self.idle_tokens,
             "dead": self.dead,
             "failure": self.failure,
@@ -149,6 +150,7 @@ class Learner:
             self.optimiser.state[p] = {key: value.to(p.device).clone() for key, value in saved.items()}
         self.arch.state = {name: value.to(self.device).clone() for name, value in state["architecture"].items()}
         self.arch.settle()
+        self.arch.crossover.load_state_dict(state["crossover"])
         if self.control:
             self.control.load_state_dict(state["control"])
         for name in ("idle_tokens", "dead", "failure"):
@@ -219,7 +221,10 @@ class Learner:
     @torch.no_grad()
     def _metrics(self, terms: dict[str, Tensor], l0: Tensor, norms: Tensor) -> dict[str, Tensor]:
         terms = {name: term.detach() for name, term in terms.items()}
-        extra = {"details/l0_coefficient": self.control.coefficient} if self.control else {}
+        extra = {}
+        if self.control:
+            dense = torch.tensor(float(self.arch.crossover.dense))
+            extra = {"details/l0_coefficient": self.control.coefficient, "details/dense_products": dense}
         if "threshold" in self.sae.form.vectors:
             extra["details/threshold"] = self.sae.threshold.mean()
         return {

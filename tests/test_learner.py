@@ -87,7 +87,7 @@ def test_metrics_have_the_promised_names_and_stay_finite(arch):
     found = learner(arch).step(batches()[0])
     names = {"losses/loss", "losses/mse_loss", "losses/aux_loss", "losses/sparsity_loss", "metrics/l0"}
     names |= {"sparsity/dead_features", "details/lr", "details/grad_norm"}
-    names |= {"details/l0_coefficient"} if arch in ("relu", "jumprelu", "gated") else set()
+    names |= {"details/l0_coefficient", "details/dense_products"} if arch in ("relu", "jumprelu", "gated") else set()
     names |= {"details/threshold"} if arch in ("batchtopk", "jumprelu", "matryoshka") else set()
     assert found.keys() == names and all(t.isfinite().all() and not t.requires_grad for t in found.values())
 

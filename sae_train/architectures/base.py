@@ -77,6 +77,7 @@ class Architecture(ABC):
             )
         self.sae, self.spec, self.settings, self.ranks = sae, spec, settings, ranks
         self.state: dict[str, Tensor] = {}
+        self.crossover = ops.Crossover()
         self.leaves: dict[str, Tensor] = self.make_leaves()
 
     @abstractmethod

@@ -38,7 +38,7 @@ class Gated(Architecture):
         sae = self.sae
         # Where the gate is shut neither latents nor relu(π) have a gradient, so open entries are all that is needed.
         zero = torch.zeros_like(sae.b_gate)
-        s, pattern = ops.active_above(x, sae.W_enc, zero, sae.b_dec, -sae.b_gate.detach())
+        s, pattern = ops.active_above(x, sae.W_enc, zero, sae.b_dec, -sae.b_gate.detach(), crossover=self.crossover)
         gate = s + sae.b_gate[pattern.latents]
         values = (sae.r_mag.exp()[pattern.latents] * s + sae.b_mag[pattern.latents]).relu()
         recon = ops.decode_active(values, pattern, sae.W_dec, sae.b_dec)

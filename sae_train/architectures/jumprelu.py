@@ -36,7 +36,9 @@ class JumpReLU(Architecture):
         sae, width = self.sae, self.settings.jumprelu_bandwidth
         threshold = self.leaves["log_threshold"].exp()
         # Every entry whose gradient is not zero: active, or inside the rectangle just below the threshold.
-        pre, pattern = ops.active_above(x, sae.W_enc, sae.b_enc, sae.b_dec, threshold.detach() - width / 2)
+        pre, pattern = ops.active_above(
+            x, sae.W_enc, sae.b_enc, sae.b_dec, threshold.detach() - width / 2, crossover=self.crossover
+        )
         values, active = ops.jumprelu_active(pre, pattern, threshold, width)
         recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
         return Forward(recon, values, pattern, error / len(x), active / len(x), level=threshold)

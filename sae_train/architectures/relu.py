@@ -35,7 +35,7 @@ class ReLU(Architecture):
 
     def forward(self, x):
         sae = self.sae
-        values, pattern = ops.active_above(x, sae.W_enc, sae.b_enc, sae.b_dec, 0.0)
+        values, pattern = ops.active_above(x, sae.W_enc, sae.b_enc, sae.b_dec, 0.0, crossover=self.crossover)
         sparsity = losses.l1(values, pattern.latents, sae.W_dec, len(x))
         recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
         return Forward(recon, values, pattern, error / len(x), sparsity)
