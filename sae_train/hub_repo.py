@@ -66,7 +66,7 @@ def upload(staged: Path, repo: str, private: bool, replace: bool) -> str:
         files = {path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()}
         adds = [CommitOperationAdd(name, path) for name, path in files.items()]
         try:
-            api.create_commit(repo, adds, commit_message="SAEs trained by sae-train", parent_commit=info.sha)
+            api.create_commit(repo, adds, commit_message="Publish SAEs with sae-train", parent_commit=info.sha)
         except Exception:
             if not _arrived(api, repo, info.sha, set(files)):
                 raise
@@ -159,6 +159,8 @@ def _no_sae_there(repo: str, folder: str | None, names: Sequence[str], revision:
     saes = sorted({str(Path(file).parent) for file in files if Path(file).name in weights} - {"."})
     where = f"its folder {folder!r}" if folder else "its top folder"
     hint = f"name one of {_some(saes)}" if saes else "nor has another of its folders"
+    if any(Path(file).name == "ae.pt" for file in files) and "ae.pt" not in names:
+        hint = "its SAEs are pickled (ae.pt), which are read only with allow_pickle=True, or --allow-pickle"
     return f"{repo} has no readable SAE in {where}: {hint}."
 
 

@@ -90,8 +90,9 @@ def publish(
     if not finished:
         raise UserError(f"{checkpoint} holds no finished SAE: nothing to publish.")
     origin = _origin(source.info, repo, license, base_model)
-    staged, keep = Path(tempfile.mkdtemp(prefix="sae-train-publish-")), False
+    staged, keep = None, False
     try:
+        staged = Path(tempfile.mkdtemp(prefix="sae-train-publish-"))
         _stage(staged, replace(source, candidates=finished), origin)
         print("\n".join(_listing(staged, origin)))
         if dry_run:
@@ -101,9 +102,10 @@ def publish(
         print("uploading (where the hub fails, up to a minute of retries) …", flush=True)
         url = upload(staged, repo, private, replace=force)
     except OSError as error:
-        raise UserError(f"nothing was published: {staged} cannot be written ({error.strerror}); set TMPDIR.") from error
+        where = error.filename or staged or "a temporary folder"
+        raise UserError(f"nothing was published: {error.strerror} ({where}); TMPDIR names a disk with room.") from error
     finally:
-        if not keep:
+        if staged and not keep:
             shutil.rmtree(staged, ignore_errors=True)
     print(f"published: {url}")
     return url

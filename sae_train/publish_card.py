@@ -88,9 +88,10 @@ def _result(origin: Origin, sae: dict[str, Any]) -> dict[str, Any]:
 def _opening(origin: Origin, saes: list[dict[str, Any]]) -> str:
     info = origin.info
     noun = "A sparse autoencoder" if len(saes) == 1 else f"{len(saes)} sparse autoencoders"
-    where = f"`{info['hook_name']}` of `{origin.model}`" if info.get("hook_name") else f"`{origin.model}`"
-    tokens = f"{info['tokens']:,} tokens of " if info.get("tokens") else ""
-    return f"{noun} for {where}, trained by sae-train on {tokens}`{origin.dataset}`. Each takes raw activations."
+    model = f"`{origin.model}`" if origin.model else "a model that its configuration does not name"
+    where = f"`{info['hook_name']}` of {model}" if info.get("hook_name") else model
+    trained = f", trained by sae-train on {info['tokens']:,} tokens of `{origin.dataset}`" if info.get("tokens") else ""
+    return f"{noun} for {where}{trained}. {'It' if len(saes) == 1 else 'Each'} takes raw activations."
 
 
 def _loading(origin: Origin, saes: list[dict[str, Any]]) -> str:

@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 from hub_fixture import hub  # noqa: F401
-from hub_stand_in import TOKEN, Hub
+from hub_stand_in import TOKEN, Hub, Repo
 from safetensors.torch import load_file
+from test_readers import PICKLED, assert_computes, pickled
 
 from sae_train import load_sae
 from sae_train.checkpoint import save_sae
@@ -113,6 +114,15 @@ def test_a_repo_without_the_folder_names_those_that_it_has(hub, tmp_path):  # no
             load_sae("me/two", folder)
     with pytest.raises(UserError, match="no such repo"):
         load_sae("me/absent", "x")
+
+
+def test_a_pickled_sae_on_the_hub_is_read_only_when_that_is_asked_for(hub, tmp_path):  # noqa: F811
+    local = pickled(tmp_path / "x", "AutoEncoder")
+    hub.repos["me/dictionaries"] = Repo(False, [{f"x/{file.name}": file.read_bytes() for file in local.iterdir()}])
+    with pytest.raises(UserError, match="allow_pickle=True"):
+        load_sae("me/dictionaries", "x")
+    assert not any(path.endswith("ae.pt") for _, path in hub.seen), "it is not even fetched"
+    assert_computes(load_sae("me/dictionaries", "x", allow_pickle=True), PICKLED["AutoEncoder"][1])
 
 
 def test_the_card_says_what_was_measured_and_how_to_make_it_again(hub, tmp_path):  # noqa: F811
