@@ -70,7 +70,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     for cell in cells:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"]).replace(
-                "tokens=300_000", "tokens=26_000, batch_tokens=256, eval_words=600"
+                "tokens=300_000", "tokens=26_000, batch_tokens=256, eval_words=600, absorption_evals=1"
             )
             exec(compile(source, "first_sae.ipynb", "exec"), space)
     assert len(space["latents"]) and space["run"].path.is_dir()
