@@ -22,6 +22,7 @@ from sae_train.report.findings import (
     measure_name,
     weak,
 )
+from sae_train.report.glossary import glossary
 from sae_train.report.interventions import intervention_section
 from sae_train.report.letters import letter_charts, letter_table, probe_table
 from sae_train.report.readers import plain
@@ -86,7 +87,7 @@ def _top(title: str, sae: TrainedSAE, about: dict[str, str]) -> str:
         body += _tiles(sae)
     body += f'<div class="verdict">{paragraphs([sentence for sentence in sentences if sentence])}</div>'
     if not sae.invalid:
-        body += paragraphs([meaning(sae), _caveat(sae)], "note")
+        body += paragraphs([meaning(sae), _caveat(sae)], "note") + glossary(sae.noun, with_family=True)
     return f"<header><h1>{escape(title)}</h1>{body}</header>"
 
 

@@ -86,6 +86,7 @@ def _heat_map(axes: Any, chart: HeatMap) -> None:
 
 
 def _dots(axes: Any, chart: Dots) -> None:
+    named: set[str] = set()
     for i, row in enumerate(chart.rows):
         for mark in row.marks:
             if mark.value is None:
@@ -94,13 +95,14 @@ def _dots(axes: Any, chart: Dots) -> None:
             if mark.low is not None and mark.high is not None:
                 axes.plot([mark.low, mark.high], [i, i], color=colour, alpha=0.45, lw=2)
             face = "none" if "ring" in mark.css else colour
-            axes.plot(mark.value, i, "o", ms=4, mec=colour, mfc=face)
+            label = None if mark.name in named else mark.name
+            axes.plot(mark.value, i, "o", ms=4, mec=colour, mfc=face, ls="", label=label)
+            named.add(mark.name)
         if row.note and not row.marks:
             axes.text(0, i, row.note, fontsize=7, color="grey", va="center")
     for value, css in chart.lines:
-        axes.axvline(
-            value, color="black" if css == "mean" else palette()["c3"], ls="--" if css == "mean" else ":", lw=1
-        )
+        colour, dash = ("black", "--") if css == "mean" else (palette()["c3"], ":")
+        axes.axvline(value, color=colour, ls=dash, lw=1, label="mean" if css == "mean" else f"{css} SAE")
     axes.set_xlim(*(chart.span or span_of(chart.rows)))
     _rows(axes, [row.label for row in chart.rows])
 
