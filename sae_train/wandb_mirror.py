@@ -6,7 +6,6 @@ it; metrics.jsonl holds everything in any case.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_train.config import flat
 from sae_train.curves import write_curves
-from sae_train.run_log import Mirror, read_metrics, write_json
+from sae_train.run_log import Mirror, read_json, read_metrics, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,26 +35,31 @@ def open_mirror(mode: str, settings: Settings, folder: Path) -> Mirror:
 class WandbMirror(Mirror):
     """Names are those of metrics.jsonl; where a run has several SAEs, after each one's name and a slash.
 
-    A resumed run goes on in the same W&B run, whose id is kept in wandb.json; steps that W&B has already stay as they
-    are. The project is sae-train, or what WANDB_PROJECT says.
+    Charts run over tokens. A resumed run goes on in the same W&B run: wandb.json keeps its id and the last step of each
+    SAE that was handed over, so that none comes twice. The project is sae-train, or what WANDB_PROJECT says.
     """
 
     def __init__(self, mode: str, settings: Settings, folder: Path):
         self.folder, self.several = folder, len(settings.specs) > 1
-        self._broken = False
+        self._broken, self._kept = False, folder / "wandb.json"
+        self._state = read_json(self._kept) if self._kept.is_file() else {"id": secrets.token_hex(4), "sent": {}}
         self._run = self._open(mode, settings) or (self._open("offline", settings) if mode == "online" else None)
 
     def log(self, row: dict[str, Any]) -> None:
         """Send one row's numbers."""
         import wandb
 
+        if self._run is None or self._broken or row["step"] <= self._state["sent"].get(row["sae"], -1):
+            return
         prefix = f"{row['sae']}/" if self.several else ""
         values = {prefix + key: value for key, value in row.items() if isinstance(value, int | float)}
         if row.get(HISTOGRAM):
             counts = row[HISTOGRAM]
             edges = [-5 + 5 * i / len(counts) for i in range(len(counts) + 1)]
             values[prefix + HISTOGRAM] = wandb.Histogram(np_histogram=(counts, edges))
-        self._do(lambda run: run.log(values | {"tokens": row["tokens"]}, step=row["step"]))
+        self._do(lambda run: run.log(values | {"tokens": row["tokens"]}))
+        self._state["sent"][row["sae"]] = row["step"]
+        write_json(self._kept, self._state)
 
     def show(self) -> None:
         """Send the curves, the report and the absorption tables of a finished run's folder."""
@@ -85,23 +89,18 @@ class WandbMirror(Mirror):
             wandb.setup(wandb.Settings(silent=True))
             if mode == "online" and not wandb.login(prompt=False, verify=False):
                 raise RuntimeError("no API key: `wandb login`, or set WANDB_API_KEY")
-            return wandb.init(
+            run = wandb.init(
                 mode=mode, project=os.environ.get("WANDB_PROJECT", "sae-train"), name=self.folder.name,
-                id=self._id(), resume="allow", config=flat(settings), dir=str(self.folder), settings=_lean(),
+                id=self._state["id"], resume="allow", config=flat(settings), dir=str(self.folder), settings=_lean(),
             )  # fmt: skip
+            run.define_metric("*", step_metric="tokens")
+            return run
         except Exception as error:  # beside its own errors, whatever its service's death raises
             then = "going on offline" if mode == "online" else "going on without it"
             print(f"W&B is out of reach ({_words(error)}): {then}")
             if wandb.run is None:
                 wandb.teardown()  # its service would go on holding the run's id
             return None
-
-    def _id(self) -> str:
-        """The W&B run's name there, made once and kept with the run."""
-        kept = self.folder / "wandb.json"
-        if not kept.is_file():
-            write_json(kept, {"id": secrets.token_hex(4)})
-        return json.loads(kept.read_text(encoding="utf-8"))["id"]
 
     def _do(self, what: Callable[[Any], Any]) -> None:
         if self._run is None or self._broken:

@@ -63,7 +63,7 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_run_with_each_step_once(server, 
     log(folder, ONE, [row(3), row(4)], show=True)
     (name,) = server.history
     assert set(server.starts) == {name} == {json.loads((folder / "wandb.json").read_text())["id"]}
-    assert [r["_step"] for r in server.history[name]][:4] == [1, 2, 3, 4]
+    assert [r["tokens"] for r in server.history[name]][:4] == [100, 200, 300, 400]
     first, second = server.history[name][:2]
     assert (first["metrics/l0"], first["metrics/explained_variance"], first["tokens"]) == (8.0, 0.5, 100)
     assert second["sparsity/log10_density_histogram"]["values"] == [1] * 10
@@ -71,10 +71,12 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_run_with_each_step_once(server, 
 
 
 def test_saes_of_a_grid_stand_side_by_side_under_their_names(server, folder):
-    log(folder, TWO, [row(1), row(1, "topk-1k-l0_16"), row(2), row(2, "topk-1k-l0_16")])
+    log(folder, TWO, [row(1), row(2), row(1, "topk-1k-l0_16"), row(2, "topk-1k-l0_16")])
     (rows,) = server.history.values()
-    assert [r["_step"] for r in rows] == [1, 2]
-    assert all(r["topk-1k-l0_8/metrics/l0"] == r["topk-1k-l0_16/metrics/l0"] == 8.0 for r in rows)
+    assert [(r["tokens"], *(k for k in r if k.endswith("/metrics/l0"))) for r in rows] == [
+        (100, "topk-1k-l0_8/metrics/l0"), (200, "topk-1k-l0_8/metrics/l0"),
+        (100, "topk-1k-l0_16/metrics/l0"), (200, "topk-1k-l0_16/metrics/l0"),
+    ]  # fmt: skip
 
 
 def test_without_a_key_it_says_one_line_and_stays_on_this_disk(server, folder, monkeypatch, capfd):
@@ -140,7 +142,7 @@ def test_a_run_is_mirrored_and_finishes(server, tmp_path):
     (rows,) = server.history.values()
     assert run.info["status"] == "finished"
     ours = run.metrics()
-    assert [r["tokens"] for r in rows if "tokens" in r] == ours["tokens"].tolist()
+    assert [r["tokens"] for r in rows if "tokens" in r] == ours["tokens"].tolist() + [ours["tokens"].max()] * 2
     assert [r["losses/mse_loss"] for r in rows if "losses/mse_loss" in r] == pytest.approx(
         ours["losses/mse_loss"].dropna().tolist()
     )
