@@ -3,6 +3,7 @@
     python -m sae_train.kernels.bench --peer-python ENV/bin/python            one size, all architectures
     python -m sae_train.kernels.bench --quick                                 under a minute, without peers
     python -m sae_train.kernels.bench --device cuda --d-in 768,2304 --d-sae 16384,65536 --batch 8192
+    python -m sae_train.kernels.bench --device cuda --full --rounds 3
 
 ENV is an environment with sae-lens, eai-sparsify and dictionary-learning; absent ones are named and left out. The
 kernels are checked first, and a red check ends the benchmark. A step is forward, backward and optimiser with all that
@@ -27,7 +28,7 @@ from sae_train.kernels import checks
 from sae_train.kernels.bench_peers import PEERS
 from sae_train.kernels.bench_problem import Problem
 from sae_train.kernels.bench_report import append, rows_of, table
-from sae_train.kernels.bench_sides import SIDES
+from sae_train.kernels.bench_sides import CUDA_ONLY, SIDES
 
 ROOT = Path(__file__).resolve().parents[1]
 # The largest relative difference in the first batch's error between a side and ours that rounding explains.
@@ -76,7 +77,7 @@ def main() -> None:
     for arch, d_in, d_sae, batch, k in itertools.product(args.arch, args.d_in, args.d_sae, args.batch, args.k):
         p = Problem(arch, d_in, d_sae, batch, k, args.device)
         new = measure(p, args)
-        print(table(p, new), flush=True)
+        print(table(p, new) if new else f"\nnothing fits: {p}", flush=True)
         rows += new
     if args.out:
         append(args.out, rows)
@@ -87,6 +88,7 @@ def measure(p: Problem, args: argparse.Namespace) -> list[dict[str, Any]]:
     sides = [side for side in _sides(p, args) if _present(side)]
     try:
         _same_maths(sides)
+        _no_dense_block(sides)
         for _ in range(args.rounds):
             for side in sides:
                 side.ms += side.ask(do="time", seconds=args.seconds)["ms"]
@@ -102,7 +104,10 @@ def measure(p: Problem, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _sides(p: Problem, args: argparse.Namespace) -> list[Side]:
-    wanted = [(name, sys.executable, False) for name, (_, archs) in SIDES.items() if p.arch in archs]
+    gpu = p.device != "cpu"
+    ours = [name for name, (_, archs) in SIDES.items() if p.arch in archs and (gpu or name not in CUDA_ONLY)]
+    # On a CPU there is nothing to be equalised in them; on a GPU it means TF32 and bfloat16 autocast.
+    wanted = [(name, sys.executable, equalised) for equalised in (False, True)[: 1 + gpu] for name in ours]
     for name, (_, archs) in PEERS.items():
         if args.peer_python and p.arch in archs:
             wanted.append((name, args.peer_python, False))
@@ -131,8 +136,17 @@ def _same_maths(sides: list[Side]) -> None:
             raise SystemExit(1)
 
 
+def _no_dense_block(sides: list[Side]) -> None:
+    """The fused kernels must not make any tensor of the size of (batch, d_sae)."""
+    for side in sides:
+        shapes = side.ask(do="dense")["shapes"] if side.name in CUDA_ONLY else []
+        if shapes:
+            raise SystemExit(f"{side.name} makes dense blocks: {shapes}")
+
+
 def _check(device: str) -> None:
-    wrong = [d for d in checks.differences(device) if not d.good]
+    found = checks.differences(device) + (checks.differences(device, "triton") if device != "cpu" else [])
+    wrong = [d for d in found if not d.good]
     for d in wrong:
         print(f"wrong: {d.case}, {d.tensor}: relative RMS {d.relative_rms:.2e} > {d.limit:.0e}", file=sys.stderr)
     if wrong:
@@ -153,8 +167,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--part-rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.5, help="per side and round; always at least one step")
     parser.add_argument("--quick", action="store_true", help="one small size and few rounds")
+    parser.add_argument(
+        "--full", action="store_true", help="all sizes of a GPU benchmark; what does not fit is left out"
+    )
     parser.add_argument("--out", type=Path, help="CSV file that the rows are appended to")
     args = parser.parse_args()
+    if args.full:
+        args.d_in, args.d_sae = [512, 768, 2304, 4096], [2**14, 2**16, 2**17, 2**20]
+        args.batch, args.k = [2048, 8192], [32, 50, 128]
     if args.quick:
         args.d_in, args.d_sae, args.batch, args.k = [256], [4096], [1024], [32]
         args.rounds, args.part_rounds, args.seconds = 3, 1, 0.2

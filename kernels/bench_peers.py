@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_train.kernels.bench_problem import BANDWIDTH, LR, Problem
+from sae_train.kernels.bench_problem import BANDWIDTH, LR, Problem, on_gpu
 
 MANY = 10**6
 
@@ -20,13 +20,6 @@ def _fuse(optimiser: torch.optim.Optimizer) -> None:
     """Turn an Adam that has not yet stepped into the fused one."""
     for group in optimiser.param_groups:
         group["fused"], group["foreach"] = True, False
-
-
-def _on_gpu(p: Problem, equalised: bool) -> bool:
-    if equalised and p.device != "cpu":
-        torch.set_float32_matmul_precision("high")
-        return True
-    return False
 
 
 class SAELens:
@@ -45,7 +38,7 @@ class SAELens:
                 sae.b_enc.fill_(-level)
         config = SAETrainerConfig(
             total_training_samples=MANY * p.batch, train_batch_size_samples=p.batch, lr=LR, lr_end=LR,
-            device=p.device, autocast=_on_gpu(p, equalised), dead_feature_window=MANY, feature_sampling_window=MANY,
+            device=p.device, autocast=on_gpu(p, equalised), dead_feature_window=MANY, feature_sampling_window=MANY,
         )  # fmt: skip
         self.trainer = SAETrainer(config, sae, iter(()))
         if equalised:
@@ -141,7 +134,7 @@ class DictionaryLearning:
         from dictionary_learning.trainers import jumprelu, standard, top_k
 
         common = {"steps": MANY, "activation_dim": p.d_in, "dict_size": p.d_sae, "layer": 0, "lm_name": "", "lr": LR}
-        self.p, self.bf16 = p, _on_gpu(p, equalised)
+        self.p, self.bf16 = p, on_gpu(p, equalised)
         if p.arch == "topk":
             self.trainer = top_k.TopKTrainer(**common, k=p.k, device=p.device)
         elif p.arch == "relu":

@@ -71,3 +71,11 @@ def level(p: Problem, rows: Tensor, x: Tensor) -> float:
         return 0.0
     n = max(1, min(len(x), LEVEL_ELEMENTS // p.d_sae))
     return float((x[:n] @ rows.t()).view(-1).topk(n * p.k, sorted=False).values.min())
+
+
+def on_gpu(p: Problem, equalised: bool) -> bool:
+    """Whether a side is to use TF32 and bfloat16 autocast: what every side gets on a GPU where all else is equal."""
+    if equalised and p.device != "cpu":
+        torch.set_float32_matmul_precision("high")
+        return True
+    return False

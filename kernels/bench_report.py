@@ -31,8 +31,8 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 def rows_of(p: Problem, sides: list[Side], threads: int) -> list[dict[str, Any]]:
-    """Return one row per side and part; floor_share is the encoder GEMM's median over the step's."""
-    floors = [statistics.median(side.ms) for side in sides if side.name == FLOOR]
+    """Return one row per side and part; floor_share is the encoder GEMM's median, at that precision, over its own."""
+    floors = {side.equalised: statistics.median(side.ms) for side in sides if side.name == FLOOR}
     common = {
         "date": time.strftime("%Y-%m-%dT%H:%M"), "machine": machine(p.device), "threads": threads,
         "load": round(os.getloadavg()[0], 2), **vars(p),
@@ -40,7 +40,8 @@ def rows_of(p: Problem, sides: list[Side], threads: int) -> list[dict[str, Any]]
     out = []
     for side in sides:
         own = {"side": side.name, "setting": _setting(side), "versions": side.built["versions"]}
-        share = round(floors[0] / statistics.median(side.ms), 3) if floors else ""
+        floor = floors.get(side.equalised, floors.get(False))
+        share = round(floor / statistics.median(side.ms), 3) if floor else ""
         memory = {"transient_mib": round(side.memory["mib"], 1), "memory_method": side.memory["method"]}
         for part, ms in {"step": side.ms, **side.parts}.items():
             extra = {"floor_share": share, **memory} if part == "step" else {}

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from sae_train.kernels import reference
-from sae_train.kernels.bench_problem import BANDWIDTH, LR, Problem
+from sae_train.kernels import ops, reference
+from sae_train.kernels.bench_problem import BANDWIDTH, LR, Problem, on_gpu
 
 CLIP = 1.0
 # Long enough that no latent counts as dead: no side pays for reviving any.
@@ -27,6 +27,7 @@ class Ours:
     def __init__(self, p: Problem, rows: Tensor, level: float, equalised: bool):
         from sae_train.learner import Learner
 
+        self.bf16 = on_gpu(p, equalised)
         settings = self._settings(p)
         spec = SimpleNamespace(arch=p.arch, width=p.d_sae, l0=float(p.k), seed=0, name="bench")
         self.learner = Learner(spec, settings, p.d_in, 10**6, p.device)
@@ -56,7 +57,8 @@ class Ours:
         return TrainSettings(**{name: v for name, v in values.items() if name not in ("lr_warm_up", "lr_decay")})
 
     def step(self, x: Tensor) -> None:
-        self.learner.step(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            self.learner.step(x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.learner.sae(x)
@@ -65,11 +67,19 @@ class Ours:
         return [self.learner.optimiser]
 
 
+class OursTriton(Ours):
+    """The same with the Triton kernels."""
+
+    def __init__(self, p: Problem, rows: Tensor, level: float, equalised: bool):
+        ops.DEFAULTS[p.device] = "triton"
+        super().__init__(p, rows, level, equalised)
+
+
 class Baseline:
     """Plain autograd with fused Adam, projection, clipping and renormalisation."""
 
     def __init__(self, p: Problem, rows: Tensor, level: float, equalised: bool):
-        self.p = p
+        self.p, self.bf16 = p, on_gpu(p, equalised)
         new = {"device": p.device}
         self.W_enc = rows.t().contiguous().requires_grad_()
         self.W_dec = rows.clone().requires_grad_()
@@ -87,7 +97,9 @@ class Baseline:
         return (x - recon).square().sum(1).mean() + sparsity
 
     def step(self, x: Tensor) -> None:
-        self.loss(x).backward()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(x)
+        loss.backward()
         with torch.no_grad():
             along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
             self.W_dec.grad -= along * self.W_dec
@@ -139,14 +151,15 @@ class StrongSparse(Baseline):
 
 
 class Floor:
-    """The dense encoder product alone: below it no exact step can go without another algorithm."""
+    """The dense encoder product alone; below it goes only who selects by a cheaper product (kernels/screen.py)."""
 
     def __init__(self, p: Problem, rows: Tensor, level: float, equalised: bool):
-        self.W_enc, self.b_enc = rows.t().contiguous(), torch.zeros(p.d_sae, device=p.device)
-        self.out = torch.zeros(p.batch, p.d_sae, device=p.device)
+        dtype = torch.bfloat16 if on_gpu(p, equalised) else torch.float32
+        self.W_enc, self.b_enc = rows.t().to(dtype).contiguous(), torch.zeros(p.d_sae, device=p.device, dtype=dtype)
+        self.out = torch.zeros(p.batch, p.d_sae, device=p.device, dtype=dtype)
 
     def step(self, x: Tensor) -> None:
-        torch.addmm(self.b_enc, x, self.W_enc, out=self.out)
+        torch.addmm(self.b_enc, x.to(self.out.dtype), self.W_enc, out=self.out)
 
     def optimisers(self) -> list[torch.optim.Optimizer]:
         return []
@@ -154,7 +167,9 @@ class Floor:
 
 SIDES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "sae-train": (Ours, ("topk", "relu", "jumprelu")),
+    "sae-train, Triton": (OursTriton, ("topk", "relu", "jumprelu")),
     "strong dense": (StrongDense, ("topk", "relu", "jumprelu")),
     "strong sparse": (StrongSparse, ("topk",)),
     "encoder GEMM": (Floor, ("topk", "relu", "jumprelu")),
 }
+CUDA_ONLY = ("sae-train, Triton",)

@@ -4,6 +4,7 @@
 {"do": "time", "seconds": s}   → {"ms": [whole steps]}
 {"do": "parts"}                → {"forward", "backward", "optimiser"} in ms
 {"do": "memory"}               → {"mib", "method"}
+{"do": "dense"}                → {"shapes"} of (batch, d_sae) or more
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from sae_train.kernels import checks
 from sae_train.kernels.bench_peers import PACKAGES, PEERS
 from sae_train.kernels.bench_problem import Problem, batches, decoder_rows, level
 from sae_train.kernels.bench_sides import SIDES
@@ -67,6 +69,7 @@ class Worker:
             backward(*args, **kwargs)
             marks.append(self._now())
 
+        self._step()  # untimed, as in time
         torch.Tensor.backward = marked
         try:
             start = self._now()
@@ -85,6 +88,10 @@ class Worker:
             self._step()
         peak = self._resident(peak=True) - self.before - self._moments()
         return {"mib": peak / MIB, "method": "peak RSS" if self.p.device == "cpu" else "CUDA allocator"}
+
+    def dense(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run a step and return the shapes of tensors as large as (batch, d_sae)."""
+        return {"shapes": sorted(checks.dense_blocks(self._step, self.p.batch, self.p.d_in, self.p.d_sae))}
 
     def _step(self) -> None:
         self.side.step(self.xs[self.n_steps % len(self.xs)])
@@ -122,6 +129,7 @@ def answer(request: dict[str, Any], worker: Worker) -> dict[str, Any]:
     """Do what is asked; a package that is not there, or sizes that do not fit, become part of the answer."""
     actions: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "build": worker.build, "time": worker.time, "parts": worker.parts, "memory": worker.memory,
+        "dense": worker.dense,
     }  # fmt: skip
     try:
         return actions[request["do"]](request)

@@ -6,13 +6,15 @@ Memory that an op does not write holds NaN meanwhile, so that a forgotten elemen
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_train.kernels import ops
 from sae_train.kernels.crossover import Crossover
@@ -61,6 +63,32 @@ def poisoned() -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class _Shapes(TorchDispatchMode):
+    """Collects the shape of every tensor that an operation returns, views included.
+
+    Raw bytes are left out: Triton's interpreter looks at whole storages through them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = out if isinstance(out, tuple | list) else (out,)
+        found = [t for t in found if isinstance(t, Tensor) and t.layout == torch.strided]
+        self.seen |= {tuple(t.shape) for t in found if t.dtype not in (torch.uint8, torch.int8)}
+        return out
+
+
+def dense_blocks(run: Callable[[], object], batch: int, d_in: int, d_sae: int) -> set[tuple[int, ...]]:
+    """Return the shapes of tensors of at least batch·d_sae numbers, other than weights, that a run makes."""
+    with _Shapes() as shapes:
+        run()
+    weights = {(d_sae, d_in), (d_in, d_sae)}
+    return {shape for shape in shapes.seen if math.prod(shape) >= batch * d_sae} - weights
 
 
 def _differences(device: str, impl: str | None, shapes) -> Iterator[Difference]:

@@ -27,8 +27,12 @@ __all__ = ["Crossover", "Pattern", "normalise", "remove_parallel"]  # handed thr
 IMPLEMENTATIONS = ("triton", "reference")
 
 
+# What runs where none is asked for; on CUDA reference, until triton is timed there.
+DEFAULTS = {"cpu": "reference", "cuda": "reference"}
+
+
 def choose(impl: str | None, device: torch.device | str) -> str:
-    """Return the implementation to run on a device; None means reference, also on CUDA until triton is timed there.
+    """Return the implementation to run on a device; None means the default there.
 
     An implementation that was asked for and cannot run there is refused.
     """
@@ -39,7 +43,7 @@ def choose(impl: str | None, device: torch.device | str) -> str:
         raise UserError("impl='triton' needs the package triton, which is not installed; use impl='reference'.")
     if impl == "triton" and kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"impl='triton' runs on CUDA, not on {kind} (TRITON_INTERPRET=1 interprets it, slowly, there).")
-    return impl or "reference"
+    return impl or DEFAULTS.get(kind, "reference")
 
 
 def _twin(impl: str | None, x: Tensor) -> ModuleType:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sae_train.errors import UserError
-from sae_train.kernels import ops, reference
+from sae_train.kernels import checks, ops, reference, screen
+from sae_train.kernels.bench_problem import Problem, batches, decoder_rows, level
+from sae_train.kernels.bench_sides import Ours
 
 SHAPES = [(7, 5, 64, 1), (9, 8, 1024, 8), (5, 3, 16, 16), (1, 2, 3, 2), (6, 4, 40, 40)]
 
@@ -116,6 +118,22 @@ def test_active_jumprelu_counts_with_the_rectangle_as_the_threshold_s_gradient()
     d_pre, d_theta = torch.autograd.grad(values.sum(), (pre, theta))
     assert d_pre.tolist() == [0.0, 0.0, 1.0, 1.0]
     torch.testing.assert_close(d_theta, torch.tensor([0.0, -2.5, -2.5, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("arch", ["topk", "relu", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("screened", [True, False])
+def test_a_training_step_makes_no_tensor_of_the_size_of_batch_times_d_sae(arch, screened, monkeypatch):
+    monkeypatch.setattr(screen, "_has_tiles", lambda: screened)
+    monkeypatch.setattr(screen, "SLAB_ELEMENTS", 32 * 2048)
+    monkeypatch.setattr(reference, "SLAB_ELEMENTS", 32 * 2048)
+    p = Problem(arch, 128, 2048, 256, 4)
+    rows = decoder_rows(p)
+    x = batches(p, rows)[0]
+    side = Ours(p, rows, level(p, rows, x), False)
+    if arch == "batchtopk":
+        side.learner.initialise(x)
+    side.step(x)
+    assert checks.dense_blocks(lambda: side.step(x), 256, 128, 2048) == set()
 
 
 def test_an_absent_implementation_is_refused_in_one_sentence():

@@ -228,6 +228,27 @@ def test_two_runs_give_the_same_bits():
 
 
 @runs
+def test_no_tensor_of_the_size_of_batch_times_d_sae_is_made(monkeypatch):
+    from sae_train.kernels import checks
+
+    monkeypatch.setattr(encoders, "SLAB_ELEMENTS", 4 * 512)
+    tensors = inputs(16, 8, 512)
+
+    def step(impl):
+        pre, pattern = ops.active_topk(*tensors[:4], 4, impl=impl)
+        ops.decode_error(pre.relu(), pattern, tensors[4], tensors[3], tensors[0], impl=impl)[1].backward()
+
+    def above():
+        pre, pattern = ops.active_above(*tensors[:4], 9.0, impl="triton")
+        ops.decode_active(pre, pattern, tensors[4], tensors[3], impl="triton").square().sum().backward()
+
+    assert checks.dense_blocks(lambda: step("triton"), 16, 8, 512) == set()
+    assert checks.dense_blocks(above, 16, 8, 512) == set()
+    dense = checks.dense_blocks(lambda: (tensors[0] @ tensors[1]).relu().sum().backward(), 16, 8, 512)
+    assert (16, 512) in dense
+
+
+@runs
 def test_float64_is_refused_in_one_sentence():
     from sae_train.errors import UserError
 
