@@ -22,7 +22,7 @@ from sae_train.settings_page import page
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 SMALL = {
-    "--tokens": "26k", "--batch-tokens": "256", "--buffer-tokens": "2048", "--held-out-tokens": "2048",
+    "--tokens": "13k", "--batch-tokens": "128", "--buffer-tokens": "2048", "--held-out-tokens": "1024",
     "--eval-words": "600", "--absorption-evals": "1", "--device": "cpu",
 }  # fmt: skip
 SMALL_EVAL = {"--eval-words": "600", "--device": "cpu"}
@@ -70,7 +70,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     for cell in cells:
         if cell["cell_type"] == "code":
             source = "".join(cell["source"]).replace(
-                "tokens=300_000", "tokens=26_000, batch_tokens=256, eval_words=600, absorption_evals=1"
+                "tokens=300_000", "tokens=13_000, batch_tokens=128, eval_words=600, absorption_evals=1"
             )
             exec(compile(source, "first_sae.ipynb", "exec"), space)
     assert len(space["latents"]) and space["run"].path.is_dir()
