@@ -6,7 +6,7 @@
 Same model, documents, width, k, batch and number of tokens, float32, each trainer otherwise with its defaults (SAELens
 reads the model through its wrapper of Hugging Face models). Timed from the first document to the last step, the
 start from a sample included, without loading the model or writing the result. Each side runs in a process of its own,
-in rounds (A B A B …); a process given --side is one of them.
+in rounds (A B A B …). With --threads 1 CPU seconds are counted, so that the machine need not be idle.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ DOCUMENTS = 40_000
 class Parts:
     """Seconds by part: what runs inside a named function counts for it, and not for the one around it."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.seconds: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = 0.0
@@ -63,10 +64,15 @@ class Parts:
         setattr(owner, name, timed)
 
     def _turn(self) -> None:
-        now = time.perf_counter()
+        now = self.now()
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
+
+
+def clock(job: dict[str, Any]) -> Callable[[], float]:
+    """With one thread the time that the process had a processor, which others on the machine do not disturb."""
+    return time.process_time if job["threads"] == 1 else time.perf_counter
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +89,8 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
              "tokens": job["tokens"], "device": "cpu", "absorption": False, "dataset": job["dataset"]}  # fmt: skip
     session = open_session(resolve(given))
     learner, lm = session.learners[0], session.model
-    parts = Parts()
+    now = clock(job)
+    parts = Parts(now)
     parts.watch(session.buffer.lm, "activations", "language model")
     for name, part in (("active_topk", "encode"), ("decode_error", "decode")):
         parts.watch(ops, name, part)
@@ -91,7 +98,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     for name in ("_gradients", "_apply"):
         parts.watch(learner, name, "optimiser")
     batches = session.batches()
-    start = time.perf_counter()
+    start = now()
     with parts.part("start"):
         begin(session)
     for _ in range(session.settings.n_steps):
@@ -99,7 +106,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             x = next(batches)
         with parts.part("losses and metrics"):
             learner.step(x)
-    seconds = time.perf_counter() - start
+    seconds = now() - start
     module = hook_points(lm._model.config, lm.name)[lm.hook_name].module
     from sae_train.hub import locate
 

@@ -31,14 +31,15 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     runner = sae_lens.LanguageModelSAETrainingRunner(cfg, override_dataset=dataset)
     seconds = dict.fromkeys(("language model", "text and buffer", "forward", "backward"), 0.0)
     inside: list[float] = []
+    now = time.process_time if job["threads"] == 1 else time.perf_counter
 
     def watch(owner: Any, name: str, part: str) -> None:
         function = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start, before = time.perf_counter(), sum(inside)
+            start, before = now(), sum(inside)
             out = function(*args, **kwargs)
-            taken = time.perf_counter() - start - (sum(inside) - before)
+            taken = now() - start - (sum(inside) - before)
             seconds[part] += taken
             inside.append(taken)
             return out
@@ -49,9 +50,9 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     watch(type(runner.activations_store), "__next__", "text and buffer")
     watch(runner.sae, "training_forward_pass", "forward")
     watch(torch.Tensor, "backward", "backward")
-    start = time.perf_counter()
+    start = now()
     runner.run()
-    total = time.perf_counter() - start
+    total = now() - start
     rest = total - sum(seconds.values())
     versions = f"sae-lens {sae_lens.__version__} torch {torch.__version__}"
     parts = {**seconds, "optimiser and all else": rest}
