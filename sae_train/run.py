@@ -109,6 +109,8 @@ def resume(folder: str | Path) -> Run:
     saved = session.newest_state(folder)
     if saved is None:
         raise UserError(f"the run {str(folder)!r} has no saved state yet: delete the folder and start it again")
+    if "passes" not in info:
+        raise UserError(f"the run {str(folder)!r} was begun by an earlier version of sae-train: start it again")
     settings = resolve(info["settings"])
     opened = session.open_session(settings, named(settings.specs, info["passes"]), folder)
     session.load(opened, saved)

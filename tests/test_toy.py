@@ -205,7 +205,8 @@ def test_an_interrupted_toy_run_resumes_to_the_unbroken_one(tmp_path):
     folder = tmp_path / "cut"
     folder.mkdir()
     session.save(opened, folder, 40)
-    write_json(folder / "run.json", {"status": "interrupted", "settings": flat(settings)})
+    info = {"status": "interrupted", "settings": flat(settings), "passes": [["topk-64-l0_3"]], "saes": []}
+    write_json(folder / "run.json", info)
     resumed = resume(folder)
     one, two = whole.saes["topk-64-l0_3"], resumed.saes["topk-64-l0_3"]
     assert torch.equal(one.W_enc, two.W_enc) and torch.equal(one.W_dec, two.W_dec)
