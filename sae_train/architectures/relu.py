@@ -18,7 +18,7 @@ from sae_train.l0 import level_on
 from sae_train.metrics import held_out_metrics
 
 # The bias is offset at the end only if the controller left L0 further than this from its target.
-TOLERANCE = 0.02
+TOLERANCE = 0.01
 
 
 class ReLU(Architecture):
