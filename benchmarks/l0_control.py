@@ -207,7 +207,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", choices=[*WIDTHS, "by-hand", "report"], help="one part; the tables cover all there is"
     )
-    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=int, default=500_000, help="activations each SAE is trained on")
     parser.add_argument("--model", help="folder of another language model")
     parser.add_argument("--dataset", help="its text")
     return parser.parse_args()

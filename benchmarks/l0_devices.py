@@ -132,7 +132,7 @@ def _measure(args: argparse.Namespace, name: str, device: type[L0Controller]) ->
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=ROOT / "checkpoints" / "l0_devices", help="where runs are kept")
-    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=int, default=500_000, help="activations each SAE is trained on")
     return parser.parse_args()
 
 
