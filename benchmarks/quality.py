@@ -127,7 +127,7 @@ def _train_theirs(args: argparse.Namespace, folder: Path, seed: int, lr: float) 
             "d_in": opened.model.d_in, "context": opened.stream.context, "tokens": steps * settings.train.batch_tokens,
             "batch": settings.train.batch_tokens, "buffer": settings.data.buffer_tokens, "seed": seed, "lr": lr,
             "warm_up": round(settings.train.lr_warm_up * steps), "decay": round(settings.train.lr_decay * steps),
-            "drop": sorted({*opened.model.special_ids, *opened.drop_ids}), "width": settings.saes[0].width,
+            "drop": sorted({*opened.model.special_ids, *opened.drop_ids}), "width": settings.specs[0].width,
             "l0": args.l0, "threads": args.threads,
         }  # fmt: skip
         save_file({"rows": torch.cat(rows)}, job["rows"])
