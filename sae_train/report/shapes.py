@@ -6,22 +6,23 @@ style sheet does; a note is HTML.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 Table = tuple[list[str], list[list[object]]]
 
 
 @dataclass(frozen=True)
-class Chart:
+class Chart(ABC):
     """What all kinds share; `key` is a name for links and files."""
 
     key: str
     title: str
     note: str
 
+    @abstractmethod
     def table(self) -> Table:
-        """Column names and rows of the values drawn."""
-        raise NotImplementedError
+        """Return column names and rows of the values drawn."""
 
 
 @dataclass(frozen=True)
