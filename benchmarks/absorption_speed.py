@@ -15,10 +15,8 @@ are given with and without them.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from csv_rows import append, cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "absorption_speed.csv"
@@ -66,7 +66,7 @@ def main() -> None:
         return
     rows = [row for path in args.saes for row in side_by_side(path, args)]
     print(_table(rows, ("sae", "what", "n", "p20", "p50", "p80")))
-    _append(args.out, rows)
+    append(args.out, COLUMNS, rows)
 
 
 def side_by_side(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -242,32 +242,15 @@ def _common(args: argparse.Namespace, sae: str, versions: dict[str, str]) -> dic
     ours = {p: version(p) for p in ("sae-train", "torch")}
     named = " ".join(f"{k} {v}" for k, v in {**ours, **{k: v for k, v in versions.items() if k != "torch"}}.items())
     return {
-        "date": time.strftime("%Y-%m-%d"), "machine": f"{_cpu()} x {os.cpu_count()}",
+        "date": time.strftime("%Y-%m-%d"), "machine": f"{cpu()} x {os.cpu_count()}",
         "load": round(os.getloadavg()[0], 2), "versions": named, "threads": args.threads,
         "model": Path(args.model).name, "sae": sae,
     }  # fmt: skip
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join(lines + ["| " + " | ".join(str(row[c]) for c in columns) + " |" for row in rows])
-
-
-def _append(out: Path, rows: list[dict[str, Any]]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = not out.is_file()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _arguments() -> argparse.Namespace:

@@ -24,13 +24,14 @@ import csv
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from csv_rows import append, cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "grid.csv"
@@ -58,7 +59,7 @@ def main() -> None:
         seconds = {name: round(value, 2) for name, value in zip(TIMES, run_part(part, args), strict=True)}
         others = round((_others() - before) / (time.perf_counter() - start) / os.cpu_count(), 3)
         print(f"{part}: {seconds}, other processes had {others:.1%} of the machine", flush=True)
-        _append(args.out, _common(args) | {"part": part, "others": others} | seconds)
+        append(args.out, COLUMNS, [_common(args) | {"part": part, "others": others} | seconds])
     print(table(args))
 
 
@@ -240,7 +241,7 @@ def _ratio(rows: dict[str, Any], part: str, what: str) -> str:
 def _common(args: argparse.Namespace) -> dict[str, Any]:
     settings = _settings(args)
     return {
-        "date": time.strftime("%Y-%m-%d"), "machine": f"{_cpu()} x {os.cpu_count()}",
+        "date": time.strftime("%Y-%m-%d"), "machine": f"{cpu()} x {os.cpu_count()}",
         "threads": args.threads, "model": Path(args.model).name,
         "hook": settings.lm.hook, "tokens": settings.train.tokens, "batch": settings.train.batch_tokens,
     }  # fmt: skip
@@ -252,23 +253,6 @@ def _others() -> float:
         return 0.0
     user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _append(out: Path, row: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = not out.is_file()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _arguments() -> argparse.Namespace:

@@ -12,7 +12,6 @@ in rounds (A B A B …). With --threads 1 CPU seconds are counted, so that the m
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -24,6 +23,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from csv_rows import append
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pipeline.csv"
@@ -152,7 +153,7 @@ def main() -> None:
                 runs["SAELens"].append(_run([args.peer_python, str(PEER), peer], args.threads, huge=False))
     rows = _rows(job, runs)
     print(_table(rows))
-    _append(args.out, rows)
+    append(args.out, COLUMNS, rows)
 
 
 def _run(command: list[str], threads: int, huge: bool) -> dict[str, Any]:
@@ -196,16 +197,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines += ["| side | part | p50 (p20–p80) |", "|---|---|---|"]
     lines += [f"| {r['side']} | {r['part']} | {r['p50']:.4g} ({r['p20']:.4g}–{r['p80']:.4g}) |" for r in rows]
     return "\n".join(lines)
-
-
-def _append(out: Path, rows: list[dict[str, Any]]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = not out.is_file()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _arguments() -> argparse.Namespace:
