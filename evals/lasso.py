@@ -58,10 +58,13 @@ def fit(
 
 
 class _Problem:
-    """The objective, its derivatives and the state of the search for the classes that are not solved yet."""
+    """The objective, its derivatives and the state of the search for the classes that are not solved yet.
+
+    weight (classes, m) are the weights of `columns`: per class those that are not zero and more; all others are zero.
+    """
 
     def __init__(self, latents: Latents, labels: Tensor, n_classes: int, l1: float, l2: float):
-        self.n, self.l1, self.l2 = latents.n_rows, l1, l2
+        self.n, self.d_sae, self.l1, self.l2 = latents.n_rows, latents.d_sae, l1, l2
         self.by_row, self.by_column = _csr(latents), _csr_of_transpose(latents)
         self.column_ptr, self.column_rows = self.by_column.crow_indices(), self.by_column.col_indices()
         self.column_counts = self.column_ptr.diff()
@@ -70,77 +73,81 @@ class _Problem:
         # A row's share of the mean BCE is a·softplus(z) − b·z: gradient σ(z)·a − b, curvature a·σ(z)·(1 − σ(z)).
         self.b = positive_weight(y) * y / self.n
         self.a = (1 - y) / self.n + self.b
-        self.weight = y.new_zeros(latents.d_sae, n_classes)
+        self.columns = torch.zeros(n_classes, 0, dtype=torch.long, device=y.device)
+        self.weight = y.new_zeros(n_classes, 0)
         self.bias = y.new_zeros(n_classes)
         self.logits = y.new_zeros(self.n, n_classes)
         self.value = self.objective(self.logits, self.weight, self.bias)
 
     def solve(self, tolerance: float) -> Solution:
-        weight, bias, pull = self.weight.clone(), self.bias.clone(), torch.zeros_like(self.weight)
-        going, residual = torch.arange(len(bias), device=bias.device), 0.0
+        going, residual = torch.arange(len(self.bias), device=self.bias.device), 0.0
+        weight, bias = self.spread(), self.bias.clone()
+        pull = torch.zeros_like(weight)
         for n_steps in range(_MAX_STEPS + 1):
             p = self.logits.sigmoid()
             d_logits = torch.addcmul(-self.b, p, self.a)
-            gradient, d_bias = self.by_column @ d_logits, d_logits.sum(0) + self.l2 * self.bias
-            slope = self.slope(gradient)
-            wrong = torch.maximum(slope.abs().amax(0), d_bias.abs()) / self.l1
+            d_loss, d_bias = (self.by_column @ d_logits).T.contiguous(), d_logits.sum(0) + self.l2 * self.bias
+            is_free = self.choose(d_loss)
+            slope = self.slope(d_loss)
+            wrong = torch.maximum(slope.abs().amax(1), d_bias.abs()) / self.l1
             done = ~(wrong > tolerance) | (n_steps == _MAX_STEPS)
             if bool(done.any()):
                 solved, left = going[done], ~done
-                weight[:, solved], bias[solved], pull[:, solved] = (
-                    self.weight[:, done],
-                    self.bias[done],
-                    -gradient[:, done],
-                )
+                weight[:, solved], bias[solved], pull[:, solved] = self.spread()[:, done], self.bias[done], -d_loss[done].T
                 residual, going = max(residual, float(wrong[done].max())), going[left]
                 if not len(going):
                     break
                 self.keep(left)
-                p, slope, d_bias = p[:, left], slope[:, left], d_bias[left]
-            self.line_search(slope, *self.newton_direction(slope, d_bias, self.a * (p - p.square())))
+                p, slope, d_bias, is_free = p[:, left], slope[left], d_bias[left], is_free[left]
+            self.line_search(slope, *self.newton_direction(is_free, slope, d_bias, self.a * (p - p.square())))
         return Solution(weight, bias, pull, residual, n_steps)
 
     def keep(self, classes: Bool[Tensor, " classes"]) -> None:
-        self.a, self.b, self.weight, self.logits = (t[:, classes] for t in (self.a, self.b, self.weight, self.logits))
+        self.a, self.b, self.logits = (t[:, classes] for t in (self.a, self.b, self.logits))
+        self.columns, self.weight = self.columns[classes], self.weight[classes]
         self.bias, self.value = self.bias[classes], self.value[classes]
+
+    def spread(self) -> Float[Tensor, "d_sae classes"]:
+        """The weights of all latents."""
+        return _spread(self.columns, self.weight, self.d_sae)
+
+    def choose(self, d_loss: Float[Tensor, "classes d_sae"]) -> Bool[Tensor, "classes m"]:
+        """Set the columns: the weights that are not zero, then those that want most to leave it. Return which are free."""
+        is_set, wish = self.weight != 0, d_loss.abs()
+        wish.scatter_(1, self.columns, torch.where(is_set, float("inf"), wish.gather(1, self.columns)))
+        n_set = is_set.sum(1, keepdim=True)
+        most = min(int(n_set.max()) + _NEW_PER_STEP, self.d_sae)
+        wish, columns = wish.topk(most)
+        place = torch.arange(most, device=columns.device)
+        self.weight, self.columns = self.spread().gather(0, columns.T).T, columns
+        return (wish > self.l1) & (place < n_set + _NEW_PER_STEP)
 
     def objective(
         self, logits: Tensor, weight: Tensor, bias: Tensor, classes: Tensor | slice = slice(None)
     ) -> Float[Tensor, " classes"]:
         loss = softplus(logits).mul_(self.a[:, classes]).addcmul_(logits, self.b[:, classes], value=-1)
-        penalty = self.l1 * weight.abs().sum(0) + self.l2 / 2 * (weight.square().sum(0) + bias.square())
+        penalty = self.l1 * weight.abs().sum(1) + self.l2 / 2 * (weight.square().sum(1) + bias.square())
         return loss.sum(0) + penalty
 
-    def slope(self, d_loss: Float[Tensor, "d_sae classes"]) -> Float[Tensor, "d_sae classes"]:
-        """The objective's subgradient of least size: 0 for a weight that rests at zero."""
-        gradient = torch.add(d_loss, self.weight, alpha=self.l2)
+    def slope(self, d_loss: Float[Tensor, "classes d_sae"]) -> Float[Tensor, "classes m"]:
+        """The objective's subgradient of least size by the columns' weights: 0 for one that rests at zero."""
+        gradient = d_loss.gather(1, self.columns).add_(self.weight, alpha=self.l2)
         at_zero = torch.nn.functional.softshrink(gradient, self.l1)
         return torch.where(self.weight == 0, at_zero, gradient.add_(self.weight.sign(), alpha=self.l1))
 
-    def newton_direction(self, slope: Tensor, d_bias: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
+    def newton_direction(
+        self, is_free: Bool[Tensor, "classes m"], slope: Tensor, d_bias: Tensor, curvature: Tensor
+    ) -> tuple[Float[Tensor, "classes m"], Float[Tensor, " classes"]]:
         """Newton's steps on the free weights and the bias, for some classes with about as many at a time."""
-        d_weight, d_b = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        chosen, n_chosen = self.free_weights(slope)
+        step, sizes = pad(torch.zeros_like(slope), (1, 0)), is_free.sum(1)
+        gradient = torch.cat([d_bias[:, None], slope * is_free], 1)
+        at_zero = pad((self.weight == 0) & is_free, (1, 0))
         curvature = curvature.T.float().contiguous()
-        for classes in n_chosen.argsort().split(_CLASSES_AT_ONCE):
-            sizes = n_chosen[classes]
-            columns = chosen[classes, : int(sizes.max())]
-            is_free = torch.arange(columns.shape[1], device=columns.device) < sizes[:, None]
-            hessian = self.hessian(columns, sizes.tolist(), curvature[classes])
-            gradient = torch.cat([d_bias[classes, None], slope[columns, classes[:, None]] * is_free], 1)
-            at_zero = pad((self.weight[columns, classes[:, None]] == 0) & is_free, (1, 0))
-            step = _step_in_orthant(hessian, gradient, at_zero)
-            d_weight[columns[is_free], classes.repeat_interleave(sizes)] = step[:, 1:][is_free]
-            d_b[classes] = step[:, 0]
-        return d_weight, d_b
-
-    def free_weights(self, slope: Tensor) -> tuple[Int[Tensor, "classes m"], Int[Tensor, " classes"]]:
-        """Per class the weights that are not zero, then those that want most to leave it; and how many these are."""
-        is_set = self.weight != 0
-        n_set = is_set.sum(0)
-        most = min(int(n_set.max()) + _NEW_PER_STEP, len(slope))
-        top, chosen = torch.where(is_set, float("inf"), slope.abs()).T.contiguous().topk(most)
-        return chosen, torch.minimum((top > 0).sum(1), n_set + _NEW_PER_STEP)
+        for classes in sizes.argsort().split(_CLASSES_AT_ONCE):
+            m = int(sizes[classes[-1]]) + 1
+            hessian = self.hessian(self.columns[classes, : m - 1], sizes[classes].tolist(), curvature[classes])
+            step[classes, :m] = _step_in_orthant(hessian, gradient[classes, :m], at_zero[classes, :m])
+        return step[:, 1:], step[:, 0]
 
     def hessian(
         self, chosen: Int[Tensor, "classes m"], n_chosen: list[int], curvature: Float[Tensor, "classes n_rows"]
@@ -178,7 +185,7 @@ class _Problem:
         sign = self.weight.sign()
         orthant = torch.where(sign == 0, -slope.sign(), sign)
         weight, bias = _step_within(orthant, self.weight, d_weight), self.bias + d_bias
-        logits = self.by_row @ weight + bias
+        logits = self.by_row @ _spread(self.columns, weight, self.d_sae) + bias
         value = self.objective(logits, weight, bias)
         for halving in range(1, _HALVINGS + 1):
             worse = (~(value <= self.value + 1e-12 * self.value.abs())).nonzero().squeeze(1)
@@ -186,11 +193,15 @@ class _Problem:
                 break
             # A class that finds nothing better stays where it is.
             scale = 0.5**halving if halving < _HALVINGS else 0.0
-            w = _step_within(orthant[:, worse], self.weight[:, worse], scale * d_weight[:, worse])
-            weight[:, worse], bias[worse] = w, self.bias[worse] + scale * d_bias[worse]
-            logits[:, worse] = z = self.by_row @ w + bias[worse]
-            value[worse] = self.objective(z, w, bias[worse], worse)
+            w = _step_within(orthant[worse], self.weight[worse], scale * d_weight[worse])
+            weight[worse], bias[worse] = w, self.bias[worse] + scale * d_bias[worse]
+            z = self.by_row @ _spread(self.columns[worse], w, self.d_sae) + bias[worse]
+            logits[:, worse], value[worse] = z, self.objective(z, w, bias[worse], worse)
         self.weight, self.bias, self.logits, self.value = weight, bias, logits, value
+
+
+def _spread(columns: Tensor, weight: Tensor, d_sae: int) -> Float[Tensor, "d_sae classes"]:
+    return weight.new_zeros(d_sae, len(weight)).scatter_(0, columns.T, weight.T)
 
 
 def _step_within(orthant: Tensor, weight: Tensor, step: Tensor) -> Tensor:

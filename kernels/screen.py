@@ -8,7 +8,7 @@ latents can be among the selected, and only those are computed in float32. Proof
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as nnf
@@ -22,6 +22,8 @@ SLAB_ELEMENTS = 8 * 2**20
 BLOCK_ROWS = 256
 # Of one rounding to bfloat16 (8 bits), and two of them: the sum and the bias may be rounded one after the other.
 ROUNDING = 2**-8
+# The minus signs of four bfloat16 numbers in one 64-bit word.
+SIGNS = -0x7FFF_7FFF_7FFF_8000
 # Smaller problems are not worth it.
 MIN_D_IN, MIN_D_SAE = 128, 2048
 
@@ -66,6 +68,11 @@ class Screen:
         sums = (x.shape[1] + 2) * 2**-23 * ((x_norm + x_rest) * (W_norm + W_rest) + b.abs().amax())
         return cls(x16, W16, b16, x_rest * W_norm + (x_norm + x_rest) * W_rest + b_rest + sums)
 
+    def raised(self) -> Screen:
+        """Biases so high that u ≥ 0 for every entry with pre > 0 (a hundredth of slack for the sums with them)."""
+        b = self.b.float() + 1.01 * self.slack.amax()
+        return replace(self, b=(b + 2 * ROUNDING * b.abs()).bfloat16())
+
     def slabs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield u and slack of a few rows at a time; the buffer is reused, so use each before the next."""
         rows = max(1, SLAB_ELEMENTS // len(self.W))
@@ -107,8 +114,8 @@ def above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor | float) -> tuple[Tenso
     screen, found, counts = Screen.of(x, W, b - floor), [], []
     if not screen.slack.isfinite().all():
         return None
-    for u, slack in screen.slabs():
-        latents, n = _candidates(u, _maxima(u), torch.zeros_like(slack), slack)
+    for u, _ in screen.raised().slabs():
+        latents, n = _not_negative(u)
         found.append(latents)
         counts.append(n)
     pre, pattern = _exact(x, W, b, torch.cat(found), torch.cat(counts))
@@ -139,6 +146,16 @@ def _candidates(u: Tensor, maxima: Tensor, level: Tensor, slack: Tensor) -> tupl
     latents = groups[:, None] + torch.arange(GROUP, device=u.device) * maxima.shape[1]
     chosen = u.view(-1)[latents + (rows * u.shape[1])[:, None]] >= low[rows][:, None]
     return latents[chosen], rows.new_zeros(len(u)).index_add_(0, rows, chosen.sum(1))
+
+
+def _not_negative(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the latents without a minus sign, row after row, and how many of each row; u is overwritten."""
+    words = u.view(-1).view(torch.int64).bitwise_and_(SIGNS).bitwise_xor_(SIGNS)
+    some = words.nonzero().squeeze(1)
+    lanes = words[some].view(torch.int16).nonzero().squeeze(1)
+    places = some[lanes >> 2].mul_(4).add_(lanes & 3)
+    edges = torch.arange(len(u) + 1, device=u.device) * u.shape[1]
+    return places % u.shape[1], torch.searchsorted(places, edges).diff()
 
 
 def _exact(x: Tensor, W: Tensor, b: Tensor, latents: Tensor, counts: Tensor) -> tuple[Tensor, Pattern]:
