@@ -86,6 +86,7 @@ def side_by_side(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         folder = Path(temporary)
         crosscheck.export(folder, assets, args.model)
         crosscheck.export_latents(folder, path, sae, assets)
+        _time_ours(sae, assets, {})  # sae-bench warms up as well
         for round_ in range(args.rounds):
             for _ in range(args.ours_per_round):
                 _time_ours(sae, assets, seconds)
