@@ -93,7 +93,8 @@ class _Problem:
             done = ~(wrong > tolerance) | (n_steps == _MAX_STEPS)
             if bool(done.any()):
                 solved, left = going[done], ~done
-                weight[:, solved], bias[solved], pull[:, solved] = self.spread()[:, done], self.bias[done], -d_loss[done].T
+                weight[:, solved], bias[solved] = self.spread()[:, done], self.bias[done]
+                pull[:, solved] = -d_loss[done].T
                 residual, going = max(residual, float(wrong[done].max())), going[left]
                 if not len(going):
                     break
@@ -112,7 +113,7 @@ class _Problem:
         return _spread(self.columns, self.weight, self.d_sae)
 
     def choose(self, d_loss: Float[Tensor, "classes d_sae"]) -> Bool[Tensor, "classes m"]:
-        """Set the columns: the weights that are not zero, then those that want most to leave it. Return which are free."""
+        """Set the columns: weights that are not zero, then those that want most to leave it. Return which are free."""
         is_set, wish = self.weight != 0, d_loss.abs()
         wish.scatter_(1, self.columns, torch.where(is_set, float("inf"), wish.gather(1, self.columns)))
         n_set = is_set.sum(1, keepdim=True)
