@@ -89,14 +89,12 @@ def topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor] | Non
         latents, n = _candidates(u, maxima, kth - 2 * ROUNDING * kth.abs() - slack, slack)
         found.append(latents)
         counts.append(n)
-    pre, pattern = _exact(x, W, b, torch.cat(found), torch.cat(counts))
-    # Rows side by side, padded to the longest.
-    counts = pattern.offsets.diff()
+    counts = torch.cat(counts)
+    pre, pattern = _exact(x, W, b, torch.cat(found), counts)
+    # Rows side by side, padded to the longest; none has fewer than k.
     place = torch.arange(int(counts.max()), device=x.device) < counts[:, None]
-    values, latents = pre.new_full(place.shape, -torch.inf), counts.new_zeros(place.shape)
-    values[place], latents[place] = pre, pattern.latents
-    values, at = values.topk(k, dim=1, sorted=False)
-    return values, latents.gather(1, at)
+    values, at = pre.new_full(place.shape, -torch.inf).masked_scatter_(place, pre).topk(k, dim=1, sorted=False)
+    return values, pattern.latents[pattern.offsets[:-1, None] + at]
 
 
 def above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor | float) -> tuple[Tensor, Pattern] | None:
@@ -136,9 +134,10 @@ def _candidates(u: Tensor, maxima: Tensor, level: Tensor, slack: Tensor) -> tupl
     low = level - slack
     low = (low - 4 * ROUNDING * low.abs()).bfloat16()
     rows, groups = (maxima >= low[:, None]).nonzero(as_tuple=True)
-    latents = groups[:, None] + torch.arange(GROUP, device=u.device) * maxima.shape[1]
-    chosen = u.view(-1)[latents + (rows * u.shape[1])[:, None]] >= low[rows][:, None]
-    return latents[chosen], rows.new_zeros(len(u)).index_add_(0, rows, chosen.sum(1))
+    members = u.view(len(u), GROUP, -1)[rows, :, groups]
+    entries, places = (members >= low[rows][:, None]).nonzero(as_tuple=True)
+    latents = groups[entries] + places * maxima.shape[1]
+    return latents, torch.bincount(rows[entries], minlength=len(u))
 
 
 def _exact(x: Tensor, W: Tensor, b: Tensor, latents: Tensor, counts: Tensor) -> tuple[Tensor, Pattern]:
