@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from sae_train.kernels.patterns import GROUP, Pattern, dots
+from sae_train.kernels.patterns import GROUP, Pattern, dots, kth_largest
 
 # One slab of bfloat16 pre-activations: 16 MB.
 SLAB_ELEMENTS = 8 * 2**20
@@ -85,7 +85,7 @@ def topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor] | Non
         return None
     for u, slack in screen.slabs():
         maxima = _maxima(u)
-        kth = _coarser(maxima, 8 * k).topk(k, dim=1, sorted=False).values.amin(1).float()
+        kth = kth_largest(_coarser(maxima, 8 * k).float(), k)
         latents, n = _candidates(u, maxima, kth - 2 * ROUNDING * kth.abs() - slack, slack)
         found.append(latents)
         counts.append(n)
