@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from sae_train.kernels.patterns import GROUP, Pattern, dots
+from sae_train.kernels.patterns import GROUP, Pattern, dots, kth_largest
 
 # One slab of bfloat16 pre-activations: 16 MB.
 SLAB_ELEMENTS = 8 * 2**20
@@ -92,18 +92,16 @@ def topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor] | Non
         return None
     for u, slack in screen.slabs():
         maxima = _maxima(u)
-        kth = _coarser(maxima, 8 * k).topk(k, dim=1, sorted=False).values.amin(1).float()
+        kth = kth_largest(_coarser(maxima, 8 * k).float(), k)
         latents, n = _candidates(u, maxima, kth - 2 * ROUNDING * kth.abs() - slack, slack)
         found.append(latents)
         counts.append(n)
-    pre, pattern = _exact(x, W, b, torch.cat(found), torch.cat(counts))
-    # Rows side by side, padded to the longest.
-    counts = pattern.offsets.diff()
+    counts = torch.cat(counts)
+    pre, pattern = _exact(x, W, b, torch.cat(found), counts)
+    # Rows side by side, padded to the longest; none has fewer than k.
     place = torch.arange(int(counts.max()), device=x.device) < counts[:, None]
-    values, latents = pre.new_full(place.shape, -torch.inf), counts.new_zeros(place.shape)
-    values[place], latents[place] = pre, pattern.latents
-    values, at = values.topk(k, dim=1, sorted=False)
-    return values, latents.gather(1, at)
+    values, at = pre.new_full(place.shape, -torch.inf).masked_scatter_(place, pre).topk(k, dim=1, sorted=False)
+    return values, pattern.latents[pattern.offsets[:-1, None] + at]
 
 
 def above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor | float) -> tuple[Tensor, Pattern] | None:
@@ -143,9 +141,10 @@ def _candidates(u: Tensor, maxima: Tensor, level: Tensor, slack: Tensor) -> tupl
     low = level - slack
     low = (low - 4 * ROUNDING * low.abs()).bfloat16()
     rows, groups = (maxima >= low[:, None]).nonzero(as_tuple=True)
-    latents = groups[:, None] + torch.arange(GROUP, device=u.device) * maxima.shape[1]
-    chosen = u.view(-1)[latents + (rows * u.shape[1])[:, None]] >= low[rows][:, None]
-    return latents[chosen], rows.new_zeros(len(u)).index_add_(0, rows, chosen.sum(1))
+    members = u.view(len(u), GROUP, -1)[rows, :, groups]
+    entries, places = (members >= low[rows][:, None]).nonzero(as_tuple=True)
+    latents = groups[entries] + places * maxima.shape[1]
+    return latents, torch.bincount(rows[entries], minlength=len(u))
 
 
 def _not_negative(u: Tensor) -> tuple[Tensor, Tensor]:

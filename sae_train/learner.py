@@ -96,7 +96,7 @@ class Learner:
         sum(terms.values()).backward()
         terms = {name: self.ranks.mean(term) for name, term in terms.items()}
         norms = self._gradients()
-        finite = torch.stack([x.isfinite().all(), *(t.isfinite() for t in terms.values()), *norms.isfinite()])
+        finite = torch.stack([x.abs().amax().isfinite(), *(t.isfinite() for t in terms.values()), *norms.isfinite()])
         bad = self._note_failure(finite)
         self._apply(norms, run, bad)
         fired, n_tokens = self.ranks.sum(run.fired()), len(x) * self.ranks.size

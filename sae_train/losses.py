@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sae_train.kernels.patterns import kth_largest
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -51,8 +53,7 @@ def aux_k(
     acts = torch.addmm(b_enc[dead], x - b_dec, W_enc.t()[dead].t()).relu()
     k = min(nearest_power_of_two(x.shape[1] / 2), dead.numel())
     if k < dead.numel():
-        floor = acts.detach().topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-        acts = acts * (acts >= floor)
+        acts = acts * (acts >= kth_largest(acts.detach(), k)[:, None])
     energy = mean(error.square().sum(1).mean()).clamp_min(1e-12)
     return mse(error, acts @ W_dec[dead]) / energy
 

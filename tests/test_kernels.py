@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_train.errors import UserError
-from sae_train.kernels import checks, ops, reference, screen
+from sae_train.kernels import checks, ops, patterns, reference, screen
 from sae_train.kernels.bench_problem import Problem, batches, decoder_rows, level
 from sae_train.kernels.bench_sides import Ours
 
@@ -79,6 +79,29 @@ def test_two_stage_top_k_equals_the_plain_one():
     values, indices = reference.top_k(pre, 50)
     assert torch.equal(values.sort(1).values, pre.topk(50).values.sort(1).values)
     assert torch.equal(pre.gather(1, indices), values)
+
+
+@pytest.mark.parametrize("n_threads", [0, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_the_k_th_largest_is_that_of_a_sort_with_ties_and_infinities(k, dtype, n_threads, monkeypatch):
+    monkeypatch.setattr(patterns, "PARTITION_THREADS", n_threads)
+    rows = torch.randn(9, 40, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    rows[1], rows[2] = 0.0, rows[2].round()  # ties
+    rows[3], rows[4, :5], rows[5, 30:] = -torch.inf, torch.inf, -torch.inf
+    before = rows.clone()
+    assert torch.equal(patterns.kth_largest(rows, k), rows.sort(1, descending=True).values[:, k - 1])
+    assert torch.equal(rows, before)
+
+
+@pytest.mark.parametrize("d_sae", [2, 2**15 - 1, 2**15, 2**16])
+def test_entries_by_latent_keep_the_order_of_tokens_whatever_integers_sort_them(d_sae):
+    latents = torch.tensor([[d_sae - 1, 0], [d_sae // 2, d_sae - 1], [0, d_sae - 1]])
+    pattern = patterns.row_pattern(latents, d_sae)
+    _, tokens, offsets = pattern.by_latent
+    of = {latent: tokens[offsets[latent] : offsets[latent + 1]].tolist() for latent in latents.unique().tolist()}
+    expected = {0: [0, 2], d_sae - 1: [0, 1, 2]} | ({d_sae // 2: [1]} if d_sae > 2 else {})
+    assert of == (expected if d_sae > 2 else {0: [0, 2], 1: [0, 1, 1, 2]}) and len(offsets) == d_sae + 1
 
 
 def test_entries_above_a_floor_have_the_gradients_of_dense_relu():

@@ -65,6 +65,30 @@ def test_the_k_largest_are_those_of_float32(kind, slab, monkeypatch):
     assert ((values.sort(1).values - pre.topk(K).values.sort(1).values).abs() <= 3e-6 * scale).all()
 
 
+@pytest.mark.parametrize("level", [2.0, 0.0, -0.5])
+def test_candidates_are_all_that_can_reach_the_level_token_by_token_and_group_by_group(level):
+    u = torch.randn(7, 8 * screen.GROUP, generator=torch.Generator().manual_seed(2)).bfloat16()
+    u[1], u[2], u[3, ::3] = -9.0, 9.0, -torch.inf  # no candidate, nothing else, some that can never be one
+    slack = torch.rand(7, generator=torch.Generator().manual_seed(3))
+    latents, counts = screen._candidates(u, screen._maxima(u), torch.full((7,), level), slack)
+    for row, found in enumerate(latents.split(counts.tolist())):
+        reach = u[row].float() + 2 * screen.ROUNDING * u[row].abs().float() + slack[row]
+        assert set((reach >= level).nonzero().view(-1).tolist()) <= set(found.tolist())
+        assert (reach[found] >= level - 8 * screen.ROUNDING * (abs(level) + 1)).all()
+        assert found.tolist() == sorted(found.tolist(), key=lambda latent: (latent % 8, latent))
+
+
+@pytest.mark.parametrize("k", [1, F // screen.GROUP])
+@pytest.mark.parametrize("kind", ["plain", "duplicates", "all negative", "zeros"])
+def test_one_latent_and_one_for_each_group_are_selected_exactly(kind, k):
+    x, W, b = problem(kind)
+    values, latents = screen.topk(x, W, b, k)
+    pre = x.double() @ W.double().t() + b.double()
+    assert all(len(set(row)) == k for row in latents.tolist())
+    torch.testing.assert_close(values.double().sort(1).values, pre.topk(k).values.sort(1).values, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(values.double(), pre.gather(1, latents), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("per_latent", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_entries_above_a_floor_are_those_of_float32(kind, per_latent):
