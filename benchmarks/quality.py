@@ -6,7 +6,7 @@ rows of benchmarks/results/quality.csv and a table of EV, loss recovered and dea
     python benchmarks/quality.py --table                                      from the rows there are; trains nothing
 
 ENV is an environment with sae-lens. sae-train runs one command with its defaults. SAELens' SAETrainer gets the batches
-that sae-train trained on, in their order, the same warm-up and decay, and for each architecture the best of CANDIDATES
+that sae-train trained on, in their order, the same warm-up and decay, and for each architecture the best of OPTIONS
 on seed 0: highest EV at our L0. Its relu and jumprelu are read off at our SAE's L0, on a line in log L0 between the two
 nearest SAEs that lie on either side (quality_peer.py finds them). Every SAE is read by load_sae and measured by our
 code; SAEs that are finished are not trained again.
@@ -18,22 +18,19 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from csv_rows import append, cpu
-
-if TYPE_CHECKING:
-    import pandas as pd
+from quality_table import CONFIGURATION, FIGURES, at, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.csv"
 ARCHITECTURES = ("relu", "topk", "jumprelu")
-FIGURES = ("ev", "loss_recovered", "silent", "dead")
-CONFIGURATION = ("model", "tokens", "width", "asked")
 COLUMNS = (
     "date", "machine", *CONFIGURATION, "side", "arch", "candidate", "seed", "lr", "coefficient", "l0", *FIGURES
 )  # fmt: skip
@@ -41,14 +38,17 @@ ANTHROPIC = {
     "jumprelu_sparsity_loss_mode": "tanh", "jumprelu_bandwidth": 2.0, "jumprelu_init_threshold": 0.1,
     "jumprelu_ste_to_input": True, "pre_act_loss_coefficient": 3e-6,
 }  # fmt: skip
-OPTIONS: dict[str, list[dict[str, Any]]] = {  # start: the first coefficient to try; tries: SAEs of a seed
-    "relu": [{"kind": "relu", "options": {}, "start": 1.28, "tries": 6, "lrs": (4e-3, 2e-3, 8e-3)}],
-    "topk": [{"kind": "topk", "options": {}, "start": 0, "tries": 1, "lrs": (4e-3, 2e-3, 8e-3)}],
+OPTIONS: dict[str, list[dict[str, Any]]] = {  # lrs: learning rate, first coefficient to try; tries: SAEs of a seed
+    "relu": [{"kind": "relu", "options": {}, "tries": 6, "lrs": {2e-3: 1.65, 4e-3: 1.27, 8e-3: 1.02, 16e-3: 0.85}}],
+    "topk": [{"kind": "topk", "options": {}, "tries": 1, "lrs": dict.fromkeys((2e-3, 4e-3, 8e-3, 16e-3))}],
     "jumprelu": [
-        {"kind": "jumprelu-tanh", "options": ANTHROPIC, "start": 0.5, "tries": 6, "lrs": (4e-3, 2e-3, 8e-3)},
-        {"kind": "jumprelu-step", "options": {}, "start": 1.0, "tries": 2, "lrs": (4e-3,)},
+        {
+            "kind": "jumprelu-tanh", "options": ANTHROPIC, "tries": 6,
+            "lrs": {2e-3: 0.33, 4e-3: 0.21, 8e-3: 0.165, 16e-3: 0.14},
+        },
+        {"kind": "jumprelu-step", "options": {}, "tries": 2, "lrs": {4e-3: 1.0}},
     ],
-}
+}  # fmt: skip
 DEAD_SHARE = 0.05  # of the run's last activations
 LOSS_ROWS = 64
 
@@ -62,7 +62,7 @@ def main() -> None:
 
         torch.set_num_threads(args.threads)
         append(RESULTS, COLUMNS, rows(args))
-    print(table())
+    print(table(RESULTS))
 
 
 def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -73,13 +73,11 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     measure = _measure(opened, job["batches"])
     mine = ours(args, folder, measure)
     peer = Peer(args, folder, job, measure)
-    first = [want for arch in args.archs for want in candidates(arch)]
-    tried = peer.train([want | {"seed": 0} for want in first])
-    best = []
-    for arch in args.archs:
-        l0 = next(row["l0"] for row in mine if row["arch"] == arch and row["seed"] == 0)
-        best.append(_best([want for want in first if want["arch"] == arch], tried, l0))
-    others = [want | {"seed": seed} for want in best for seed in range(1, args.seeds)]
+    l0 = {(row["arch"], row["seed"]): row["l0"] for row in mine}
+    first = [want | {"seed": 0, "l0": l0[arch, 0]} for arch in args.archs for want in candidates(arch)]
+    tried = peer.train(first)
+    best = [_best([want for want in first if want["arch"] == arch], tried) for arch in args.archs]
+    others = [want | {"seed": seed, "l0": l0[want["arch"], seed]} for want in best for seed in range(1, args.seeds)]
     common = {
         "date": time.strftime("%Y-%m-%d"), "machine": cpu(), "model": Path(opened.settings.lm.model).name,
         "tokens": args.tokens, "width": opened.settings.specs[0].width, "asked": args.l0,
@@ -89,9 +87,9 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def candidates(arch: str) -> list[dict[str, Any]]:
     return [
-        {"name": f"{option['kind']}-{lr:g}", "arch": arch, "lr": lr} | option
+        {"name": f"{option['kind']}-{lr:g}", "arch": arch, "lr": lr, "start": start} | option
         for option in OPTIONS[arch]
-        for lr in option["lrs"]
+        for lr, start in option["lrs"].items()
     ]
 
 
@@ -173,7 +171,7 @@ def _job(args: argparse.Namespace, opened: Any, folder: Path) -> dict[str, Any]:
         new.rename(batches)
     return {
         "batches": str(batches), "held_out": str(held_out), "out": str(folder / "peer"), "d_in": opened.model.d_in,
-        "width": settings.specs[0].width, "l0": args.l0, "threads": args.threads,
+        "width": settings.specs[0].width, "threads": args.threads,
         "warm_up": round(settings.train.lr_warm_up * steps), "decay": round(settings.train.lr_decay * steps),
         "window": _last(steps) - 1,  # its latents are dead after more steps than that: then sae-train's are, too
     }  # fmt: skip
@@ -217,65 +215,15 @@ def _measure(opened: Any, batches: str) -> Any:
     return measure
 
 
-def _best(wants: list[dict[str, Any]], tried: list[dict[str, Any]], l0: float) -> dict[str, Any]:
-    """The candidate with the highest EV at our L0."""
-    found = {}
+def _best(wants: list[dict[str, Any]], tried: list[dict[str, Any]]) -> dict[str, Any]:
+    """The candidate with the highest EV at our L0, to be started from the coefficient that has it."""
+    found = []
     for want in wants:
-        figures = at([row for row in tried if row["candidate"] == want["name"]], l0)
-        found |= {want["name"]: (figures["ev"], want)} if figures else {}
+        figures = at([row for row in tried if row["candidate"] == want["name"]], want["l0"])
+        found += [(figures["ev"], want | {"start": figures["coefficient"]})] if figures else []
     if not found:
-        raise SystemExit(f"SAELens: no {wants[0]['arch']} came to both sides of L0 {l0:.1f}")
-    return max(found.values(), key=lambda pair: pair[0])[1]
-
-
-def at(ladder: list[dict[str, Any]], l0: float) -> dict[str, float] | None:
-    """Figures at an L0, on a line in log L0 between the nearest SAEs on either side; None where a side is empty."""
-    if len(ladder) == 1:  # topk, which is exact
-        return {figure: ladder[0][figure] for figure in FIGURES}
-    below = [row for row in ladder if 0 < row["l0"] <= l0]
-    above = [row for row in ladder if row["l0"] > l0]
-    if not below or not above:
-        return None
-    a, b = max(below, key=lambda row: row["l0"]), min(above, key=lambda row: row["l0"])
-    share = math.log(l0 / a["l0"]) / math.log(b["l0"] / a["l0"])
-    return {figure: a[figure] + share * (b[figure] - a[figure]) for figure in FIGURES}
-
-
-def table() -> str:
-    """Means over seeds, lowest and highest in brackets, and the learning rates that SAELens' best was chosen from."""
-    import pandas as pd
-
-    data = pd.read_csv(RESULTS)
-    keys = [name for name in COLUMNS[2:] if name not in ("l0", *FIGURES)]
-    data = data.drop_duplicates(keys, keep="last")
-    out = ["| width, L0 | | | sae-train | SAELens | |", "|---|---|---|---|---|---|"]
-    for (_, tokens, width, asked), some in data.groupby(list(CONFIGURATION), sort=False):
-        for arch in [arch for arch in ARCHITECTURES if arch in set(some["arch"])]:
-            out += _lines(f"{width:,}, {asked}", arch, some[some["arch"] == arch])
-        out.append(f"\nTokens: {tokens:,}.")
-    return "\n".join(out)
-
-
-def _lines(where: str, arch: str, some: pd.DataFrame) -> list[str]:
-    mine = some[some["side"] == "sae-train"].set_index("seed")
-    peers = some[some["side"] == "SAELens"]
-    name = peers[peers["seed"] == max(mine.index)]["candidate"].iloc[0]
-    pairs = []
-    for seed, own in mine.iterrows():
-        ladder = peers[(peers["candidate"] == name) & (peers["seed"] == seed)].to_dict("records")
-        pairs.append((own, at(ladder, own["l0"])))
-    lines = []
-    for figure in FIGURES:
-        a, b = ([side[figure] for side in sides] for sides in zip(*pairs, strict=True))
-        sign = 1 if figure in ("ev", "loss_recovered") else -1
-        apart = [sign * gap for gap in (min(a) - max(b), max(a) - min(b))]
-        verdict = "better" if min(apart) > 0 else "worse" if max(apart) < 0 else "not told apart"
-        lines.append(f"| {where} | {arch}, {name} | {figure} | {_spread(a)} | {_spread(b)} | {verdict} |")
-    return lines
-
-
-def _spread(values: list[float]) -> str:
-    return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+        raise SystemExit(f"SAELens: no {wants[0]['arch']} came to both sides of L0 {wants[0]['l0']:.1f}")
+    return max(found, key=lambda pair: pair[0])[1]
 
 
 def _short(value: Any) -> Any:
@@ -296,6 +244,12 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := set(args.archs) - set(ARCHITECTURES):
         parser.error(f"--archs: {', '.join(sorted(unknown))} is none of {', '.join(ARCHITECTURES)}")
+    if args.table and not RESULTS.is_file():
+        parser.error(f"--table: {RESULTS} does not exist: measure first")
+    if not args.table and not shutil.which(args.peer_python):
+        parser.error(f"--peer-python: {args.peer_python} is no program")
+    if args.seeds < 2:
+        parser.error(f"--seeds: {args.seeds} is not enough, 2 are")
     return args
 
 

@@ -33,38 +33,34 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     batches = np.load(job["batches"], mmap_mode="r")
     held_out = torch.from_numpy(np.load(job["held_out"]))
-    known: dict[str, tuple[float, float]] = {}  # of each kind: log coefficient at the wanted L0, slope
     for want in job["searches"]:
         if want["arch"] == "topk":
             train(job, want, None, batches, held_out)
         else:
-            search(job, want, batches, held_out, known)
+            search(job, want, batches, held_out)
 
 
-def search(job: dict[str, Any], want: dict[str, Any], batches: Any, held_out: torch.Tensor, known: dict) -> None:
+def search(job: dict[str, Any], want: dict[str, Any], batches: Any, held_out: torch.Tensor) -> None:
     """Train until L0 is bracketed closely, or as many SAEs are trained as may be."""
     found = [
-        _point(job, json.loads(path.read_text())) for path in Path(job["out"]).glob(f"{_stem(want)}-*/trained.json")
+        _point(want, json.loads(path.read_text())) for path in Path(job["out"]).glob(f"{_stem(want)}-*/trained.json")
     ]
-    x, slope = known.get(want["kind"], (math.log(want["start"]), -1.0))
+    x, slope = math.log(want["start"]), -1.5
     while True:
         found.sort(key=lambda point: abs(point[1]))
         if len(found) > 1:
             slope = min((found[1][1] - found[0][1]) / (found[1][0] - found[0][0]), -0.2)
         missing = [side for side in (1, -1) if not any(0 <= side * off <= math.log(CLOSE) for _, off in found)]
-        if found:
-            aim = missing[0] * math.log(AIM) if missing else 0.0
-            x = found[0][0] + max(-2.5, min(2.5, (aim - found[0][1]) / slope))
-        if not missing:
-            known[want["kind"]] = x, slope
         if not missing or len(found) >= want["tries"]:
             return
-        found.append(_point(job, train(job, want, float(f"{math.exp(x):.4g}"), batches, held_out)))
+        if found:
+            x = found[0][0] + max(-2.5, min(2.5, (missing[0] * math.log(AIM) - found[0][1]) / slope))
+        found.append(_point(want, train(job, want, float(f"{math.exp(x):.4g}"), batches, held_out)))
 
 
-def _point(job: dict[str, Any], trained: dict[str, Any]) -> tuple[float, float]:
+def _point(want: dict[str, Any], trained: dict[str, Any]) -> tuple[float, float]:
     """Log coefficient, and log of L0 over the wanted one."""
-    return math.log(trained["coefficient"]), math.log(max(trained["l0"], 0.01) / job["l0"])
+    return math.log(trained["coefficient"]), math.log(max(trained["l0"], 0.01) / want["l0"])
 
 
 def _stem(want: dict[str, Any]) -> str:
@@ -93,7 +89,7 @@ def train(
 def _fit(job: dict[str, Any], want: dict[str, Any], coefficient: float | None, batches: Any) -> Any:
     options = dict(want["options"])
     if coefficient is None:
-        options["k"] = job["l0"]
+        options["k"] = round(want["l0"])
     else:
         name = COEFFICIENTS[want["arch"]]
         options |= {f"{name}_coefficient": coefficient}
