@@ -17,6 +17,7 @@ import argparse
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -78,18 +79,20 @@ def _by_hand(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _uncontrolled(arch: str, coefficient: float) -> Iterator[None]:
-    """The controller's gains at zero, its start at the coefficient, no offset at the end."""
+    """The controller's gains at zero, its start at the coefficient, jumprelu's price at 1, no offset at the end."""
     from sae_train.architectures import TRAINED
     from sae_train.l0 import L0Controller
 
     cls = TRAINED[arch]
-    kept = cls.first_coefficient, cls.calibrate, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL
+    forward = cls.forward
+    kept = cls.first_coefficient, cls.calibrate, cls.forward, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL
     cls.first_coefficient, cls.calibrate = coefficient, lambda self, held_out: None
+    cls.forward = lambda self, x: replace(forward(self, x), price=1.0)
     L0Controller.PROPORTIONAL = L0Controller.INTEGRAL = 0.0
     try:
         yield
     finally:
-        cls.first_coefficient, cls.calibrate, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL = kept
+        cls.first_coefficient, cls.calibrate, cls.forward, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL = kept
 
 
 def _run(args: argparse.Namespace, name: str, **settings: Any) -> None:

@@ -28,7 +28,7 @@ class Ours:
         from sae_train.learner import Learner
 
         self.bf16 = on_gpu(p, equalised)
-        settings = self._settings(p)
+        settings = self._settings(p, level)
         spec = SimpleNamespace(arch=p.arch, width=p.d_sae, l0=float(p.k), seed=0, name="bench")
         self.learner = Learner(spec, settings, p.d_in, 10**6, p.device)
         with torch.no_grad():
@@ -46,10 +46,10 @@ class Ours:
             self.learner.arch.settle()
 
     @staticmethod
-    def _settings(p: Problem) -> Any:
+    def _settings(p: Problem, level: float) -> Any:
         values = {"tokens": 10**9, "batch_tokens": p.batch, "lr": LR, "lr_warm_up": 0.0, "lr_decay": 0.0}
         values |= {"grad_clip": CLIP, "aux_coefficient": 1 / 32, "dead_tokens": DEAD_TOKENS}
-        values |= {"jumprelu_bandwidth": BANDWIDTH}
+        values |= {"jumprelu_bandwidth": BANDWIDTH / level if p.arch == "jumprelu" else BANDWIDTH}
         try:
             from sae_train.config import TrainSettings
         except ImportError:  # a machine with torch and triton alone has no pydantic

@@ -177,7 +177,9 @@ class _JumpReLU(torch.autograd.Function):
         if n:
             sparse.jumprelu_kernel[(len(counts),)](pre, pattern.latents, threshold, values, counts, n, block)
         ctx.save_for_backward(pre, threshold)
-        ctx.pattern, ctx.bandwidth = pattern, bandwidth
+        ctx.pattern = pattern
+        widths = torch.as_tensor(bandwidth, dtype=threshold.dtype, device=pre.device)
+        ctx.widths = widths.expand_as(threshold).contiguous()
         return values, counts.sum().to(pre.dtype)
 
     @staticmethod
@@ -188,7 +190,7 @@ class _JumpReLU(torch.autograd.Function):
         d_pre, d_threshold = torch.empty_like(pre), torch.empty_like(threshold)
         sparse.jumprelu_backward_kernel[(len(threshold),)](
             pre, order, offsets[:-1].contiguous(), offsets[1:].contiguous(), threshold, d_values.contiguous(), d_count,
-            ctx.bandwidth, d_pre, d_threshold, 32, num_warps=1,
+            ctx.widths, d_pre, d_threshold, 32, num_warps=1,
         )  # fmt: skip
         return d_pre, d_threshold, None, None
 
@@ -234,6 +236,8 @@ def decode_error(values: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor,
     return recon, (recon - x).square().sum()
 
 
-def jumprelu_active(pre: Tensor, pattern: Pattern, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+def jumprelu_active(
+    pre: Tensor, pattern: Pattern, threshold: Tensor, bandwidth: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """Return pre·1[pre > θ] at the entries and the number of entries above, both differentiable in θ."""
     return _JumpReLU.apply(pre, threshold, pattern, bandwidth)

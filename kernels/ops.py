@@ -134,8 +134,11 @@ def decode_error(values, pattern: Pattern, W_dec, b_dec, x, impl: str | None = N
     return _twin(impl, values).decode_error(values, pattern, W_dec, b_dec, x)
 
 
-def jumprelu_active(pre, pattern: Pattern, threshold, bandwidth: float, impl: str | None = None):
-    """Return pre·1[pre > θ] at a pattern's entries and how many are above, with straight-through gradients to θ."""
+def jumprelu_active(pre, pattern: Pattern, threshold, bandwidth: Tensor | float, impl: str | None = None):
+    """Return pre·1[pre > θ] at a pattern's entries and how many are above, with straight-through gradients to θ.
+
+    bandwidth, the rectangle's width, is a number or one for each latent, (d_sae,).
+    """
     return _twin(impl, pre).jumprelu_active(pre, pattern, threshold, bandwidth)
 
 

@@ -131,9 +131,12 @@ def decode_error(values: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor,
     return recon, (recon - x).square().sum()
 
 
-def jumprelu_active(pre: Tensor, pattern: Pattern, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+def jumprelu_active(
+    pre: Tensor, pattern: Pattern, threshold: Tensor, bandwidth: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """Return pre·1[pre > θ] at the entries and the number of entries above, both differentiable in θ."""
     theta = threshold[pattern.latents]
+    bandwidth = bandwidth[pattern.latents] if isinstance(bandwidth, Tensor) else bandwidth
     return JumpReLU.apply(pre, theta, bandwidth), Step.apply(pre, theta, bandwidth).sum()
 
 

@@ -119,19 +119,19 @@ def jumprelu_kernel(
 
 @triton.jit
 def jumprelu_backward_kernel(
-    pre, order, starts, ends, threshold, d_values, d_count, bandwidth, d_pre, d_threshold, BLOCK: tl.constexpr,
+    pre, order, starts, ends, threshold, d_values, d_count, widths, d_pre, d_threshold, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One latent, its entries in token order: d_pre = d_value·1[pre > θ], dθ = −Σ (θ·d_value + d_count)/ε near θ."""
     latent = tl.program_id(0).to(tl.int64)
     start, end = tl.load(starts + latent), tl.load(ends + latent)
-    theta, up = tl.load(threshold + latent), tl.load(d_count)
+    theta, width, up = tl.load(threshold + latent), tl.load(widths + latent), tl.load(d_count)
     acc = tl.zeros((BLOCK,), tl.float32)
     for first in range(start, end, BLOCK):
         at = first + tl.arange(0, BLOCK)
         entry = tl.load(order + at, mask=at < end, other=0)
         value = tl.load(pre + entry, mask=at < end, other=0.0)
         grad = tl.load(d_values + entry, mask=at < end, other=0.0)
-        near = (tl.abs(value - theta) < bandwidth / 2) & (at < end)
-        acc -= tl.where(near, (theta * grad + up) / bandwidth, 0.0)
+        near = (tl.abs(value - theta) < width / 2) & (at < end)
+        acc -= tl.where(near, (theta * grad + up) / width, 0.0)
         tl.store(d_pre + entry, tl.where(value > theta, grad, 0.0), mask=at < end)
     tl.store(d_threshold + latent, tl.sum(acc, 0))

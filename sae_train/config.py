@@ -112,7 +112,7 @@ class TrainSettings(_Group):
         description="tokens without activation that make a latent dead; default: 10M, at most 5% of the run",
     )
     jumprelu_bandwidth: Annotated[float, Field(gt=0)] = Field(
-        0.5, description="width of the straight-through rectangle, in units of scaled activations"
+        0.25, description="width of the straight-through rectangle, as a share of the latent's threshold"
     )
     matryoshka_prefixes: Annotated[tuple[float, ...], listed(parse_share)] = Field(
         (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0),

@@ -102,7 +102,7 @@ class Learner:
         fired, n_tokens = self.ranks.sum(run.fired()), len(x) * self.ranks.size
         l0 = fired.sum() / n_tokens
         self.idle_tokens = torch.where(fired > 0, 0, self.idle_tokens + n_tokens)
-        metrics = self._metrics(terms, l0, norms)
+        metrics = self._metrics(run, terms, l0, norms)
         if self.control:
             self.control.update(l0, self.step_count, ~bad)
         self.step_count += 1
@@ -180,7 +180,7 @@ class Learner:
         if run.extra is not None:
             terms["aux_loss"] = terms["aux_loss"] + run.extra
         if self.control:
-            terms["sparsity_loss"] = self.control.coefficient * run.sparsity
+            terms["sparsity_loss"] = self.control.coefficient * run.price * run.sparsity
         return terms
 
     def _watched(self) -> list[str]:
@@ -219,12 +219,12 @@ class Learner:
         self.arch.settle()
 
     @torch.no_grad()
-    def _metrics(self, terms: dict[str, Tensor], l0: Tensor, norms: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, run: Forward, terms: dict[str, Tensor], l0: Tensor, norms: Tensor) -> dict[str, Tensor]:
         terms = {name: term.detach() for name, term in terms.items()}
         extra = {}
         if self.control:
             dense = torch.tensor(float(self.arch.crossover.dense))
-            extra = {"details/l0_coefficient": self.control.coefficient, "details/dense_products": dense}
+            extra = {"details/l0_coefficient": self.control.coefficient * run.price, "details/dense_products": dense}
         if "threshold" in self.sae.form.vectors:
             extra["details/threshold"] = self.sae.threshold.mean()
         return {

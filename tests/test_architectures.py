@@ -162,3 +162,31 @@ def test_processes_that_share_a_batch_are_refused_a_selection_over_all_of_it(arc
     sae = SAE(SAEConfig("jumprelu", D, F))
     with pytest.raises(UserError, match=f"{arch} selects over whole batches, which 2 processes cannot share"):
         TRAINED[arch](sae, SAESpec(arch=arch, width=F, l0=3.0), TrainSettings(), Ranks(0, 2))
+
+
+def test_jumprelu_starts_with_the_encoder_scale_that_reconstructs_best():
+    """At half or twice that scale (thresholds with it) the error is larger; without it many latents overshoot."""
+    kind, _ = made("jumprelu", l0=8.0)
+    sae, x = kind.sae, torch.randn(400, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+        sae.W_enc.copy_(sae.W_dec.t())
+        sae.b_enc.zero_()
+        kind.start(x)
+
+    def error(scale):
+        pre = (x - sae.b_dec) @ sae.W_enc
+        return ((pre * (pre > sae.threshold) * scale) @ sae.W_dec + sae.b_dec - x).pow(2).sum()
+
+    pre = (x - sae.b_dec) @ sae.W_enc
+    assert float((pre > sae.threshold).sum() / len(x)) == pytest.approx(16, rel=0.02)
+    assert all(error(1.0) < error(scale) for scale in (0.5, 0.9, 1.1, 2.0))
+    assert sae.W_enc.norm(dim=0).max() < 0.7
+
+
+def test_the_price_of_jumprelu_s_l0_follows_the_error():
+    """λ = coefficient·⟨‖e‖²⟩/L0*, without a gradient of its own."""
+    kind, x = made("jumprelu")
+    run = kind.forward(x)
+    assert not run.price.requires_grad
+    torch.testing.assert_close(run.price * 3.0, run.error.detach())

@@ -107,8 +107,9 @@ def test_a_forgotten_gradient_is_flagged(function, i, monkeypatch):
 
 def test_a_bound_without_its_slack_is_flagged(monkeypatch):
     monkeypatch.setattr(screen, "_has_tiles", lambda: True)
-    slabs = screen.Screen.slabs
-    monkeypatch.setattr(screen.Screen, "slabs", lambda self: ((u, slack * -1 - 0.05) for u, slack in slabs(self)))
+    of = screen.Screen.of
+    monkeypatch.setattr(screen.Screen, "of", lambda *problem: replace(of(*problem), slack=torch.zeros(len(problem[0]))))
+    monkeypatch.setattr(screen, "ROUNDING", 0.0)
     assert wrong(shapes=SCREENED)
 
 

@@ -143,6 +143,15 @@ def test_active_jumprelu_counts_with_the_rectangle_as_the_threshold_s_gradient()
     torch.testing.assert_close(d_theta, torch.tensor([0.0, -2.5, -2.5, 0.0], dtype=torch.float64))
 
 
+def test_each_latent_can_have_a_rectangle_of_its_own():
+    pattern = ops.Pattern(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 4]), 4)
+    pre = torch.tensor([0.2, 0.45, 0.55, 0.9], dtype=torch.float64)
+    theta = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
+    _, active = ops.jumprelu_active(pre, pattern, theta, torch.tensor([1.0, 0.08, 0.2, 1.0], dtype=torch.float64))
+    (grad,) = torch.autograd.grad(active, theta)
+    torch.testing.assert_close(grad, torch.tensor([-1.0, 0.0, -5.0, -1.0], dtype=torch.float64))
+
+
 @pytest.mark.parametrize("arch", ["topk", "relu", "jumprelu", "batchtopk"])
 @pytest.mark.parametrize("screened", [True, False])
 def test_a_training_step_makes_no_tensor_of_the_size_of_batch_times_d_sae(arch, screened, monkeypatch):

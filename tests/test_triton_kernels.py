@@ -189,10 +189,12 @@ def test_the_one_gather_error_has_the_gradients_of_the_reference_also_where_the_
 
 
 @runs
-def test_the_l0_count_of_jumprelu_has_the_straight_through_gradient():
+@pytest.mark.parametrize("share", [None, 0.75])
+def test_the_l0_count_of_jumprelu_has_the_straight_through_gradient(share):
     def run(impl, t):
-        pre, pattern = ops.active_above(*t[:4], t[5].detach() - 0.75, impl=impl)
-        values, count = ops.jumprelu_active(pre, pattern, t[5], 1.5, impl=impl)
+        width = share * t[5].detach() if share else 1.5  # one for each latent, or one for all
+        pre, pattern = ops.active_above(*t[:4], t[5].detach() - width / 2, impl=impl)
+        values, count = ops.jumprelu_active(pre, pattern, t[5], width, impl=impl)
         return torch.stack([values.square().sum(), count, count])
 
     assert_like_float64(run, [*inputs(6, 12, 90), torch.full((90,), 2.0, device=DEVICE, requires_grad=True)])
