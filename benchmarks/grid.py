@@ -1,8 +1,9 @@
-"""A grid of 12 topk SAEs (widths 1k, 4k, 16k; L0 10, 25, 50, 100) in one pass, against 12 runs one by one and against
+"""A grid of 12 topk SAEs (three widths; L0 10, 25, 50, 100) in one pass, against 12 runs one by one and against
 SAELens' MultiSAETrainingRunner: a language model comes in, rows of benchmarks/results/grid.csv and a table go out.
 
     python benchmarks/grid.py --peer-python ENV/bin/python                        all parts, embedded model
     python benchmarks/grid.py --model FOLDER --dataset FILE --hook NAME           another model
+    python benchmarks/grid.py --widths 1k,2k,4k                                   other widths than 1k, 4k, 16k
     python benchmarks/grid.py --only singles-1k,floor                             some parts; rows of one day join up
     python benchmarks/grid.py --table                                             ratios of the newest rows
 
@@ -36,11 +37,10 @@ from csv_rows import append, cpu
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "grid.csv"
 COLUMNS = (
-    "date", "machine", "others", "threads", "model", "hook", "tokens", "batch", "part", "wall", "loop", "training"
+    "date", "machine", "others", "threads", "model", "hook", "tokens", "batch", "widths",
+    "part", "wall", "loop", "training",
 )  # fmt: skip
-WIDTHS, L0S = {"1k": 1024, "4k": 4096, "16k": 16384}, (10, 25, 50, 100)
-SINGLES = tuple(f"singles-{width}" for width in WIDTHS)
-PARTS = ("grid", *SINGLES, "floor", "saelens")
+L0S = (10, 25, 50, 100)
 SPARSE_FROM = 40  # latents per active one from which SAELens' sparse activations are faster than its dense ones
 TIMES = ("wall", "loop", "training")
 FLOOR_STEPS = 8
@@ -54,7 +54,7 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for part in () if args.table else args.only:
+    for part in () if args.table else args.only or _parts(args):
         start, before = time.perf_counter(), _others()
         seconds = {name: round(value, 2) for name, value in zip(TIMES, run_part(part, args), strict=True)}
         others = round((_others() - before) / (time.perf_counter() - start) / os.cpu_count(), 3)
@@ -70,7 +70,7 @@ def run_part(part: str, args: argparse.Namespace) -> tuple[float, float, float]:
     if part == "saelens":
         return _saelens(args)
     if part == "grid":
-        return _ours(args, ",".join(WIDTHS), ",".join(map(str, L0S)))
+        return _ours(args, args.widths, ",".join(map(str, L0S)))
     width = part.removeprefix("singles-")
     seconds = [_ours(args, width, str(l0)) for l0 in L0S]
     return tuple(map(sum, zip(*seconds, strict=True)))
@@ -112,7 +112,7 @@ def _settings(args: argparse.Namespace) -> Any:
     from sae_train.config import resolve
 
     given = {name: getattr(args, name) for name in ("model", "hook", "dataset", "tokens", "batch_tokens")}
-    return resolve({**given, "width": ",".join(WIDTHS), "l0": ",".join(map(str, L0S)), "device": "cpu"})
+    return resolve({**given, "width": args.widths, "l0": ",".join(map(str, L0S)), "device": "cpu"})
 
 
 def floor(args: argparse.Namespace) -> tuple[float, float, float]:
@@ -161,6 +161,7 @@ def _saelens(args: argparse.Namespace) -> tuple[float, float, float]:
             "batch": settings.train.batch_tokens, "rows": f"{folder}/rows.safetensors", "threads": args.threads,
             "buffer": settings.data.buffer_tokens, "lr": opened.learners[-1].lr, "out": folder,
             "drop": sorted({*opened.model.special_ids, *opened.drop_ids}),
+            "widths": sorted({spec.width for spec in settings.specs}),
         }  # fmt: skip
         if args.model == "speller":
             job["model"] = str(ROOT / "checkpoints" / "speller")
@@ -197,7 +198,7 @@ def saelens(job: dict[str, Any]) -> dict[str, float]:
     lm.model.lm_head = torch.nn.Identity()
     saes = {}
     sparse = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
-    for width, k in itertools.product(WIDTHS.values(), L0S):
+    for width, k in itertools.product(job["widths"], L0S):
         options = sparse if width >= SPARSE_FROM * k else {}
         saes[f"{width}-{k}"] = TopKTrainingSAEConfig(d_in=job["d_in"], d_sae=width, k=k, **options)
     config = MultiSAETrainingRunnerConfig(
@@ -216,12 +217,13 @@ def saelens(job: dict[str, Any]) -> dict[str, float]:
 
 def table(args: argparse.Namespace) -> str:
     """Ratios to the grid of the newest row of each part."""
-    want = {key: str(value) for key, value in _common(args).items() if key in COLUMNS[4:8] and value is not None}
+    want = {key: str(value) for key, value in _common(args).items() if key in COLUMNS[4:9] and value is not None}
     with args.out.open(newline="") as file:
         rows = {row["part"]: row for row in csv.DictReader(file) if all(row[k] == v for k, v in want.items())}
     if "grid" not in rows:
         return "no row of the grid yet"
-    rows |= {"singles": _sum([rows[part] for part in SINGLES])} if all(part in rows for part in SINGLES) else {}
+    singles = [part for part in _parts(args) if part.startswith("singles")]
+    rows |= {"singles": _sum([rows[part] for part in singles])} if all(part in rows for part in singles) else {}
     lines = ["| | with start-up, s | × | without, s | × | training alone, s | × |", "|---|" + "---|" * 6]
     for part in ("grid", "singles", "saelens", "floor"):
         if part in rows:
@@ -244,6 +246,7 @@ def _common(args: argparse.Namespace) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"), "machine": f"{cpu()} x {os.cpu_count()}",
         "threads": args.threads, "model": Path(args.model).name,
         "hook": settings.lm.hook, "tokens": settings.train.tokens, "batch": settings.train.batch_tokens,
+        "widths": args.widths,
     }  # fmt: skip
 
 
@@ -264,14 +267,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=204_800)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--widths", default="1k,4k,16k")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="grid, singles-1k, …, floor, saelens")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--saelens-job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if unknown := set(args.only) - set(PARTS):
-        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+    if unknown := set(args.only or ()) - set(_parts(args)):
+        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(_parts(args))}")
     return args
+
+
+def _parts(args: argparse.Namespace) -> tuple[str, ...]:
+    return ("grid", *(f"singles-{width}" for width in args.widths.split(",")), "floor", "saelens")
 
 
 if __name__ == "__main__":

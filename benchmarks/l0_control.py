@@ -24,6 +24,8 @@ from typing import Any
 
 import pandas as pd
 
+from sae_train.architectures import TRAINED
+from sae_train.l0 import L0Controller
 from sae_train.run import Run, train
 from sae_train.run_log import read_json
 
@@ -79,20 +81,28 @@ def _by_hand(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _uncontrolled(arch: str, coefficient: float) -> Iterator[None]:
-    """The controller's gains at zero, its start at the coefficient, jumprelu's price at 1, no offset at the end."""
-    from sae_train.architectures import TRAINED
-    from sae_train.l0 import L0Controller
+    """The controller's gains at zero, its start at the coefficient, no offset at the end."""
+    cls = TRAINED[arch]
+    kept = cls.first_coefficient, cls.calibrate, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL
+    cls.first_coefficient, cls.calibrate = coefficient, lambda self, held_out: None
+    L0Controller.PROPORTIONAL = L0Controller.INTEGRAL = 0.0
+    try:
+        with unpriced(arch):
+            yield
+    finally:
+        cls.first_coefficient, cls.calibrate, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL = kept
 
+
+@contextmanager
+def unpriced(arch: str) -> Iterator[None]:
+    """The controller's coefficient is λ itself, not a share of the error."""
     cls = TRAINED[arch]
     forward = cls.forward
-    kept = cls.first_coefficient, cls.calibrate, cls.forward, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL
-    cls.first_coefficient, cls.calibrate = coefficient, lambda self, held_out: None
     cls.forward = lambda self, x: replace(forward(self, x), price=1.0)
-    L0Controller.PROPORTIONAL = L0Controller.INTEGRAL = 0.0
     try:
         yield
     finally:
-        cls.first_coefficient, cls.calibrate, cls.forward, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL = kept
+        cls.forward = forward
 
 
 def _run(args: argparse.Namespace, name: str, **settings: Any) -> None:

@@ -1,5 +1,6 @@
 """Ways to hold L0 at a target, on the same runs: relu and jumprelu SAEs with one device after another in the place of
-the L0 controller, nothing corrected at the end; a CSV and a table go out.
+the L0 controller, nothing corrected at the end; a CSV and a table go out. All but ours steer λ itself; jumprelu's own
+controller steers it as a share of error / L0*.
 
     python benchmarks/l0_devices.py
 
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
 import torch
+from l0_control import unpriced
 from torch import Tensor
 
 from sae_train import learner
@@ -28,6 +31,10 @@ from sae_train.run_log import read_json
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "l0_devices.csv"
 WIDTH, TARGETS = "1k", (10, 50)
+
+
+class OnLambda(L0Controller):
+    """Ours with the coefficient as λ itself: all the difference is jumprelu's."""
 
 
 class SlowIntegral(L0Controller):
@@ -84,6 +91,7 @@ class Quadratic100(Quadratic):
 
 DEVICES = {
     "PI in log space (ours)": L0Controller,
+    "the same on λ itself": OnLambda,
     "slow integral, EMA .99": SlowIntegral,
     "up or down by 3e-4": UpOrDown,
     "integral in log space": LogIntegral,
@@ -114,10 +122,11 @@ def _measure(args: argparse.Namespace, name: str, device: type[L0Controller]) ->
         for arch in archs:
             TRAINED[arch].calibrate = lambda self, held_out: None
         try:
-            train(
-                name=folder.name, out=str(args.runs), arch=archs, width=WIDTH, l0=list(TARGETS), tokens=args.tokens,
-                absorption=False,
-            )  # fmt: skip
+            with nullcontext() if device is L0Controller else unpriced("jumprelu"):
+                train(
+                    name=folder.name, out=str(args.runs), arch=archs, width=WIDTH, l0=list(TARGETS),
+                    tokens=args.tokens, absorption=False,
+                )  # fmt: skip
         finally:
             learner.L0Controller = kept[0]
             for arch, calibrate in kept[1].items():
