@@ -102,7 +102,7 @@ def sums(name: str, d: int) -> tuple:
         "jumprelu": (sparse.jumprelu_kernel, [FLOAT, INT, FLOAT, FLOAT, INT, "i32"], dict(BLOCK=1024), 4, 3),
         "jumprelu_backward": (
             sparse.jumprelu_backward_kernel,
-            [FLOAT, LONG, LONG, LONG, FLOAT, FLOAT, FLOAT, "fp32", FLOAT, FLOAT],
+            [FLOAT, LONG, LONG, LONG, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT],
             dict(BLOCK=32),
             1,
             3,
