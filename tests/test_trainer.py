@@ -1,6 +1,7 @@
 """The loop: when callbacks run, that a failing SAE leaves its neighbours alone, and that the clock stands still."""
 
 import itertools
+import itertools
 import time
 
 import torch
