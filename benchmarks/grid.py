@@ -44,7 +44,6 @@ L0S = (10, 25, 50, 100)
 SPARSE_FROM = 40  # latents per active one from which SAELens' sparse activations are faster than its dense ones
 TIMES = ("wall", "loop", "training")
 FLOOR_STEPS = 8
-LOG_EVERY = "20"  # steps; SAELens logs nothing
 PEER_SHARE = 4  # SAELens trains on the first 1/4 of the tokens, timed once and multiplied: its steps are all alike
 
 
@@ -82,7 +81,7 @@ def _ours(args: argparse.Namespace, widths: str, l0s: str) -> tuple[float, float
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "sae_train", "--width", widths, "--l0", l0s, "--out", out, "--name", "run"]
         command += ["--no-absorption", "--absorption-evals", "1", "--tokens", str(args.tokens), "--device", "cpu"]
-        command += ["--save-every", str(args.tokens), "--log-every", LOG_EVERY]
+        command += ["--save-every", str(args.tokens)]
         for name in ("model", "hook", "dataset", "batch_tokens"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))] if getattr(args, name) else []
         wall = _timed(command)
