@@ -8,7 +8,6 @@ Both ways take the same steps of the same relu SAE in turns. Where they cross is
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 
 from sae_train.kernels.bench_problem import Problem, batches, decoder_rows, level
-from sae_train.kernels.bench_report import machine
+from sae_train.kernels.bench_report import append, machine
 from sae_train.kernels.bench_sides import Ours
 from sae_train.kernels.crossover import Crossover
 from sae_train.kernels.patterns import Pattern
@@ -79,16 +78,7 @@ def main() -> None:
         out += [{**common, "way": way, "p50": round(value, 2)} for way, value in ms.items()]
     print(f"\nthey cross at {100 * crossing(SHARES, ratios):.1f} % of all latents active")
     if args.out:
-        _append(args.out, out)
-
-
-def _append(path: Path, rows: list[dict]) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+        append(args.out, out, COLUMNS)
 
 
 def _now(device: str) -> float:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sae_train.kernels.bench import Side
     from sae_train.kernels.bench_problem import Problem
 
@@ -84,12 +86,12 @@ def machine(device: str) -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()} x {os.cpu_count()}"
 
 
-def append(out: Path, rows: list[dict[str, Any]]) -> None:
+def append(out: Path, rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
     """Append rows to a CSV file, with a header where the file is new."""
     out.parent.mkdir(parents=True, exist_ok=True)
     new = not out.is_file()
     with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerows(rows)
