@@ -31,14 +31,15 @@ def pre_batch_topk(x, W_enc, b_enc, b_dec, count: int, floor: Float[Tensor, ""])
     al. 2024).
     """
     with torch.no_grad():
-        values, flat = largest(_slabs(x, W_enc, b_enc, b_dec), count, floor)
+        centred = x - b_dec
+        values, flat = largest(_slabs(centred, W_enc, b_enc), count, floor)
         if values.numel() < count and floor > 0:
-            values, flat = largest(_slabs(x, W_enc, b_enc, b_dec), count, torch.zeros_like(floor))
+            values, flat = largest(_slabs(centred, W_enc, b_enc), count, torch.zeros_like(floor))
         d_sae = W_enc.shape[1]
         counts = torch.bincount(flat // d_sae, minlength=x.shape[0])
         pattern = Pattern(flat % d_sae, nnf.pad(counts.cumsum(0), (1, 0)), d_sae)
         smallest = values.amin() if values.numel() else torch.zeros_like(floor)
-    return _Encode.apply(x, W_enc, b_enc, b_dec, values, pattern), pattern, smallest
+    return _Encode.apply(x, W_enc, b_enc, b_dec, centred, values, pattern), pattern, smallest
 
 
 def largest(slabs: Iterable[Tensor], count: int, floor: Float[Tensor, ""]) -> tuple[Tensor, Int[Tensor, " n"]]:

@@ -16,30 +16,31 @@ from sae_train.kernels import screen
 from sae_train.kernels.crossover import Crossover
 from sae_train.kernels.patterns import Pattern, dots, row_pattern, sum_by_latent, sum_by_token, top_k
 
-# One slab of pre-activations: 32 MB in float32, measured best among 8 to 128 MB on a CPU with 2 MB of L2 a core.
-SLAB_ELEMENTS = 8 * 2**20
+# One slab of pre-activations: 8 MB in float32. From 32 MB on glibc returns the memory to the system after every step,
+# which then clears it anew (a quarter of a step at width 4k).
+SLAB_ELEMENTS = 2 * 2**20
 
 
 class _Encode(torch.autograd.Function):
     """pre at the pattern's entries, given already; the backward is the adjoint of (x − b_dec)·W_enc + b_enc there."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, pre, pattern):
-        ctx.save_for_backward(x, W_enc, b_dec)
+    def forward(ctx, x, W_enc, b_enc, b_dec, centred, pre, pattern):
+        ctx.save_for_backward(centred, W_enc)
         ctx.pattern = pattern
         return pre.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, W_enc, b_dec = ctx.saved_tensors
+        centred, W_enc = ctx.saved_tensors
         pattern = ctx.pattern
-        d_W = sum_by_latent(pattern, grad, x - b_dec).t()
+        d_W = sum_by_latent(pattern, grad, centred).t()
         d_b = torch.zeros_like(W_enc[0]).index_add_(0, pattern.latents, grad)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = sum_by_token(pattern, grad, W_enc.t().contiguous())
-        return d_x, d_W, d_b, -(W_enc @ d_b), None, None
+        return d_x, d_W, d_b, -(W_enc @ d_b), None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -61,48 +62,72 @@ class _Decode(torch.autograd.Function):
         return d_values, d_W, grad.sum(0), None
 
 
+class _DecodeError(torch.autograd.Function):
+    """The reconstruction and Σ (recon − x)²."""
+
+    @staticmethod
+    def forward(ctx, values, W_dec, b_dec, x, pattern):
+        recon = sum_by_token(pattern, values, W_dec).add_(b_dec)
+        residual = recon - x
+        ctx.save_for_backward(values, W_dec, residual)
+        ctx.pattern = pattern
+        ctx.set_materialize_grads(False)
+        return recon, residual.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_recon, d_error):
+        values, W_dec, residual = ctx.saved_tensors
+        along = residual * (0.0 if d_error is None else 2 * d_error)
+        grad = along if d_recon is None else along + d_recon
+        d_W = sum_by_latent(ctx.pattern, values, grad)
+        d_x = -along if ctx.needs_input_grad[3] else None
+        return dots(ctx.pattern, grad, W_dec), d_W, grad.sum(0), d_x, None
+
+
 def _prefers_onednn(x: Tensor) -> bool:
     """Whether oneDNN multiplies faster than MKL: on AVX2 (AMD: 166 ms against 206), not on AVX-512 (Xeon: 197, 185)."""
     cpu = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     return cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def _slabs(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor):
+def _slabs(centred: Tensor, W_enc: Tensor, b_enc: Tensor):
     """Yield the pre-activations of a few rows at a time; the buffer is reused, so use each before the next."""
-    if _prefers_onednn(x):
-        for chunk in (x - b_dec).split(max(1, SLAB_ELEMENTS // 2 // W_enc.shape[1])):
+    rows = max(1, SLAB_ELEMENTS // W_enc.shape[1])
+    if _prefers_onednn(centred):
+        for chunk in centred.split(2 * rows):
             yield torch.ops.mkldnn._linear_pointwise(chunk, W_enc.t(), b_enc, "none", [], "")
         return
-    rows = max(1, SLAB_ELEMENTS // W_enc.shape[1])
-    buffer = x.new_empty(min(rows, x.shape[0]), W_enc.shape[1])
-    for chunk in (x - b_dec).split(rows):
+    buffer = centred.new_empty(min(rows, len(centred)), W_enc.shape[1])
+    for chunk in centred.split(rows):
         yield torch.addmm(b_enc, chunk, W_enc, out=buffer[: chunk.shape[0]])
 
 
-def _topk(x, W_enc, b_enc, b_dec, k: int) -> tuple[Tensor, Tensor]:
+def _topk(centred, W_enc, b_enc, k: int) -> tuple[Tensor, Tensor]:
     """Return values and latents (batch, k) of the k largest pre-activations."""
-    pays = screen.pays(x, W_enc.shape[1], k)
-    if pays and (found := screen.topk(x - b_dec, W_enc.t().contiguous(), b_enc, k)):
+    pays = screen.pays(centred, W_enc.shape[1], k)
+    if pays and (found := screen.topk(centred, W_enc.t().contiguous(), b_enc, k)):
         return found
-    parts = [top_k(pre, k) for pre in _slabs(x, W_enc, b_enc, b_dec)]
+    parts = [top_k(pre, k) for pre in _slabs(centred, W_enc, b_enc)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
 def pre_topk(x, W_enc, b_enc, b_dec, k: int) -> tuple[Tensor, Pattern]:
     """Return the k largest pre-activations of each token, flat, differentiable, and their pattern."""
     with torch.no_grad():
-        pre, latents = _topk(x, W_enc, b_enc, b_dec, k)
+        centred = x - b_dec
+        pre, latents = _topk(centred, W_enc, b_enc, k)
         pattern = row_pattern(latents, W_enc.shape[1])
-    return _Encode.apply(x, W_enc, b_enc, b_dec, pre.view(-1), pattern), pattern
+    return _Encode.apply(x, W_enc, b_enc, b_dec, centred, pre.view(-1), pattern), pattern
 
 
-def _above(x, W_enc, b_enc, b_dec, floor: Tensor | float, few: bool) -> tuple[Tensor, Pattern]:
+def _above(centred, W_enc, b_enc, floor: Tensor | float, few: bool) -> tuple[Tensor, Pattern]:
     """Return the pre-activations above floor, row after row, and their pattern. NaN is above any floor."""
-    pays = few and screen.pays(x, W_enc.shape[1])
-    if pays and (found := screen.above(x - b_dec, W_enc.t().contiguous(), b_enc, floor)):
+    pays = few and screen.pays(centred, W_enc.shape[1])
+    if pays and (found := screen.above(centred, W_enc.t().contiguous(), b_enc, floor)):
         return found
     values, latents, counts = [], [], []
-    for pre in _slabs(x, W_enc, b_enc, b_dec):
+    for pre in _slabs(centred, W_enc, b_enc):
         flat = (~(pre <= floor)).view(-1).nonzero().view(-1)
         values.append(pre.view(-1)[flat])
         latents.append(flat % pre.shape[1])
@@ -115,9 +140,10 @@ def pre_above(x, W_enc, b_enc, b_dec, floor: Tensor | float, crossover: Crossove
     """Return the pre-activations above floor (scalar or (d_sae,)), flat, differentiable, and their pattern."""
     with torch.no_grad():
         few = crossover is None or not crossover.dense
-        pre, pattern = _above(x, W_enc, b_enc, b_dec, floor, few)
+        centred = x - b_dec
+        pre, pattern = _above(centred, W_enc, b_enc, floor, few)
         pattern = crossover.choose(pattern) if crossover else pattern
-    return _Encode.apply(x, W_enc, b_enc, b_dec, pre, pattern), pattern
+    return _Encode.apply(x, W_enc, b_enc, b_dec, centred, pre, pattern), pattern
 
 
 def decode_pattern(values: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -127,8 +153,7 @@ def decode_pattern(values: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tenso
 
 def decode_error(values: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the reconstruction and Σ (recon − x)²."""
-    recon = decode_pattern(values, pattern, W_dec, b_dec)
-    return recon, (recon - x).square().sum()
+    return _DecodeError.apply(values, W_dec, b_dec, x, pattern)
 
 
 def jumprelu_active(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from sae_train.kernels.patterns import GROUP, Pattern, dots, kth_largest
+from sae_train.kernels.patterns import GROUP, Pattern, dots, group_size, kth_largest
 
 # One slab of bfloat16 pre-activations: 16 MB.
 SLAB_ELEMENTS = 8 * 2**20
@@ -33,7 +33,7 @@ def pays(x: Tensor, d_sae: int, k: int = 1) -> bool:
 
     Without them bfloat16 products are slower than float32 ones (8 times on an AVX2 machine).
     """
-    fits = d_sae % GROUP == 0 and d_sae // GROUP >= 4 * k
+    fits = group_size(d_sae, k) == GROUP
     large = x.shape[1] >= MIN_D_IN and d_sae >= MIN_D_SAE
     return x.device.type == "cpu" and x.dtype == torch.float32 and fits and large and _has_tiles()
 

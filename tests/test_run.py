@@ -193,7 +193,7 @@ def test_eval_command_reproduces_the_run_s_own_score(finished, tmp_path, capsys)
     beside = content["eval_result_unstructured"]["baselines"]
     assert set(beside) == {"random", "shuffled_labels", "random_directions", "probe"}
     page = (tmp_path / "absorption.html").read_text()
-    assert "shuffled labels" in page and f"{now['fraction'].mean():.3f}" in page
+    assert "shuffled labels" in page and f"{now[now['counts']]['fraction'].mean():.3f}" in page
     assert "random SAE" in capsys.readouterr().out
 
 
