@@ -96,8 +96,7 @@ class Learner:
         sum(terms.values()).backward()
         terms = {name: self.ranks.mean(term) for name, term in terms.items()}
         norms = self._gradients()
-        finite = torch.stack([x.abs().amax().isfinite(), *(t.isfinite() for t in terms.values()), *norms.isfinite()])
-        bad = self._note_failure(finite)
+        bad = self._note_failure(torch.stack([x.abs().amax(), *terms.values(), *norms]))
         self._apply(norms, run, bad)
         fired, n_tokens = self.ranks.sum(run.fired()), len(x) * self.ranks.size
         l0 = fired.sum() / n_tokens
@@ -201,8 +200,9 @@ class Learner:
         return torch.stack([p.grad.norm() for p in self.trained.values()])
 
     @torch.no_grad()
-    def _note_failure(self, finite: Tensor) -> Tensor:
+    def _note_failure(self, watched: Tensor) -> Tensor:
         """Remember step and tensor of the first value that is not finite; return whether there was one ever."""
+        finite = watched.isfinite()
         now = torch.stack([torch.tensor(self.step_count, device=self.device), finite.long().argmin()])
         self.failure = torch.where((self.failure[0] < 0) & ~finite.all(), now, self.failure)
         return self.failure[0] >= 0

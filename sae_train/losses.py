@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sae_train.kernels.patterns import kth_largest
 
@@ -50,12 +51,36 @@ def aux_k(
     Of a batch that several processes share, `mean` brings ⟨‖e‖²⟩ to the mean over all of it.
     """
     error = (x - recon).detach()
-    acts = torch.addmm(b_enc[dead], x - b_dec, W_enc.t()[dead].t()).relu()
-    k = min(nearest_power_of_two(x.shape[1] / 2), dead.numel())
-    if k < dead.numel():
-        acts = acts * (acts >= kth_largest(acts.detach(), k)[:, None])
     energy = mean(error.square().sum(1).mean()).clamp_min(1e-12)
-    return mse(error, acts @ W_dec[dead]) / energy
+    encoder = W_enc.t().index_select(0, dead), b_enc.index_select(0, dead)
+    return _DeadError.apply(error, x - b_dec, *encoder, W_dec.index_select(0, dead)) / (len(x) * energy)
+
+
+class _DeadError(torch.autograd.Function):
+    """Σ‖e − ê‖² with the latents of encoder rows W and decoder rows V (n_dead, d_in) alone.
+
+    Written out, because one operation after another passes three times as often over (batch, n_dead).
+    """
+
+    @staticmethod
+    def forward(ctx, error, centred, W, b, V):
+        acts = torch.addmm(b, centred, W.t()).relu_()
+        k = nearest_power_of_two(error.shape[1] / 2)
+        if k < len(W):
+            acts.masked_fill_(acts < kth_largest(acts, k)[:, None], 0)
+        residual = torch.addmm(error, acts, V, beta=-1)
+        ctx.save_for_backward(centred, W, V, acts, residual)
+        return residual.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        centred, W, V, acts, residual = ctx.saved_tensors
+        along = residual * (2 * grad)
+        d_V = acts.t() @ along
+        d_pre = torch.ops.aten.threshold_backward(along @ V.t(), acts, 0)
+        d_centred = d_pre @ W if ctx.needs_input_grad[1] else None
+        return None, d_centred, d_pre.t() @ centred, d_pre.sum(0), d_V
 
 
 def pre_activation(
