@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Group, Parameter
 
+from sae_train.allocator import keep_freed_memory
 from sae_train.config import groups, resolve
 from sae_train.errors import UserError
 
@@ -278,6 +279,7 @@ def _complain(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code (0 done, 2 a mistake of the caller, 130 interrupted)."""
+    keep_freed_memory()
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.UnusedCliTokensError as error:

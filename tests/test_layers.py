@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sae_train"
 
 ROWS = [
-    {"errors", "units", "ranks"},
+    {"errors", "units", "ranks", "allocator"},
     {"config"},
     {"kernels"},
     {"forms"},
