@@ -26,7 +26,10 @@ _KEEP_ELEMENTS = 2**27  # clean log-probabilities are kept up to 512 MB, or else
 
 @dataclass(frozen=True)
 class FidelityData:
-    """The passes that every SAE shares: tokens, and the cross-entropies without an SAE and with zeros in its place."""
+    """The passes that every SAE shares: tokens, and the cross-entropies without an SAE and with zeros in its place.
+
+    `starts` is what enters the hooked block, batch by batch: an SAE changes nothing before it.
+    """
 
     tokens: Int[Tensor, "batch position"]
     special_ids: tuple[int, ...]
@@ -36,6 +39,7 @@ class FidelityData:
     clean_loss: float
     ablated_loss: float
     clean_log_probs: list[Tensor] | None
+    starts: list[Tensor | None]
 
     @classmethod
     @torch.no_grad()
@@ -46,9 +50,10 @@ class FidelityData:
             raise UserError("loss recovered needs sequences with at least two tokens that are not special.")
         keep = n_real * len(lm.tokenizer) <= _KEEP_ELEMENTS
         clean = [_log_probs(lm, part, special) for part in _batches(lm, tokens)] if keep else None
-        clean_loss = _mean_loss(lm, tokens, special, clean)
-        ablated_loss = _mean_loss(lm, tokens, special, edit=_edit(kept, torch.zeros_like))
-        return cls(tokens, special, kept, clean_loss, ablated_loss, clean)
+        starts = _starts(lm, tokens)
+        clean_loss = _mean_loss(lm, tokens, special, starts, clean)
+        ablated_loss = _mean_loss(lm, tokens, special, starts, edit=_edit(kept, torch.zeros_like))
+        return cls(tokens, special, kept, clean_loss, ablated_loss, clean, starts)
 
 
 @torch.no_grad()
@@ -69,11 +74,11 @@ def losses_recovered(lm: Any, makers: Sequence[Callable[[], Any]], data: Fidelit
     """
     special, n = data.special_ids, 0
     loss, divergence = [0.0] * len(makers), [0.0] * len(makers)
-    for number, part in enumerate(_batches(lm, data.tokens)):
-        clean = data.clean_log_probs[number] if data.clean_log_probs else _log_probs(lm, part, special)
+    for number, (part, start) in enumerate(zip(_batches(lm, data.tokens), data.starts, strict=True)):
+        clean = data.clean_log_probs[number] if data.clean_log_probs else _log_probs(lm, part, special, start)
         targets = _targets(part, special).to(clean.device)
         for i, make in enumerate(makers):
-            spliced = _log_probs(lm, part, special, _edit(data.kept_ids, partial(_reconstruct, make())))
+            spliced = _log_probs(lm, part, special, start, _edit(data.kept_ids, partial(_reconstruct, make())))
             loss[i] += float(-spliced.gather(1, targets).double().sum())
             divergence[i] += float((clean.exp() * (clean - spliced)).double().sum())
         n += len(clean)
@@ -120,21 +125,30 @@ def _edit(kept_ids: tuple[int, ...], replace: Callable[[Tensor], Tensor]) -> _Ed
     return for_tokens
 
 
+def _starts(lm: Any, tokens: Tensor) -> list[Tensor | None]:
+    """What enters the hooked block, if the logits from there have the bits of a whole pass."""
+    parts = list(_batches(lm, tokens))
+    first = lm.entering(parts[0])
+    if first is None or not torch.equal(lm.logits(parts[0], start=first), lm.logits(parts[0])):
+        return [None] * len(parts)
+    return [first, *map(lm.entering, parts[1:])]
+
+
 def _log_probs(
-    lm: Any, tokens: Tensor, special: tuple[int, ...], edit: _Edit | None = None
+    lm: Any, tokens: Tensor, special: tuple[int, ...], start: Tensor | None = None, edit: _Edit | None = None
 ) -> Float[Tensor, "n vocab"]:
     tokens = tokens.to(lm.device)
-    logits = lm.logits(tokens, edit and edit(tokens))
+    logits = lm.logits(tokens, edit and edit(tokens), start)
     return logits[:, :-1][_scored(tokens, special)].log_softmax(-1)
 
 
 def _mean_loss(
-    lm: Any, tokens: Tensor, special: tuple[int, ...], log_probs: list[Tensor] | None = None,
-    edit: _Edit | None = None,
+    lm: Any, tokens: Tensor, special: tuple[int, ...], starts: list[Tensor | None],
+    log_probs: list[Tensor] | None = None, edit: _Edit | None = None,
 ) -> float:  # fmt: skip
     total, n = 0.0, 0
-    for number, part in enumerate(_batches(lm, tokens)):
-        found = log_probs[number] if log_probs else _log_probs(lm, part, special, edit)
+    for number, (part, start) in enumerate(zip(_batches(lm, tokens), starts, strict=True)):
+        found = log_probs[number] if log_probs else _log_probs(lm, part, special, start, edit)
         total += float(-found.gather(1, _targets(part, special).to(found.device)).double().sum())
         n += len(found)
     return total / n

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -67,6 +67,8 @@ class LanguageModel:
         self._model = model.eval().requires_grad_(False)
         self._module = model.get_submodule(point.module)
         self._side = point.side
+        blocks, layer = re.match(r"(.+?)\.(\d+)(?:\.|$)", point.module).groups()
+        *self._before, self._block = list(model.get_submodule(blocks))[: int(layer) + 1]
         self._norm = model.get_submodule(point.norm) if point.norm else None
         self.device = next(model.parameters()).device
         seen = self._activations(torch.zeros(1, 1, dtype=torch.long))
@@ -100,7 +102,21 @@ class LanguageModel:
             caught.append(x.reshape(*tokens.shape, -1))  # OPT flattens (batch, position) inside its blocks
             raise _Stop
 
-        with torch.no_grad(), self._hooked(catch), suppress(_Stop):
+        with torch.no_grad(), _changed(self._module, self._side, catch), suppress(_Stop):
+            self._forward(tokens)
+        return caught[0]
+
+    def entering(self, tokens: Int[Tensor, "batch position"]) -> Tensor | None:
+        """Return the hidden states that enter the hooked block, for `logits` to start from; None in the first block."""
+        if not self._before:
+            return None
+        caught: list[Tensor] = []
+
+        def catch(x: Tensor) -> Tensor:
+            caught.append(x)
+            raise _Stop
+
+        with torch.no_grad(), _changed(self._block, "in", catch), suppress(_Stop):
             self._forward(tokens)
         return caught[0]
 
@@ -108,19 +124,25 @@ class LanguageModel:
         self,
         tokens: Int[Tensor, "batch position"],
         edit: Callable[[Tensor], Tensor] | None = None,
+        start: Tensor | None = None,
     ) -> Float[Tensor, "batch position vocab"]:
         """Return next-token logits in float32.
 
-        `edit` maps the float32 activations at the hook to what replaces them; gradients flow through it.
+        `edit` maps the float32 activations at the hook to what replaces them; gradients flow through it. With `start`,
+        what `entering` returned for these tokens, the blocks before the hooked one are not computed again.
         """
-        if edit is None:
-            return self._forward(tokens).logits.float()
 
         def replace(x: Tensor) -> Tensor:
             edited = edit(x.reshape(*tokens.shape, -1).float())
             return edited.to(x.dtype).reshape(x.shape)
 
-        with self._hooked(replace):
+        with ExitStack() as changes:
+            if start is not None:
+                for block in self._before:
+                    changes.enter_context(_passing_on(block))
+                changes.enter_context(_changed(self._block, "in", lambda _: start))
+            if edit is not None:
+                changes.enter_context(_changed(self._module, self._side, replace))
             return self._forward(tokens).logits.float()
 
     @torch.no_grad()
@@ -143,26 +165,44 @@ class LanguageModel:
             raise UserError(f"{tokens.shape[1]} tokens do not fit the {self.context} positions of {self.name}.")
         return self._model(input_ids=tokens.to(self.device), use_cache=False)
 
-    @contextmanager
-    def _hooked(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Pass the activations at the hook through `change` while the context lasts."""
 
-        def on_input(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if args:
-                return (change(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+@contextmanager
+def _changed(module: nn.Module, side: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Pass what enters a module, or its output, through `change` while the context lasts."""
 
-        def on_output(_module: nn.Module, _args: tuple, output: Any) -> Any:
-            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+    def on_input(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
-        if self._side == "in":
-            handle = self._module.register_forward_pre_hook(on_input, with_kwargs=True)
-        else:
-            handle = self._module.register_forward_hook(on_output)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def on_output(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    if side == "in":
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(on_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _passing_on(block: nn.Module) -> Iterator[None]:
+    """Let a block return what enters it while the context lasts."""
+
+    def forward(*args: Any, hidden_states: Tensor | None = None, **_: Any) -> Tensor:
+        return args[0] if args else hidden_states
+
+    own = vars(block).get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
 
 
 def load_language_model(

@@ -44,7 +44,10 @@ class FakeLM:
         before = torch.nn.functional.pad(here, (0, 0, 1, 0))[:, :-1]
         return here + 0.05 * before
 
-    def logits(self, tokens, edit=None):
+    def entering(self, tokens):
+        """One block only: nothing comes before the hooked one."""
+
+    def logits(self, tokens, edit=None, start=None):
         x = self.activations(tokens)
         return (x if edit is None else edit(x)) @ self.unembed
 

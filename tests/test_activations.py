@@ -42,6 +42,28 @@ def test_every_supported_hook_equals_the_bridge(family: str, tmp_path: Path) -> 
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()), msg=name)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_that_start_at_the_hooked_block_have_the_bits_of_a_whole_pass(family: str, tmp_path: Path) -> None:
+    lm = load_language_model(save_tiny_model(tmp_path, family))
+    for name, point in hook_points(lm._model.config, family).items():
+        there = seen_from(lm, point)
+        start = there.entering(TOKENS)
+        assert (start is None) == name.startswith("blocks.0."), name
+        torch.testing.assert_close(
+            there.logits(TOKENS, torch.sin, start), there.logits(TOKENS, torch.sin), rtol=0, atol=0, msg=name
+        )
+
+
+def test_what_comes_before_the_hooked_block_is_not_computed_again(tmp_path: Path) -> None:
+    lm = load_language_model(save_tiny_model(tmp_path), "blocks.1.hook_resid_post")
+    start, computed = lm.entering(TOKENS), []
+    lm._model.transformer.h[0].mlp.register_forward_hook(lambda *_: computed.append(1))
+    lm.logits(TOKENS, start=start)
+    assert not computed
+    lm.logits(TOKENS)
+    assert computed  # the block is whole again
+
+
 @pytest.mark.parametrize(("family", "missing"), [("gpt-neox", "hook_resid_mid"), ("bloom", "hook_mlp_out")])
 def test_a_hook_that_the_architecture_lacks_is_refused(family: str, missing: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path, family)

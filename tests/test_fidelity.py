@@ -81,7 +81,7 @@ def test_saes_measured_together_share_the_clean_pass_and_have_their_own_figures(
     alone = [loss_recovered(lm, sae, data) for sae in saes]
     edits = []
     logits = lm.logits
-    monkeypatch.setattr(lm, "logits", lambda tokens, edit=None: edits.append(edit) or logits(tokens, edit))
+    monkeypatch.setattr(lm, "logits", lambda tokens, edit=None, start=None: edits.append(edit) or logits(tokens, edit))
     assert losses_recovered(lm, [lambda sae=sae: sae for sae in saes], data) == alone
     assert sum(edit is None for edit in edits) == 1 and len(edits) == 4
 
