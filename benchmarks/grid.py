@@ -13,9 +13,10 @@ state), or the looks neither (`training`). No side evaluates absorption or logs 
 figures and loss recovered at both looks, SAELens nothing. `floor` is the sum of its parts: the language model's pass
 over the tokens once, and each SAE's steps alone. `others` is the share of the machine that other processes had.
 
-SAELens gets the token rows ready made, the model cut off after the hook (its own early stop knows only TransformerLens
-models), and sparse activations where they are faster. It trains on a quarter of the tokens; the seconds of its
-runner.run() are multiplied by 4, its start-up is not.
+SAELens gets the token rows ready made and the model cut off after the hook (its own early stop knows only
+TransformerLens models). `saelens` has sparse activations where they are faster, `saelens-defaults` is as it comes. Both
+train on a quarter of the tokens; the seconds of runner.run() are multiplied by 4, start-up is not. No side has dead
+latents to revive: for SAELens that begins after 1,000 steps, so ours wait as long (--dead-tokens).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ L0S = (10, 25, 50, 100)
 SPARSE_FROM = 40  # latents per active one from which SAELens' sparse activations are faster than its dense ones
 TIMES = ("wall", "loop", "training")
 FLOOR_STEPS = 8
+DEAD_STEPS = 1000  # SAELens' dead_feature_window
 PEER_SHARE = 4  # SAELens trains on the first 1/4 of the tokens, timed once and multiplied: its steps are all alike
 
 
@@ -67,8 +69,8 @@ def run_part(part: str, args: argparse.Namespace) -> tuple[float, float, float]:
     """Seconds with start-up, without, and of training alone."""
     if part == "floor":
         return floor(args)
-    if part == "saelens":
-        return _saelens(args)
+    if part.startswith("saelens"):
+        return _saelens(args, as_shipped=part == "saelens-defaults")
     if part == "grid":
         return _ours(args, args.widths, ",".join(map(str, L0S)))
     width = part.removeprefix("singles-")
@@ -81,7 +83,7 @@ def _ours(args: argparse.Namespace, widths: str, l0s: str) -> tuple[float, float
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "sae_train", "--width", widths, "--l0", l0s, "--out", out, "--name", "run"]
         command += ["--no-absorption", "--absorption-evals", "1", "--tokens", str(args.tokens), "--device", "cpu"]
-        command += ["--save-every", str(args.tokens)]
+        command += ["--save-every", str(args.tokens), "--dead-tokens", str(DEAD_STEPS * args.batch_tokens)]
         for name in ("model", "hook", "dataset", "batch_tokens"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))] if getattr(args, name) else []
         wall = _timed(command)
@@ -112,7 +114,8 @@ def _settings(args: argparse.Namespace) -> Any:
     from sae_train.config import resolve
 
     given = {name: getattr(args, name) for name in ("model", "hook", "dataset", "tokens", "batch_tokens")}
-    return resolve({**given, "width": args.widths, "l0": ",".join(map(str, L0S)), "device": "cpu"})
+    given |= {"width": args.widths, "l0": ",".join(map(str, L0S)), "device": "cpu"}
+    return resolve({**given, "dead_tokens": DEAD_STEPS * args.batch_tokens})
 
 
 def floor(args: argparse.Namespace) -> tuple[float, float, float]:
@@ -142,7 +145,7 @@ def floor(args: argparse.Namespace) -> tuple[float, float, float]:
     return total, total, total
 
 
-def _saelens(args: argparse.Namespace) -> tuple[float, float, float]:
+def _saelens(args: argparse.Namespace, as_shipped: bool) -> tuple[float, float, float]:
     """Write the token rows, then one process of the peer."""
     from safetensors.torch import save_file
 
@@ -161,7 +164,7 @@ def _saelens(args: argparse.Namespace) -> tuple[float, float, float]:
             "batch": settings.train.batch_tokens, "rows": f"{folder}/rows.safetensors", "threads": args.threads,
             "buffer": settings.data.buffer_tokens, "lr": opened.learners[-1].lr, "out": folder,
             "drop": sorted({*opened.model.special_ids, *opened.drop_ids}),
-            "widths": sorted({spec.width for spec in settings.specs}),
+            "widths": sorted({spec.width for spec in settings.specs}), "as_shipped": as_shipped,
         }  # fmt: skip
         if args.model == "speller":
             job["model"] = str(ROOT / "checkpoints" / "speller")
@@ -199,7 +202,7 @@ def saelens(job: dict[str, Any]) -> dict[str, float]:
     saes = {}
     sparse = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
     for width, k in itertools.product(job["widths"], L0S):
-        options = sparse if width >= SPARSE_FROM * k else {}
+        options = sparse if width >= SPARSE_FROM * k and not job["as_shipped"] else {}
         saes[f"{width}-{k}"] = TopKTrainingSAEConfig(d_in=job["d_in"], d_sae=width, k=k, **options)
     config = MultiSAETrainingRunnerConfig(
         saes=saes, hook_names=f"{prefix}.{name}.{block}", model_name=job["model"],
@@ -225,7 +228,7 @@ def table(args: argparse.Namespace) -> str:
     singles = [part for part in _parts(args) if part.startswith("singles")]
     rows |= {"singles": _sum([rows[part] for part in singles])} if all(part in rows for part in singles) else {}
     lines = ["| | with start-up, s | × | without, s | × | training alone, s | × |", "|---|" + "---|" * 6]
-    for part in ("grid", "singles", "saelens", "floor"):
+    for part in ("grid", "singles", "saelens", "saelens-defaults", "floor"):
         if part in rows:
             cells = [f"{float(rows[part][what]):.1f} | {_ratio(rows, part, what)}" for what in TIMES]
             lines.append(f"| {part} | {' | '.join(cells)} |")
@@ -268,7 +271,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--widths", default="1k,4k,16k")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="grid, singles-1k, …, floor, saelens")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="grid, singles-1k, …, floor, saelens, …")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--saelens-job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -279,7 +282,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _parts(args: argparse.Namespace) -> tuple[str, ...]:
-    return ("grid", *(f"singles-{width}" for width in args.widths.split(",")), "floor", "saelens")
+    return ("grid", *(f"singles-{width}" for width in args.widths.split(",")), "floor", "saelens", "saelens-defaults")
 
 
 if __name__ == "__main__":
