@@ -156,9 +156,10 @@ def _timed(module: Any, name: str, seconds: dict, seen: dict, **extra: Any) -> I
 
 @contextlib.contextmanager
 def _inject(run: dict[str, Any]) -> Iterator[None]:
-    """Give sae-bench's probe training a start at zero and a row order of ours, if the run asks for it."""
+    """Give sae-bench's probe training a start at zero and a row order of ours, and its logistic regressions another
+    tolerance, if the run asks for it."""
     import torch
-    from sae_bench.evals.absorption import probing
+    from sae_bench.evals.absorption import k_sparse_probing, probing
 
     with contextlib.ExitStack() as stack:
         if run.get("start") == "zero":
@@ -166,7 +167,14 @@ def _inject(run: dict[str, Any]) -> Iterator[None]:
         if run.get("order"):
             loader = functools.partial(_Rows, order=run["order"], seed=run["seed"])
             stack.enter_context(mock.patch.object(probing, "DataLoader", loader))
+        if run.get("tolerance"):
+            solver = functools.partial(_regression, k_sparse_probing.LogisticRegression, run["tolerance"])
+            stack.enter_context(mock.patch.object(k_sparse_probing, "LogisticRegression", solver))
         yield
+
+
+def _regression(original: Any, tolerance: float, max_iter: int, **options: Any) -> Any:
+    return original(tol=tolerance, max_iter=100 * max_iter, **options)
 
 
 def _zero(layer: Any) -> None:
