@@ -80,7 +80,7 @@ def losses_recovered(lm: Any, makers: Sequence[Callable[[], Any]], data: Fidelit
         for i, make in enumerate(makers):
             spliced = _log_probs(lm, part, special, start, _edit(data.kept_ids, partial(_reconstruct, make())))
             loss[i] += float(-spliced.gather(1, targets).double().sum())
-            divergence[i] += float((clean.exp() * (clean - spliced)).double().sum())
+            divergence[i] += float((clean - spliced).mul_(clean.exp()).sum(1).double().sum())
         n += len(clean)
     lost = data.ablated_loss - data.clean_loss
     return [

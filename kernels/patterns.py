@@ -45,6 +45,8 @@ class Pattern:
     def tokens(self) -> Int[Tensor, " n"]:
         counts = self.offsets.diff()
         index = torch.arange(counts.numel(), device=counts.device)
+        if self.even:
+            return index[:, None].expand(-1, self.latents.numel() // max(1, counts.numel())).flatten()
         return index.repeat_interleave(counts, output_size=self.latents.numel())
 
     @cached_property

@@ -36,7 +36,7 @@ class _Encode(torch.autograd.Function):
         centred, W_enc = ctx.saved_tensors
         pattern = ctx.pattern
         d_W = sum_by_latent(pattern, grad, centred).t()
-        d_b = torch.zeros_like(W_enc[0]).index_add_(0, pattern.latents, grad)
+        d_b = torch.zeros_like(W_enc[0]).scatter_add_(0, pattern.latents, grad)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = sum_by_token(pattern, grad, W_enc.t().contiguous())

@@ -142,9 +142,9 @@ def _candidates(u: Tensor, maxima: Tensor, level: Tensor, slack: Tensor) -> tupl
     low = (low - 4 * ROUNDING * low.abs()).bfloat16()
     rows, groups = (maxima >= low[:, None]).nonzero(as_tuple=True)
     members = u.view(len(u), GROUP, -1)[rows, :, groups]
-    entries, places = (members >= low[rows][:, None]).nonzero(as_tuple=True)
-    latents = groups[entries] + places * maxima.shape[1]
-    return latents, torch.bincount(rows[entries], minlength=len(u))
+    entries, places = (members >= low.index_select(0, rows)[:, None]).nonzero(as_tuple=True)
+    latents = groups.index_select(0, entries).add_(places, alpha=maxima.shape[1])
+    return latents, torch.bincount(rows.index_select(0, entries), minlength=len(u))
 
 
 def _not_negative(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,4 +160,4 @@ def _not_negative(u: Tensor) -> tuple[Tensor, Tensor]:
 def _exact(x: Tensor, W: Tensor, b: Tensor, latents: Tensor, counts: Tensor) -> tuple[Tensor, Pattern]:
     """Return float32 pre-activations of candidates, and their pattern."""
     pattern = Pattern(latents, nnf.pad(counts.cumsum(0), (1, 0)), len(W))
-    return dots(pattern, x, W) + b[latents], pattern
+    return dots(pattern, x, W) + b.index_select(0, latents), pattern

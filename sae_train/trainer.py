@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Look = Callable[["Learner", int], Iterable[tuple[str, Any]]]
 PATIENCE = timedelta(days=1)  # that processes wait for one that looks; where one has died, the launcher ends the others
+MAX_TURN = 5  # steps that an SAE of a grid takes in a row on a CPU: 3 % faster than one by one; Ctrl-C waits for it
 MIN_SPACING = 0.5  # of a period: a regular step nearer than this to the last one is left out
 
 
@@ -174,11 +175,12 @@ def fit(
 
     A learner that failed is left alone while the others go on. `before_last_look` calibrates a finished learner.
     Of several processes (`ranks`) each looks at the learners it owns, all come to `hand_in` after each look, and all
-    stop after the same step.
+    stop after the same step. On a CPU the learners of a grid take turns of up to MAX_TURN steps.
     """
     ranks = ranks or Ranks()
     clock.start()
-    for step in range(start, n_steps + 1):
+    step, due = start, frozenset({n_steps}).union(save_steps, *(callback.steps for callback in callbacks))
+    while True:
         if step > start or start == 0:  # a saved state was calibrated and looked at before it was saved
             for learner in running(learners) if step == n_steps else ():
                 before_last_look(learner)
@@ -189,10 +191,17 @@ def fit(
         stop.requested, any_left = ranks.any(stop.requested, bool(running(learners)))
         if step == n_steps or stop.requested or not any_left:
             return step
-        x = next(batches)
+        taken = [next(batches) for _ in range(_turn(step, due, learners))]
         for learner in running(learners):
-            learner.last = learner.step(x)
-    return n_steps
+            for x in taken:
+                learner.last = learner.step(x)
+        step += len(taken)
+
+
+def _turn(step: int, due: Collection[int], learners: list[Learner]) -> int:
+    """How many steps each learner takes before the next one does: on a CPU its weights stay in cache meanwhile."""
+    most = MAX_TURN if len(learners) > 1 and learners[0].device.type == "cpu" else 1
+    return next(n for n in range(1, most + 1) if n == most or step + n in due)
 
 
 def running(learners: list[Learner]) -> list[Learner]:

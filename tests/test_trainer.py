@@ -73,6 +73,18 @@ def test_a_nan_planted_in_one_sae_ends_that_one_only():
     assert {name for name, step, _ in rows if step == 20} == {whole.name}
 
 
+def test_saes_of_a_grid_take_turns_of_a_few_steps_up_to_what_is_due(monkeypatch):
+    batches, seen, looked = data(), [], []
+    learners = [learner(seed, batches[0]) for seed in (1, 2)]
+    step = Learner.step
+    monkeypatch.setattr(Learner, "step", lambda self, x: seen.append(self) or step(self, x))
+    look = Callback(lambda learner, step: looked.append((learner.step_count, step)) or (), frozenset({0, 6, 20}))
+    assert run(learners, batches, 20, [look])[0] == 20
+    assert looked == [(0, 0)] * 2 + [(6, 6)] * 2 + [(20, 20)] * 2
+    turns = [len(list(group)) for _, group in itertools.groupby(seen, key=id)]
+    assert turns == [5, 5, 1, 1, 5, 5, 5, 5, 4, 4]
+
+
 def test_a_callback_changes_no_random_state_and_stops_the_clock():
     clock = Clock()
 
