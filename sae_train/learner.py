@@ -158,8 +158,10 @@ class Learner:
         self.step_count, self.failed = state["step_count"], state["failed"]
 
     def _optimiser(self) -> torch.optim.Adam:
-        factors = self.arch.lr_factors
-        groups = [{"params": [p], "factor": factors.get(name, 1.0)} for name, p in self.trained.items()]
+        by_factor: dict[float, list[Tensor]] = {}
+        for name, p in self.trained.items():
+            by_factor.setdefault(self.arch.lr_factors.get(name, 1.0), []).append(p)
+        groups = [{"params": params, "factor": factor} for factor, params in by_factor.items()]
         return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
 
     def _set_lr(self) -> None:

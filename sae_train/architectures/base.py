@@ -51,7 +51,7 @@ class Forward:
     def fired(self) -> Tensor:
         """Return how many tokens of the batch each latent was active on."""
         active = (self.values > 0).to(self.values.dtype)
-        return active.new_zeros(self.pattern.d_sae).index_add_(0, self.pattern.latents, active)
+        return active.new_zeros(self.pattern.d_sae).scatter_add_(0, self.pattern.latents.long(), active)
 
 
 class Architecture(ABC):

@@ -9,8 +9,7 @@ GPT-2 with readable first letters, trains three SAEs on it and checks those. Per
   noise floor   sae-bench against itself, same schedule, other seeds of its L1 probe
   same start    sae-bench, its L1 probe started at zero and fed our row order, against preset saebench-adam
   converged     sae-bench, its L1 probe trained on until it stands still, against preset saebench
-In the last two its logistic regressions stop at a gradient of 1e-10; --as-shipped leaves them at scikit-learn's 1e-4,
-where now and then a word is on the other side, and F1 on the other side of the rule for one main latent more.
+In the last two its logistic regressions stop at a gradient of 1e-10, with --as-shipped at scikit-learn's own 1e-4.
 """
 
 from __future__ import annotations
