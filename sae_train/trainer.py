@@ -175,7 +175,7 @@ def fit(
 
     A learner that failed is left alone while the others go on. `before_last_look` calibrates a finished learner.
     Of several processes (`ranks`) each looks at the learners it owns, all come to `hand_in` after each look, and all
-    stop after the same step. On a CPU the learners of a grid take turns of up to MAX_TURN steps.
+    stop after the same step. On a CPU the learners of a grid take turns of up to MAX_TURN steps in one process.
     """
     ranks = ranks or Ranks()
     clock.start()
@@ -191,16 +191,20 @@ def fit(
         stop.requested, any_left = ranks.any(stop.requested, bool(running(learners)))
         if step == n_steps or stop.requested or not any_left:
             return step
-        taken = [next(batches) for _ in range(_turn(step, due, learners))]
+        taken = [next(batches) for _ in range(_turn(step, due, learners, ranks))]
         for learner in running(learners):
             for x in taken:
                 learner.last = learner.step(x)
         step += len(taken)
 
 
-def _turn(step: int, due: Collection[int], learners: list[Learner]) -> int:
-    """How many steps each learner takes before the next one does: on a CPU its weights stay in cache meanwhile."""
-    most = MAX_TURN if len(learners) > 1 and learners[0].device.type == "cpu" else 1
+def _turn(step: int, due: Collection[int], learners: list[Learner], ranks: Ranks) -> int:
+    """How many steps each learner takes before the next one does: on a CPU its weights stay in cache meanwhile.
+
+    Several processes go step by step, since one may hold a single learner and another two.
+    """
+    grid = len(learners) > 1 and ranks.size == 1
+    most = MAX_TURN if grid and learners[0].device.type == "cpu" else 1
     return next(n for n in range(1, most + 1) if n == most or step + n in due)
 
 

@@ -116,12 +116,12 @@ def flags(settings: dict) -> list[str]:
 
 
 def test_a_grid_over_two_processes_has_the_weights_and_rows_of_one_process(tmp_path, one_thread):
-    grid = SMALL | {"arch": "topk,jumprelu", "out": str(tmp_path)}
+    grid = SMALL | {"arch": "topk,jumprelu,relu", "out": str(tmp_path)}  # one process has two of them
     one, two = train(**grid, absorption=False, name="one").path, tmp_path / "two"
     shared_run = torchrun(*flags(grid | {"name": "two"}), "--no-absorption")
     _, said = shared_run.communicate(timeout=200)
     assert shared_run.returncode == 0, said
-    for sae in ("topk-256-l0_8", "jumprelu-256-l0_8"):
+    for sae in ("topk-256-l0_8", "jumprelu-256-l0_8", "relu-256-l0_8"):
         alone, shared = (load_file(run / "saes" / sae / "sae_weights.safetensors") for run in (one, two))
         assert all(torch.equal(alone[name], shared[name]) for name in alone), sae
     rows = [[(r["sae"], r["step"]) for r in map(json.loads, (run / "metrics.jsonl").open())] for run in (one, two)]
