@@ -67,7 +67,8 @@ def work(rank: int, folder: str) -> None:
     with pytest.raises(UserError, match="of the first"):
         ranks.first(lambda: fail("of the first"))
     save_file(found, Path(folder) / f"{rank}.safetensors")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads now and then abort a process that ends by itself
 
 
 def fail(sentence: str) -> None:
