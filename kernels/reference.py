@@ -7,6 +7,8 @@ the selection. Derivations: kernels/README.md.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -86,9 +88,15 @@ class _DecodeError(torch.autograd.Function):
 
 
 def _prefers_onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies faster than MKL: on AVX2 (AMD: 166 ms against 206), not on AVX-512 (Xeon: 197, 185)."""
-    cpu = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    """Whether oneDNN multiplies faster than MKL: on AVX2 and on AMD (53 ms against 71), not on a Xeon (197, 185)."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" or _made_by_amd()
+
+
+@cache
+def _made_by_amd() -> bool:
+    return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
 
 
 def _slabs(centred: Tensor, W_enc: Tensor, b_enc: Tensor):

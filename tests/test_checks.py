@@ -24,7 +24,7 @@ def test_every_op_agrees_with_dense_float64_on_awkward_shapes_and_inputs():
 
 
 def test_selection_by_bfloat16_agrees_with_dense_float64(monkeypatch):
-    monkeypatch.setattr(screen, "_has_tiles", lambda: True)
+    monkeypatch.setattr(screen, "_multiplies_bfloat16", lambda: True)
     assert wrong(shapes=SCREENED) == []
 
 
@@ -106,7 +106,7 @@ def test_a_forgotten_gradient_is_flagged(function, i, monkeypatch):
 
 
 def test_a_bound_without_its_slack_is_flagged(monkeypatch):
-    monkeypatch.setattr(screen, "_has_tiles", lambda: True)
+    monkeypatch.setattr(screen, "_multiplies_bfloat16", lambda: True)
     of = screen.Screen.of
     monkeypatch.setattr(screen.Screen, "of", lambda *problem: replace(of(*problem), slack=torch.zeros(len(problem[0]))))
     monkeypatch.setattr(screen, "ROUNDING", 0.0)

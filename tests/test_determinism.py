@@ -41,7 +41,7 @@ def test_two_runs_give_bit_equal_weights(tmp_path):
 @pytest.mark.parametrize("screened", [True, False])
 @pytest.mark.parametrize("arch", TRAINED)
 def test_steps_with_two_threads_give_the_same_bits(arch, screened, monkeypatch):
-    monkeypatch.setattr(screen, "_has_tiles", lambda: screened)
+    monkeypatch.setattr(screen, "_multiplies_bfloat16", lambda: screened)
     x = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
     before, ended = torch.get_num_threads(), []
     torch.set_num_threads(2)

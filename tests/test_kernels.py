@@ -155,7 +155,7 @@ def test_each_latent_can_have_a_rectangle_of_its_own():
 @pytest.mark.parametrize("arch", ["topk", "relu", "jumprelu", "batchtopk"])
 @pytest.mark.parametrize("screened", [True, False])
 def test_a_training_step_makes_no_tensor_of_the_size_of_batch_times_d_sae(arch, screened, monkeypatch):
-    monkeypatch.setattr(screen, "_has_tiles", lambda: screened)
+    monkeypatch.setattr(screen, "_multiplies_bfloat16", lambda: screened)
     monkeypatch.setattr(screen, "SLAB_ELEMENTS", 32 * 2048)
     monkeypatch.setattr(reference, "SLAB_ELEMENTS", 32 * 2048)
     p = Problem(arch, 128, 2048, 256, 4)

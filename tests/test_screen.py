@@ -137,11 +137,11 @@ def test_nan_reaches_the_values_or_is_seen_in_the_input(hurt, monkeypatch):
 
 
 def test_small_wide_and_odd_problems_are_left_to_the_plain_way(monkeypatch):
-    monkeypatch.setattr(screen, "_has_tiles", lambda: True)
+    monkeypatch.setattr(screen, "_multiplies_bfloat16", lambda: True)
     x = torch.zeros(4, 512)
     assert screen.pays(x, 16_384, 50)
     assert not screen.pays(x, 16_384, 400) and not screen.pays(x, 16_385, 50) and not screen.pays(x[:, :64], 16_384, 50)
     assert not screen.pays(x.double(), 16_384, 50) and not screen.pays(x, 1024, 1)
-    monkeypatch.setattr(screen, "_has_tiles", lambda: False)
+    monkeypatch.setattr(screen, "_multiplies_bfloat16", lambda: False)
     assert not screen.pays(x, 16_384, 50)
     assert reference.screen is screen
