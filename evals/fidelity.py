@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LOGIT_ELEMENTS = 2**25  # of one (batch, position, vocabulary) block: 128 MB in float32
+_LATENT_ELEMENTS = 2**24  # of one (row, latent) block: 64 MB in float32
+_CHECKED = 4  # sequences on which a pass that starts late is compared with a whole one
 _KEEP_ELEMENTS = 2**27  # clean log-probabilities are kept up to 512 MB, or else computed again at each look
 
 
@@ -28,7 +30,7 @@ _KEEP_ELEMENTS = 2**27  # clean log-probabilities are kept up to 512 MB, or else
 class FidelityData:
     """The passes that every SAE shares: tokens, and the cross-entropies without an SAE and with zeros in its place.
 
-    `starts` is what enters the hooked block, batch by batch: an SAE changes nothing before it.
+    `starts` is where the language model's passes begin, batch by batch: an SAE changes nothing before.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -49,8 +51,8 @@ class FidelityData:
         if not n_real:
             raise UserError("loss recovered needs sequences with at least two tokens that are not special.")
         keep = n_real * len(lm.tokenizer) <= _KEEP_ELEMENTS
-        clean = [_log_probs(lm, part, special) for part in _batches(lm, tokens)] if keep else None
         starts = _starts(lm, tokens)
+        clean = [_log_probs(lm, *part, special) for part in _parts(lm, tokens, starts)] if keep else None
         clean_loss = _mean_loss(lm, tokens, special, starts, clean)
         ablated_loss = _mean_loss(lm, tokens, special, starts, edit=_edit(kept, torch.zeros_like))
         return cls(tokens, special, kept, clean_loss, ablated_loss, clean, starts)
@@ -74,13 +76,13 @@ def losses_recovered(lm: Any, makers: Sequence[Callable[[], Any]], data: Fidelit
     """
     special, n = data.special_ids, 0
     loss, divergence = [0.0] * len(makers), [0.0] * len(makers)
-    for number, (part, start) in enumerate(zip(_batches(lm, data.tokens), data.starts, strict=True)):
-        clean = data.clean_log_probs[number] if data.clean_log_probs else _log_probs(lm, part, special, start)
-        targets = _targets(part, special).to(clean.device)
+    for number, (part, start) in enumerate(_parts(lm, data.tokens, data.starts)):
+        clean = data.clean_log_probs[number] if data.clean_log_probs else _log_probs(lm, part, start, special)
+        targets, shares = _targets(part, special).to(clean.device), clean.exp()
         for i, make in enumerate(makers):
-            spliced = _log_probs(lm, part, special, start, _edit(data.kept_ids, partial(_reconstruct, make())))
+            spliced = _log_probs(lm, part, start, special, _edit(data.kept_ids, partial(_reconstruct, make())))
             loss[i] += float(-spliced.gather(1, targets).double().sum())
-            divergence[i] += float((clean - spliced).mul_(clean.exp()).sum(1).double().sum())
+            divergence[i] += float((clean - spliced).mul_(shares).sum(1).double().sum())
         n += len(clean)
     lost = data.ablated_loss - data.clean_loss
     return [
@@ -98,6 +100,11 @@ def losses_recovered(lm: Any, makers: Sequence[Callable[[], Any]], data: Fidelit
 def _batches(lm: Any, tokens: Tensor) -> Iterator[Tensor]:
     per_sequence = tokens.shape[1] * len(lm.tokenizer)
     yield from tokens.split(max(1, _LOGIT_ELEMENTS // per_sequence))
+
+
+def _parts(lm: Any, tokens: Tensor, starts: list[Tensor | None]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches of tokens, and where the language model's passes over them begin."""
+    yield from zip(_batches(lm, tokens), starts, strict=True)
 
 
 def _is_in(tokens: Tensor, ids: tuple[int, ...]) -> Bool[Tensor, "batch position"]:
@@ -126,16 +133,17 @@ def _edit(kept_ids: tuple[int, ...], replace: Callable[[Tensor], Tensor]) -> _Ed
 
 
 def _starts(lm: Any, tokens: Tensor) -> list[Tensor | None]:
-    """What enters the hooked block, if the logits from there have the bits of a whole pass."""
+    """What each pass can start from, if the logits from there have the bits of a whole pass."""
     parts = list(_batches(lm, tokens))
-    first = lm.entering(parts[0])
-    if first is None or not torch.equal(lm.logits(parts[0], start=first), lm.logits(parts[0])):
+    few = parts[0][:_CHECKED]
+    first = lm.start(few)
+    if first is None or not torch.equal(lm.logits(few, start=first), lm.logits(few)):
         return [None] * len(parts)
-    return [first, *map(lm.entering, parts[1:])]
+    return list(map(lm.start, parts))
 
 
 def _log_probs(
-    lm: Any, tokens: Tensor, special: tuple[int, ...], start: Tensor | None = None, edit: _Edit | None = None
+    lm: Any, tokens: Tensor, start: Tensor | None, special: tuple[int, ...], edit: _Edit | None = None
 ) -> Float[Tensor, "n vocab"]:
     tokens = tokens.to(lm.device)
     logits = lm.logits(tokens, edit and edit(tokens), start)
@@ -147,8 +155,8 @@ def _mean_loss(
     log_probs: list[Tensor] | None = None, edit: _Edit | None = None,
 ) -> float:  # fmt: skip
     total, n = 0.0, 0
-    for number, (part, start) in enumerate(zip(_batches(lm, tokens), starts, strict=True)):
-        found = log_probs[number] if log_probs else _log_probs(lm, part, special, start, edit)
+    for number, (part, start) in enumerate(_parts(lm, tokens, starts)):
+        found = log_probs[number] if log_probs else _log_probs(lm, part, start, special, edit)
         total += float(-found.gather(1, _targets(part, special).to(found.device)).double().sum())
         n += len(found)
     return total / n
@@ -156,5 +164,6 @@ def _mean_loss(
 
 def _reconstruct(sae: Any, x: Float[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
     rows = x.flatten(0, 1).to(sae.W_dec.dtype)
-    parts = [sae(part) if callable(sae) else sae.decode(sae.encode(part)) for part in rows.split(1024)]
+    n_rows = max(1, _LATENT_ELEMENTS // len(sae.W_dec))
+    parts = [sae(part) if callable(sae) else sae.decode(sae.encode(part)) for part in rows.split(n_rows)]
     return torch.cat(parts).to(x.dtype).view_as(x)

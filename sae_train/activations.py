@@ -69,10 +69,17 @@ class LanguageModel:
         self._side = point.side
         blocks, layer = re.match(r"(.+?)\.(\d+)(?:\.|$)", point.module).groups()
         *self._before, self._block = list(model.get_submodule(blocks))[: int(layer) + 1]
+        # Where logits can start: from what enters the hooked block, or, where that is hooked at its end, leaves it.
+        self._resumes = "out" if self._side == "out" and self._module is self._block else "in"
         self._norm = model.get_submodule(point.norm) if point.norm else None
         self.device = next(model.parameters()).device
+        form = self._block.register_forward_hook(self._note_form)
         seen = self._activations(torch.zeros(1, 1, dtype=torch.long))
+        form.remove()
         self.d_in, self.dtype = seen.shape[-1], seen.dtype
+
+    def _note_form(self, _block: nn.Module, _given: Any, returned: Any) -> None:
+        self._returns_tuple = isinstance(returned, tuple)
 
     def activations(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_in"]:
         """Return the activations at the hook in float32, computing nothing beyond the hooked module."""
@@ -106,9 +113,11 @@ class LanguageModel:
             self._forward(tokens)
         return caught[0]
 
-    def entering(self, tokens: Int[Tensor, "batch position"]) -> Tensor | None:
-        """Return the hidden states that enter the hooked block, for `logits` to start from; None in the first block."""
-        if not self._before:
+    def start(self, tokens: Int[Tensor, "batch position"]) -> Tensor | None:
+        """Return the hidden states that `logits` can start from: no edit changes them, and what comes before them need
+        not be computed again. None where nothing comes before.
+        """
+        if not self._before and self._resumes == "in":
             return None
         caught: list[Tensor] = []
 
@@ -116,7 +125,7 @@ class LanguageModel:
             caught.append(x)
             raise _Stop
 
-        with torch.no_grad(), _changed(self._block, "in", catch), suppress(_Stop):
+        with torch.no_grad(), _changed(self._block, self._resumes, catch), suppress(_Stop):
             self._forward(tokens)
         return caught[0]
 
@@ -129,7 +138,7 @@ class LanguageModel:
         """Return next-token logits in float32.
 
         `edit` maps the float32 activations at the hook to what replaces them; gradients flow through it. With `start`,
-        what `entering` returned for these tokens, the blocks before the hooked one are not computed again.
+        what the method of that name returned for these tokens, the blocks before it are not computed again.
         """
 
         def replace(x: Tensor) -> Tensor:
@@ -140,6 +149,8 @@ class LanguageModel:
             if start is not None:
                 for block in self._before:
                     changes.enter_context(_passing_on(block))
+                if self._resumes == "out":
+                    changes.enter_context(_passing_on(self._block, self._returns_tuple))
                 changes.enter_context(_changed(self._block, "in", lambda _: start))
             if edit is not None:
                 changes.enter_context(_changed(self._module, self._side, replace))
@@ -189,11 +200,12 @@ def _changed(module: nn.Module, side: str, change: Callable[[Tensor], Tensor]) -
 
 
 @contextmanager
-def _passing_on(block: nn.Module) -> Iterator[None]:
+def _passing_on(block: nn.Module, as_tuple: bool = False) -> Iterator[None]:
     """Let a block return what enters it while the context lasts."""
 
-    def forward(*args: Any, hidden_states: Tensor | None = None, **_: Any) -> Tensor:
-        return args[0] if args else hidden_states
+    def forward(*args: Any, hidden_states: Tensor | None = None, **_: Any) -> Tensor | tuple[Tensor]:
+        x = args[0] if args else hidden_states
+        return (x,) if as_tuple else x
 
     own = vars(block).get("forward")
     block.forward = forward

@@ -20,7 +20,7 @@ from sae_train.evals import absorption, assets, fidelity
 from sae_train.evals.events import trace
 from sae_train.evals.hierarchy import PLAIN_TEMPLATE, get_hierarchy
 from sae_train.evals.truth import truth
-from sae_train.metrics import held_out_metrics
+from sae_train.metrics import held_out_metrics, totals
 from sae_train.toy import held_out_sample
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ class HeldOut:
     """L0, explained variance and density on held-out activations (n, d_in), already scaled."""
 
     def __init__(self, x: Float[Tensor, "n d_in"]):
-        self.x = x
+        self.x, self.totals = x, totals(x)
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
-        figures = held_out_metrics(learner.sae, self.x)
+        figures = held_out_metrics(learner.sae, self.x, self.totals)
         density = figures.pop("density")
         yield from figures.items()
         yield "sparsity/silent_fraction", (density == 0).float().mean().item()

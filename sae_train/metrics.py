@@ -16,11 +16,19 @@ if TYPE_CHECKING:
 CHUNK_ELEMENTS = 2**24
 
 
+def totals(x: Float[Tensor, "n d_in"]) -> tuple[Tensor, Tensor]:
+    """Return Σ‖x − x̄‖² and Σ‖x‖², which are the same for every SAE."""
+    return (x - x.mean(0)).square().sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)
+
+
 @torch.no_grad()
-def held_out_metrics(sae: SAE, x: Float[Tensor, "n d_in"]) -> dict[str, float | Tensor]:
+def held_out_metrics(
+    sae: SAE, x: Float[Tensor, "n d_in"], known: tuple[Tensor, Tensor] | None = None
+) -> dict[str, float | Tensor]:
     """Return metrics/l0, metrics/explained_variance, metrics/mse and density, the share of tokens per latent (d_sae).
 
-    EV = 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²; mse = Σ‖x − x̂‖² / Σ‖x‖² (1 for a reconstruction of 0).
+    EV = 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²; mse = Σ‖x − x̂‖² / Σ‖x‖² (1 for a reconstruction of 0). `known`: what `totals`
+    returned for x.
     """
     error = torch.zeros((), dtype=torch.float64, device=x.device)
     counts = torch.zeros(sae.cfg.d_sae, device=x.device)
@@ -28,8 +36,7 @@ def held_out_metrics(sae: SAE, x: Float[Tensor, "n d_in"]) -> dict[str, float | 
         recon, fired = _run(sae, chunk)
         error += (chunk - recon).square().sum(dtype=torch.float64)
         counts += fired
-    spread = (x - x.mean(0)).square().sum(dtype=torch.float64)
-    energy = x.square().sum(dtype=torch.float64)
+    spread, energy = known or totals(x)
     return {
         "metrics/l0": (counts.sum(dtype=torch.float64) / len(x)).item(),
         "metrics/explained_variance": (1 - error / spread).item(),

@@ -44,8 +44,8 @@ class FakeLM:
         before = torch.nn.functional.pad(here, (0, 0, 1, 0))[:, :-1]
         return here + 0.05 * before
 
-    def entering(self, tokens):
-        """One block only: nothing comes before the hooked one."""
+    def start(self, tokens):
+        """Nothing comes before the hook."""
 
     def logits(self, tokens, edit=None, start=None):
         x = self.activations(tokens)

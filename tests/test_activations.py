@@ -43,21 +43,23 @@ def test_every_supported_hook_equals_the_bridge(family: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_that_start_at_the_hooked_block_have_the_bits_of_a_whole_pass(family: str, tmp_path: Path) -> None:
+def test_logits_that_start_late_have_the_bits_of_a_whole_pass(family: str, tmp_path: Path) -> None:
     lm = load_language_model(save_tiny_model(tmp_path, family))
     for name, point in hook_points(lm._model.config, family).items():
         there = seen_from(lm, point)
-        start = there.entering(TOKENS)
-        assert (start is None) == name.startswith("blocks.0."), name
+        start = there.start(TOKENS)
+        assert (start is None) == (name.startswith("blocks.0.") and not name.endswith("resid_post")), name
         torch.testing.assert_close(
             there.logits(TOKENS, torch.sin, start), there.logits(TOKENS, torch.sin), rtol=0, atol=0, msg=name
         )
 
 
-def test_what_comes_before_the_hooked_block_is_not_computed_again(tmp_path: Path) -> None:
-    lm = load_language_model(save_tiny_model(tmp_path), "blocks.1.hook_resid_post")
-    start, computed = lm.entering(TOKENS), []
-    lm._model.transformer.h[0].mlp.register_forward_hook(lambda *_: computed.append(1))
+@pytest.mark.parametrize(("hook", "layers"), [("blocks.1.hook_resid_post", (0, 1)), ("blocks.1.hook_mlp_out", (0,))])
+def test_what_comes_before_the_hook_is_not_computed_again(hook: str, layers: tuple[int, ...], tmp_path: Path) -> None:
+    lm = load_language_model(save_tiny_model(tmp_path), hook)
+    start, computed = lm.start(TOKENS), []
+    for layer in layers:
+        lm._model.transformer.h[layer].mlp.register_forward_hook(lambda *_: computed.append(1))
     lm.logits(TOKENS, start=start)
     assert not computed
     lm.logits(TOKENS)
