@@ -27,7 +27,6 @@ class Ours:
     def __init__(self, p: Problem, rows: Tensor, level: float, equalised: bool):
         from sae_train.learner import Learner
 
-        self.bf16 = on_gpu(p, equalised)
         settings = self._settings(p, level)
         spec = SimpleNamespace(arch=p.arch, width=p.d_sae, l0=float(p.k), seed=0, name="bench")
         self.learner = Learner(spec, settings, p.d_in, 10**6, p.device)
@@ -49,6 +48,7 @@ class Ours:
     def _settings(p: Problem, level: float) -> Any:
         values = {"tokens": 10**9, "batch_tokens": p.batch, "lr": LR, "lr_warm_up": 0.0, "lr_decay": 0.0}
         values |= {"grad_clip": CLIP, "aux_coefficient": 1 / 32, "dead_tokens": DEAD_TOKENS}
+        values |= {"precision": "auto"}
         values |= {"jumprelu_bandwidth": BANDWIDTH / level if p.arch == "jumprelu" else BANDWIDTH}
         try:
             from sae_train.config import TrainSettings
@@ -57,8 +57,7 @@ class Ours:
         return TrainSettings(**{name: v for name, v in values.items() if name not in ("lr_warm_up", "lr_decay")})
 
     def step(self, x: Tensor) -> None:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            self.learner.step(x)
+        self.learner.step(x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.learner.sae(x)
@@ -67,11 +66,11 @@ class Ours:
         return [self.learner.optimiser]
 
 
-class OursTriton(Ours):
-    """The same with the Triton kernels."""
+class OursPlain(Ours):
+    """The same without Triton, in float32."""
 
     def __init__(self, p: Problem, rows: Tensor, level: float, equalised: bool):
-        ops.DEFAULTS[p.device] = "triton"
+        ops.DEFAULTS[p.device] = "reference"
         super().__init__(p, rows, level, equalised)
 
 
@@ -147,7 +146,9 @@ class StrongSparse(Baseline):
 
     def forward(self, x: Tensor) -> tuple[Tensor, float]:
         values, indices = self._pre(x).topk(self.p.k, dim=1, sorted=False)
-        return nnf.embedding_bag(indices, self.W_dec, per_sample_weights=values.relu(), mode="sum") + self.b_dec, 0.0
+        return nnf.embedding_bag(
+            indices, self.W_dec, per_sample_weights=values.relu().float(), mode="sum"
+        ) + self.b_dec, 0.0
 
 
 class Floor:
@@ -167,9 +168,9 @@ class Floor:
 
 SIDES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "sae-train": (Ours, ("topk", "relu", "jumprelu")),
-    "sae-train, Triton": (OursTriton, ("topk", "relu", "jumprelu")),
+    "sae-train, plain": (OursPlain, ("topk", "relu", "jumprelu")),
     "strong dense": (StrongDense, ("topk", "relu", "jumprelu")),
     "strong sparse": (StrongSparse, ("topk",)),
     "encoder GEMM": (Floor, ("topk", "relu", "jumprelu")),
 }
-CUDA_ONLY = ("sae-train, Triton",)
+CUDA_ONLY = ("sae-train, plain",)

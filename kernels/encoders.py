@@ -1,7 +1,8 @@
 """Encoders by Triton: centred activations and latent-major weights in, active pre-activations out, nothing dense kept.
 
-In: x (batch, d_in) with b_dec already taken off, W (d_sae, d_in) contiguous, both float32, bfloat16 or float16. Out:
-float32 pre-activations and int32 latents, exact for the pre-activations as computed, ties to the lowest latent.
+In: x (batch, d_in) with b_dec already taken off, float32, bfloat16 or float16: products are made in its dtype; W
+(d_sae, d_in) contiguous. Out: float32 pre-activations and int32 latents, exact for the pre-activations as computed,
+ties to the lowest latent. The fused path cuts those of 2-byte products to 17 significant bits.
 """
 
 from __future__ import annotations
@@ -12,13 +13,20 @@ import torch
 import torch.nn.functional as nnf
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sae_train.kernels.encode import encode_kernel, group_kernel
 from sae_train.kernels.select import compact_kernel, repair_kernel, select_kernel
 from sae_train.kernels.shapes import Plan, plan, warps_for
 
-# Pre-activations of one slab: 32 MB in float32, so that they stay in an H200's L2.
-SLAB_ELEMENTS = 8 * 2**20
+# Pre-activations of one slab: 128 MB in float32. Smaller ones would stay in L2, but a product then fills no GPU.
+SLAB_ELEMENTS = 32 * 2**20
+# Neighbouring groups of a row that one program of the slab path takes.
+GROUPS_A_PROGRAM = 32
+# Rows of a tensor descriptor begin at multiples of 16 bytes: numbers that they are padded to.
+ALIGNED = 8
+# The least inner size of a product.
+MIN_BLOCK_K = 16
 # Rows of tiles that share the weights of a group through L2.
 BAND = 8
 # Programs of the repair kernel: it walks through all rows and stops at the flagged ones.
@@ -36,9 +44,11 @@ def precision() -> str:
 
 def topk(x: Tensor, W: Tensor, b_enc: Tensor, k: int, how: Plan | None = None) -> tuple[Tensor, Tensor]:
     """Return the k largest of each row of x·Wᵀ + b_enc: values (batch, k), latents (batch, k), in no order."""
-    how = how or plan(k, x.shape[1], W.shape[0], x.element_size())
+    how = how or plan(k, W.shape[0], x.element_size(), _path(x))
     if how.path == "fused":
-        return _select(k, *_candidates(x, W, b_enc, None, how)[:2], how, (x, W, b_enc))
+        x, W_grouped = _aligned(x), _grouped(W, x.dtype, how)
+        keys, latents, _ = _candidates(x, W_grouped, b_enc, None, how)
+        return _select(k, keys, latents, how, (x, W_grouped, b_enc))
     parts = [_topk_dense(pre, k, how) for pre in _slabs(x, W, b_enc)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -48,38 +58,71 @@ def above(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor, how: Plan | None =
 
     Waits for the device once, for the number of entries. Rows with more than R in one group are redone densely.
     """
-    how = how or plan(None, x.shape[1], W.shape[0], x.element_size())
+    how = how or plan(None, W.shape[0], x.element_size(), _path(x))
     if how.path == "fused":
-        keys, latents, counts = _candidates(x, W, b_enc, floor, how)
+        keys, latents, counts = _candidates(_aligned(x), _grouped(W, x.dtype, how), b_enc, floor, how)
     elif how.path == "slab":
         parts = [_group(pre, floor, how) for pre in _slabs(x, W, b_enc)]
         keys, latents, counts = (torch.cat(p) for p in zip(*parts, strict=True))
     else:
         return _above_dense(x, W, b_enc, floor)
     full = (counts > how.R).any(1)
-    per_row = counts.sum(1)
-    offsets = nnf.pad(per_row.where(~full, 0).cumsum(0), (1, 0))
+    offsets = nnf.pad(counts.sum(1).masked_fill_(full, 0).cumsum(0), (1, 0))
     n_full, n = torch.stack([full.sum(), offsets[-1]]).tolist()
     values, found = x.new_empty(n, dtype=torch.float32), latents.new_empty(n)
     block = triton.next_power_of_2(keys.shape[1])
-    compact_kernel[(len(x),)](keys, latents, offsets, values, found, keys.shape[1], block, num_warps=warps_for(block))
+    compact_kernel[(len(x),)](
+        keys, latents, counts, offsets, values, found, keys.shape[1], how.R, block, num_warps=warps_for(block)
+    )
     if not n_full:
         return values, found, offsets
     return _with_redone(values, found, offsets, full, _above_dense(x[full], W, b_enc, floor))
 
 
+def _path(x: Tensor) -> str:
+    """Triton's products are near cuBLAS's on tensor cores, which do not take float32 as it is."""
+    return "slab" if x.dtype == torch.float32 and precision() == "ieee" else "fused"
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Pad rows with zeros, where needed, so that a tensor descriptor takes them."""
+    return nnf.pad(x, (0, -x.shape[1] % ALIGNED))
+
+
+def _grouped(W: Tensor, dtype: torch.dtype, how: Plan) -> Tensor:
+    """Copy W in the dtype of the product, the members of a group side by side: (n_groups·group, d_in, aligned)."""
+    d_sae, n_groups = W.shape[0], how.n_groups(W.shape[0])
+    W = _aligned(W)
+    if d_sae < n_groups * how.group:
+        W = nnf.pad(W, (0, 0, 0, n_groups * how.group - d_sae))
+    out = W.new_empty(n_groups, how.group, W.shape[1], dtype=dtype)
+    return out.copy_(W.view(how.group, n_groups, -1).transpose(0, 1)).view(-1, W.shape[1])
+
+
 def _candidates(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor | None, how: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the fused encoder: keys, latents (batch, n_groups·R), and counts above the floor (batch, n_groups)."""
-    (batch, d_in), d_sae = x.shape, W.shape[0]
+    """Run the fused encoder on aligned x and grouped W: keys, latents (batch, n_groups·R), and counts above the floor
+    (batch, n_groups)."""
+    (batch, d_in), d_sae = x.shape, len(b_enc)
     n_groups = how.n_groups(d_sae)
     keys, latents = (x.new_empty(batch, n_groups * how.R, dtype=torch.int32) for _ in range(2))
     counts = x.new_empty(batch, n_groups if floor is not None else 0, dtype=torch.int32)
+    block_k = _block_k(d_in, how)
     encode_kernel[(triton.cdiv(batch, how.block_m) * n_groups,)](
-        x, W, b_enc, b_enc if floor is None else floor, keys, latents, counts, batch, d_sae, n_groups, d_in,
-        floor is not None, how.R, how.block_m, how.group, how.block_k, BAND, precision(), interpreted(),
+        TensorDescriptor.from_tensor(x, [how.block_m, block_k]), TensorDescriptor.from_tensor(W, [how.group, block_k]),
+        b_enc, b_enc if floor is None else floor, keys, latents, counts, batch, d_sae, n_groups, d_in,
+        floor is not None, how.R, how.block_m, how.group, block_k, BAND, _packed(x), precision(), interpreted(),
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return keys, latents, counts
+
+
+def _block_k(d_in: int, how: Plan) -> int:
+    return max(MIN_BLOCK_K, min(how.block_k, triton.next_power_of_2(d_in)))
+
+
+def _packed(x: Tensor) -> bool:
+    """Whether keys are cut, to carry a latent's number: products of 2-byte numbers are not known that precisely."""
+    return x.element_size() == 2
 
 
 def _group(pre: Tensor, floor: Tensor | None, how: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +131,7 @@ def _group(pre: Tensor, floor: Tensor | None, how: Plan) -> tuple[Tensor, Tensor
     n_groups = how.n_groups(d_sae)
     keys, latents = (pre.new_empty(batch, n_groups * how.R, dtype=torch.int32) for _ in range(2))
     counts = pre.new_empty(batch, n_groups if floor is not None else 0, dtype=torch.int32)
-    block = 32 if n_groups >= 32 else triton.next_power_of_2(n_groups)
+    block = min(GROUPS_A_PROGRAM, triton.next_power_of_2(n_groups))
     group_kernel[(batch, triton.cdiv(n_groups, block))](
         pre, pre if floor is None else floor, keys, latents, counts, batch, d_sae, n_groups,
         floor is not None, how.R, how.group, block, num_warps=4,
@@ -105,12 +148,13 @@ def _select(k: int, keys: Tensor, latents: Tensor, how: Plan, source: tuple[Tens
     select_kernel[(batch,)](keys, latents, values, found, flags, n, k, how.R, block, num_warps=warps_for(block))
     dense = len(source) == 1
     x, W, b_enc = source * 3 if dense else source
-    d_sae = x.shape[1] if dense else W.shape[0]
-    n_groups = n // how.R
+    d_sae, n_groups = x.shape[1] if dense else len(b_enc), n // how.R
+    block_k = _block_k(x.shape[1], how)
     repair_kernel[(min(batch, REPAIR_PROGRAMS),)](
         flags, keys, latents, values, found, x, x, W, b_enc, batch, d_sae, n_groups, k,
         1 if dense else x.shape[1], dense, how.R, triton.next_power_of_2(k), triton.next_power_of_2(n_groups),
-        how.block_m, how.group, how.block_k, precision(), interpreted(), num_warps=how.warps, num_stages=how.stages,
+        how.block_m, how.group, block_k, not dense and _packed(x), precision(), interpreted(),
+        num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return values, found
 
@@ -124,6 +168,7 @@ def _topk_dense(pre: Tensor, k: int, how: Plan) -> tuple[Tensor, Tensor]:
 
 def _slabs(x: Tensor, W: Tensor, b_enc: Tensor):
     """Yield dense float32 pre-activations of a few rows at a time; the buffer is reused: use each before the next."""
+    W = W.to(x.dtype)
     rows = max(1, SLAB_ELEMENTS // W.shape[0])
     buffer = x.new_empty(min(rows, len(x)), W.shape[0], dtype=torch.float32)
     for chunk in x.split(rows):

@@ -7,7 +7,6 @@ Out: float32 values and int32 latents at a Pattern, reconstructions and loss pie
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as nnf
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -17,15 +16,14 @@ from sae_train.kernels import encoders, patterns, sparse
 from sae_train.kernels.crossover import Crossover
 from sae_train.kernels.patterns import Pattern, row_pattern
 
-# A latent's entries beyond this are summed in parts, so that one that fires on half of all tokens is no tail.
-SEGMENT = 256
 # Entries of a token that the one-gather decode holds in registers, with a chunk of their decoder rows.
 MAX_ONE_GATHER = 128
-BLOCK_E = 16
+# Entries that a program gathers at a time, for sums and for products.
+BAG_ENTRIES, DOT_ENTRIES = 8, 16
 
 
 def _block_d(d: int) -> int:
-    return min(256, triton.next_power_of_2(d))
+    return min(512 if d >= 1024 else 256, triton.next_power_of_2(d))
 
 
 def bag(rows, weights, table, starts, ends, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -36,7 +34,7 @@ def bag(rows, weights, table, starts, ends, bias: Tensor | None = None) -> tuple
     if n:
         sparse.bag_kernel[(n, triton.cdiv(d, block))](
             rows, weights, table, starts, ends, table if bias is None else bias, out, sums, d,
-            bias is not None, True, BLOCK_E, block, num_warps=4,
+            bias is not None, True, BAG_ENTRIES, block, num_warps=4,
         )  # fmt: skip
     return out, sums
 
@@ -44,7 +42,8 @@ def bag(rows, weights, table, starts, ends, bias: Tensor | None = None) -> tuple
 def token_sums(pattern: Pattern, weights: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return Σ weight·table[latent] (+ bias) for each token (batch, d), in float32."""
     if pattern.dense:
-        out = patterns.sum_by_token(pattern, weights.float(), table.float())
+        with torch.autocast(table.device.type, enabled=False):  # TF32, not bfloat16
+            out = patterns.sum_by_token(pattern, weights.float(), table.float())
         return out if bias is None else out + bias.float()
     starts, ends = pattern.offsets[:-1].contiguous(), pattern.offsets[1:].contiguous()
     return bag(pattern.latents, weights.contiguous(), table.contiguous(), starts, ends, bias)[0]
@@ -53,35 +52,21 @@ def token_sums(pattern: Pattern, weights: Tensor, table: Tensor, bias: Tensor | 
 def latent_sums(pattern: Pattern, weights: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σ weight·table[token] for each latent (d_sae, d), and Σ weight (d_sae,).
 
-    Latents with more than SEGMENT entries are summed in parts of SEGMENT, the parts then in order. The number of parts
-    is bounded on the host by the number of entries, so that nothing waits for the device.
+    Latents with more than patterns.SEGMENT entries are summed in parts of so many, the parts then in order.
     """
     if pattern.dense:
         weights = weights.float()
-        sums = weights.new_zeros(pattern.d_sae).index_add_(0, pattern.latents, weights)
+        sums = patterns.sum_at(pattern.latents, weights, pattern.d_sae)
         return patterns.sum_by_latent(pattern, weights, table.float()), sums
     order, tokens, offsets = pattern.by_latent
-    weights, table = weights[order], table.contiguous()
-    counts, limit = offsets.diff(), 2 * len(weights) // SEGMENT
-    heavy = counts > SEGMENT
-    ends = torch.where(heavy, offsets[:-1], offsets[1:])
-    out, sums = bag(tokens, weights, table, offsets[:-1].contiguous(), ends.contiguous())
-    if limit:
-        n_parts = torch.where(heavy, (counts + SEGMENT - 1) // SEGMENT, 0)
-        edges = nnf.pad(n_parts.cumsum(0), (1, 0))
-        part = torch.arange(limit, device=edges.device)
-        owner = torch.searchsorted(edges[1:], part, right=True)
-        real, owner = owner < pattern.d_sae, owner.clamp_max(pattern.d_sae - 1)
-        starts = offsets[owner] + (part - edges[owner]) * SEGMENT
-        starts, ends = (
-            torch.where(real, starts, 0),
-            torch.where(real, (starts + SEGMENT).minimum(offsets[owner + 1]), 0),
+    weights, table, parts = weights.index_select(0, order), table.contiguous(), pattern.segments
+    out, sums = bag(tokens, weights, table, offsets[:-1], offsets[1:] if parts is None else parts.light_ends)
+    if parts is not None:
+        found, found_sums = bag(tokens, weights, table, parts.starts, parts.ends)
+        block = _block_d(table.shape[1])
+        sparse.join_kernel[(len(parts.owners), triton.cdiv(table.shape[1], block))](
+            found, found_sums, parts.owners, parts.edges, out, sums, table.shape[1], block, num_warps=4
         )
-        parts, part_sums = bag(tokens, weights, table, starts.contiguous(), ends.contiguous())
-        for source, target in ((parts, out), (part_sums[:, None], sums[:, None])):
-            block = _block_d(source.shape[1])
-            grid = pattern.d_sae, triton.cdiv(source.shape[1], block)
-            sparse.join_kernel[grid](source, edges, target, source.shape[1], block, num_warps=4)
     return out, sums
 
 
@@ -92,7 +77,15 @@ def dots(a: Tensor, table: Tensor, pattern: Pattern) -> Tensor:
     out = table.new_empty(len(pattern.latents), dtype=torch.float32)
     d = table.shape[1]
     sparse.dots_kernel[(len(a),)](
-        a.contiguous(), table.contiguous(), pattern.latents, pattern.offsets, out, d, BLOCK_E, _block_d(d), num_warps=4
+        a.contiguous(),
+        table.contiguous(),
+        pattern.latents,
+        pattern.offsets,
+        out,
+        d,
+        DOT_ENTRIES,
+        min(256, _block_d(d)),
+        num_warps=4,
     )
     return out
 
@@ -101,22 +94,22 @@ class _Encode(torch.autograd.Function):
     """pre at the pattern's entries, given already; the backward is the adjoint of (x − b_dec)·W_enc + b_enc there."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, pre, pattern):
-        ctx.save_for_backward(x, W_enc, b_dec)
-        ctx.pattern = pattern
+    def forward(ctx, x, W_enc, b_enc, b_dec, centred, pre, pattern):
+        ctx.save_for_backward(centred, W_enc)
+        ctx.pattern, ctx.dtypes = pattern, (x.dtype, b_dec.dtype)
         return pre.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, W_enc, b_dec = ctx.saved_tensors
-        pattern, grad = ctx.pattern, grad.contiguous()
-        d_W, d_b = latent_sums(pattern, grad, x - b_dec)
+        centred, W_enc = ctx.saved_tensors
+        pattern, grad, (x_dtype, b_dtype) = ctx.pattern, grad.contiguous(), ctx.dtypes
+        d_W, d_b = latent_sums(pattern, grad, centred)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = token_sums(pattern, grad, W_enc.t()).to(x.dtype)
+            d_x = token_sums(pattern, grad, W_enc.t()).to(x_dtype)
         d_b_dec = -(W_enc.float() @ d_b)
-        return d_x, d_W.t().to(W_enc.dtype), d_b, d_b_dec.to(b_dec.dtype), None, None
+        return d_x, d_W.t().to(W_enc.dtype), d_b, d_b_dec.to(b_dtype), None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -151,7 +144,7 @@ class _DecodeError(torch.autograd.Function):
             recon, error, along, d, block, min(64, triton.next_power_of_2(d)), num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(values, W_dec, x, recon, along)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.dtype = pattern, _product_dtype(W_dec)
         ctx.set_materialize_grads(False)
         return recon, error.sum()
 
@@ -159,10 +152,11 @@ class _DecodeError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_recon, d_error):
         values, W_dec, x, recon, along = ctx.saved_tensors
-        residual = (recon - x) * (0.0 if d_error is None else 2 * d_error)
+        twice = 0.0 if d_error is None else 2 * d_error
+        residual = (recon - x) * twice
         grad = residual if d_recon is None else residual + d_recon
-        d_values = along * (2 * d_error) if d_recon is None else dots(grad, W_dec, ctx.pattern)
-        d_W = latent_sums(ctx.pattern, values, grad)[0].to(W_dec.dtype)
+        d_values = along * twice if d_recon is None else dots(grad, W_dec, ctx.pattern)
+        d_W = latent_sums(ctx.pattern, values, grad.to(ctx.dtype))[0].to(W_dec.dtype)
         return d_values, d_W, grad.sum(0), -residual if ctx.needs_input_grad[3] else None, None
 
 
@@ -195,31 +189,37 @@ class _JumpReLU(torch.autograd.Function):
         return d_pre, d_threshold, None, None
 
 
-def _prepared(x: Tensor, W_enc: Tensor, b_dec: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x − b_dec and latent-major weights, in the dtype of the product (the autocast one where that is on)."""
-    if W_enc.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"impl='triton' takes float32, bfloat16 or float16 weights, not {W_enc.dtype}.")
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W_enc.dtype
-    return (x - b_dec).to(dtype).contiguous(), W_enc.t().to(dtype).contiguous()
+def _product_dtype(W: Tensor) -> torch.dtype:
+    """The dtype in which products with these weights are made: the autocast one where that is on."""
+    if W.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"impl='triton' takes float32, bfloat16 or float16 weights, not {W.dtype}.")
+    device = W.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
+
+
+def _centred(x: Tensor, W_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """Return x − b_dec in the dtype of the product."""
+    return (x - b_dec).to(_product_dtype(W_enc)).contiguous()
 
 
 def pre_topk(x, W_enc, b_enc, b_dec, k: int) -> tuple[Tensor, Pattern]:
     """Return the k largest pre-activations of each token, flat, differentiable, and their pattern."""
     with torch.no_grad():
-        values, latents = encoders.topk(*_prepared(x, W_enc, b_dec), b_enc, k)
+        centred = _centred(x, W_enc, b_dec)
+        values, latents = encoders.topk(centred, W_enc.t().contiguous(), b_enc, k)
         pattern = row_pattern(latents, W_enc.shape[1])
-    return _Encode.apply(x, W_enc, b_enc, b_dec, values.view(-1), pattern), pattern
+    return _Encode.apply(x, W_enc, b_enc, b_dec, centred, values.view(-1), pattern), pattern
 
 
 def pre_above(x, W_enc, b_enc, b_dec, floor: Tensor | float, crossover: Crossover | None = None):
     """Return the pre-activations above floor (scalar or (d_sae,)), flat, differentiable, and their pattern."""
     with torch.no_grad():
         floors = torch.as_tensor(floor, dtype=torch.float32, device=x.device).expand(W_enc.shape[1]).contiguous()
-        values, latents, offsets = encoders.above(*_prepared(x, W_enc, b_dec), b_enc, floors)
+        centred = _centred(x, W_enc, b_dec)
+        values, latents, offsets = encoders.above(centred, W_enc.t().contiguous(), b_enc, floors)
         pattern = Pattern(latents, offsets, W_enc.shape[1])
         pattern = crossover.choose(pattern) if crossover else pattern
-    return _Encode.apply(x, W_enc, b_enc, b_dec, values, pattern), pattern
+    return _Encode.apply(x, W_enc, b_enc, b_dec, centred, values, pattern), pattern
 
 
 def decode_pattern(values: Tensor, pattern: Pattern, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -241,3 +241,16 @@ def jumprelu_active(
 ) -> tuple[Tensor, Tensor]:
     """Return pre·1[pre > θ] at the entries and the number of entries above, both differentiable in θ."""
     return _JumpReLU.apply(pre, threshold, pattern, bandwidth)
+
+
+@torch.no_grad()
+def remove_parallel(grad: Tensor, rows: Tensor) -> None:
+    """What kernels/rows.py does, one program a row."""
+    sparse.remove_parallel_kernel[(len(rows),)](grad, rows, rows.shape[1], triton.next_power_of_2(rows.shape[1]))
+
+
+@torch.no_grad()
+def normalise(rows: Tensor, unless: Tensor) -> None:
+    """What kernels/rows.py does, one program a row."""
+    d = rows.shape[1]
+    sparse.normalise_kernel[(len(rows),)](rows, unless.to(torch.int32), d, triton.next_power_of_2(d))

@@ -23,6 +23,12 @@ def to_key(value):
 
 
 @triton.jit
+def cut_key(value, STEP: tl.constexpr):
+    """to_key, cut down to a multiple of STEP, a power of two: equal within STEP/2²³ of a value is then equal."""
+    return to_key(value) & -STEP
+
+
+@triton.jit
 def to_value(key):
     """int32 → float32, the inverse of to_key."""
     return tl.where(key >= 0, key, key ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)

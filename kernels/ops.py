@@ -18,17 +18,16 @@ from sae_train.errors import UserError
 from sae_train.kernels import batch_topk, reference
 from sae_train.kernels.crossover import Crossover
 from sae_train.kernels.patterns import Pattern
-from sae_train.kernels.rows import normalise, remove_parallel
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["Crossover", "Pattern", "normalise", "remove_parallel"]  # handed through; the rest is below
+__all__ = ["Crossover", "Pattern"]  # handed through; the rest is below
 IMPLEMENTATIONS = ("triton", "reference")
 
 
-# What runs where none is asked for; on CUDA reference, until triton is timed there.
-DEFAULTS = {"cpu": "reference", "cuda": "reference"}
+# What runs where none is asked for and triton is installed.
+DEFAULTS = {"cpu": "reference", "cuda": "triton"}
 
 
 def choose(impl: str | None, device: torch.device | str) -> str:
@@ -43,12 +42,12 @@ def choose(impl: str | None, device: torch.device | str) -> str:
         raise UserError("impl='triton' needs the package triton, which is not installed; use impl='reference'.")
     if impl == "triton" and kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(f"impl='triton' runs on CUDA, not on {kind} (TRITON_INTERPRET=1 interprets it, slowly, there).")
-    return impl or DEFAULTS.get(kind, "reference")
+    return impl or (DEFAULTS.get(kind, "reference") if present else "reference")
 
 
 def _twin(impl: str | None, x: Tensor) -> ModuleType:
     """Return the module that runs: kernels/reference.py or kernels/fused.py, which have the same functions."""
-    if choose(impl, x.device) == "reference":
+    if choose(impl, x.device) == "reference" or (impl is None and x.dtype == torch.float64):
         return reference
     from sae_train.kernels import fused
 
@@ -76,7 +75,7 @@ def encode_relu(
     impl: str | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
     """Return relu((x − b_dec)·W_enc + b_enc)."""
-    if choose(impl, x.device) == "reference":
+    if _twin(impl, x) is reference:
         return torch.addmm(b_enc, x - b_dec, W_enc).relu()
     return _dense(*active_above(x, W_enc, b_enc, b_dec, 0.0, impl))
 
@@ -91,7 +90,7 @@ def encode_jumprelu(
     impl: str | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
     """Return pre·1[pre > threshold]; the threshold's gradient is the straight-through one of that bandwidth."""
-    if choose(impl, x.device) == "reference":
+    if _twin(impl, x) is reference:
         return reference.JumpReLU.apply(torch.addmm(b_enc, x - b_dec, W_enc), threshold, bandwidth)
     pre, pattern = active_above(x, W_enc, b_enc, b_dec, threshold.detach() - bandwidth / 2, impl)
     return _dense(jumprelu_active(pre, pattern, threshold, bandwidth, impl)[0], pattern)
@@ -151,6 +150,19 @@ def _dense(values: Tensor, pattern: Pattern) -> Tensor:
 def jumprelu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """Return pre·1[pre > threshold], elementwise, with the straight-through gradient to the threshold."""
     return reference.JumpReLU.apply(pre, threshold, bandwidth)
+
+
+def remove_parallel(grad: Tensor, rows: Tensor, impl: str | None = None) -> None:
+    """Take from each gradient (d_sae, d_in), in place, what would change its row's length: rows have norm 1.
+
+    Gao et al. 2024.
+    """
+    _twin(impl, grad).remove_parallel(grad, rows)
+
+
+def normalise(rows: Tensor, unless: Tensor, impl: str | None = None) -> None:
+    """Divide each row by its norm, in place; `unless` true leaves every bit as it is."""
+    _twin(impl, rows).normalise(rows, unless)
 
 
 def active_batch_topk(x, W_enc, b_enc, b_dec, count: int, floor: Tensor, impl: str | None = None):

@@ -25,8 +25,25 @@ if TYPE_CHECKING:
 GROUP, GROUPS_PER_ENTRY = 16, 4
 # Of one dense block of entries: 32 MB in float32.
 DENSE_ELEMENTS = 8 * 2**20
+# A latent's entries beyond this are summed in parts on a GPU, so that one that fires on half of all tokens is no tail.
+SEGMENT = 256
 # On one thread numpy's partition finds a k-th value 3 to 6 times as fast as torch.topk does (AVX-512).
 PARTITION_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Sums by latent in parts: entries of latents with few (up to `light_ends`, none of a heavy one), and the parts.
+
+    Part p holds the entries from starts[p] to ends[p] of latent owners[p], whose parts are edges[latent] to
+    edges[latent + 1].
+    """
+
+    light_ends: Int[Tensor, " d_sae"]
+    starts: Int[Tensor, " parts"]
+    ends: Int[Tensor, " parts"]
+    owners: Int[Tensor, " parts"]
+    edges: Int[Tensor, " d_sae_plus_1"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,27 @@ class Pattern:
         if self.even:
             return index[:, None].expand(-1, self.latents.numel() // max(1, counts.numel())).flatten()
         return index.repeat_interleave(counts, output_size=self.latents.numel())
+
+    @cached_property
+    def segments(self) -> Segments | None:
+        """How latents with more than SEGMENT entries are summed in parts; None where no latent can have so many.
+
+        The number of parts is bounded on the host by the number of entries, so that nothing waits for the device.
+        """
+        limit, offsets = 2 * self.latents.numel() // SEGMENT, self.by_latent[2]
+        if not limit:
+            return None
+        counts = offsets.diff()
+        heavy = counts > SEGMENT
+        n_parts = torch.where(heavy, (counts + SEGMENT - 1) // SEGMENT, 0)
+        edges = nnf.pad(n_parts.cumsum(0), (1, 0))
+        part = torch.arange(limit, device=edges.device)
+        owner = torch.searchsorted(edges[1:], part, right=True).clamp_max_(self.d_sae - 1)
+        starts = offsets[owner] + (part - edges[owner]) * SEGMENT
+        # Parts beyond the last one belong to the last latent, and are empty.
+        ends = torch.minimum(starts + SEGMENT, offsets[owner + 1]).where(part < edges[-1], starts)
+        light = torch.where(heavy, offsets[:-1], offsets[1:])
+        return Segments(light, starts, ends, owner, edges)
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,6 +124,19 @@ def dots(pattern: Pattern, a: Tensor, b: Tensor) -> Tensor:
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         grid = torch.sparse_csr_tensor(pattern.offsets, pattern.latents, zeros, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(grid, a.contiguous(), b.t(), beta=0.0).values()
+
+
+def sum_at(places: Int[Tensor, " n"], values: Float[Tensor, " n"], size: int) -> Float[Tensor, " size"]:
+    """Return a vector with the values added up at their places, the same bits each time, on a GPU too."""
+    zeros = values.new_zeros(size)
+    if not values.is_cuda:
+        return zeros.index_add(0, places, values)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        return zeros.index_add(0, places, values)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _bag(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

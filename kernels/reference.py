@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 from sae_train.kernels import screen
 from sae_train.kernels.crossover import Crossover
 from sae_train.kernels.patterns import Pattern, dots, row_pattern, sum_by_latent, sum_by_token, top_k
+from sae_train.kernels.rows import normalise, remove_parallel
+
+__all__ = ["normalise", "remove_parallel"]  # handed through
 
 # One slab of pre-activations: 8 MB in float32. From 32 MB on glibc returns the memory to the system after every step,
 # which then clears it anew (a quarter of a step at width 4k).

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sae_train.kernels.encode import tile
-from sae_train.kernels.keys import EMPTY, in_top, kth_key, last_latent, to_key, to_value
+from sae_train.kernels.encode import row_tile
+from sae_train.kernels.keys import EMPTY, cut_key, in_top, kth_key, last_latent, to_key, to_value
 
 
 @triton.jit
@@ -76,7 +76,8 @@ def merge(values, latents, row, k, key, member, K_PAD: tl.constexpr):
 def repair_kernel(
     flags, keys, latents, out_values, out_latents, pre, x, W, b_enc, batch, d_sae, n_groups, k,
     d_in: tl.constexpr, DENSE: tl.constexpr, R: tl.constexpr, K_PAD: tl.constexpr, N_GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Merge all members of every group whose last candidate is in the top k, for the flagged rows, row by row.
 
@@ -95,10 +96,10 @@ def repair_kernel(
                 if DENSE:
                     value = tl.load(pre + row * d_sae + member, mask=member < d_sae, other=0.0).to(tl.float32)
                 else:
-                    rows = number + tl.zeros((BLOCK_M,), tl.int32)
-                    values = tile(x, W, b_enc, rows, member, batch, d_sae, d_in, BLOCK_K, PRECISION, UPCAST)
+                    values = row_tile(x, W, row, group, d_in, BLOCK_M, GROUP, BLOCK_K, PRECISION, UPCAST)
                     value = tl.sum(tl.where(tl.arange(0, BLOCK_M)[:, None] == 0, values, 0.0), 0)
-                key = tl.where(member < d_sae, to_key(value), EMPTY)
+                    value += tl.load(b_enc + member, mask=member < d_sae, other=0.0).to(tl.float32)
+                key = tl.where(member < d_sae, cut_key(value, GROUP if PACKED else 1), EMPTY)
                 key = unseen(key, member, latents, row, n_groups, group, R)
                 kth, last = merge(out_values, out_latents, row, k, key, member, K_PAD)
                 group = next_group(keys, latents, row, n_groups, group, kth, last, R, N_GROUPS)
@@ -106,14 +107,17 @@ def repair_kernel(
 
 
 @triton.jit
-def compact_kernel(keys, latents, offsets, out_values, out_latents, n_candidates, BLOCK: tl.constexpr):
-    """One row: all candidates that are there, in candidate order, from offsets[row] on; nothing if it has no room."""
+def compact_kernel(
+    keys, latents, counts, offsets, out_values, out_latents, n_candidates, R: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row: the candidates of every group, as many as it counts, from offsets[row] on; nothing if it has no room."""
     row = tl.program_id(0).to(tl.int64)
     start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
     at = tl.arange(0, BLOCK)
     inside = (at < n_candidates) & (end > start)
-    key = tl.load(keys + row * n_candidates + at, mask=inside, other=EMPTY)
-    latent = tl.load(latents + row * n_candidates + at, mask=inside, other=0)
-    place = start + tl.cumsum((key != EMPTY).to(tl.int32), 0) - 1
-    tl.store(out_values + place, to_value(key), mask=key != EMPTY)
-    tl.store(out_latents + place, latent, mask=key != EMPTY)
+    there = inside & (at % R < tl.load(counts + row * (n_candidates // R) + at // R, mask=inside, other=0))
+    key = tl.load(keys + row * n_candidates + at, mask=there, other=EMPTY)
+    latent = tl.load(latents + row * n_candidates + at, mask=there, other=0)
+    place = start + tl.cumsum(there.to(tl.int32), 0) - 1
+    tl.store(out_values + place, to_value(key), mask=there)
+    tl.store(out_latents + place, latent, mask=there)

@@ -45,15 +45,19 @@ def bag_kernel(
 
 
 @triton.jit
-def join_kernel(parts, offsets, out, d: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out[bag] = Σ of its parts, in order; a bag without parts is left as it is."""
-    bag = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    start, end = tl.load(offsets + bag), tl.load(offsets + bag + 1)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for part in range(start, end):
-        acc += tl.load(parts + part * d + columns, mask=columns < d, other=0.0)
-    tl.store(out + bag * d + columns, acc, mask=(columns < d) & (end > start))
+def join_kernel(parts, part_sums, owners, edges, out, sums, d: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[bag] = Σ of its parts, sums[bag] = Σ of their sums, in order: by the program of the bag's first part."""
+    part = tl.program_id(0).to(tl.int64)
+    bag = tl.load(owners + part)
+    start, end = tl.load(edges + bag), tl.load(edges + bag + 1)
+    if part == start:
+        columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        acc, total = tl.zeros((BLOCK_D,), tl.float32), tl.zeros((1,), tl.float32)
+        for at in range(start, end):
+            acc += tl.load(parts + at * d + columns, mask=columns < d, other=0.0)
+            total += tl.load(part_sums + at)
+        tl.store(out + bag * d + columns, acc, mask=(columns < d) & (end > start))
+        tl.store(sums + bag + tl.arange(0, 1), total, mask=(end > start) & (tl.program_id(1) == 0))
 
 
 @triton.jit
@@ -135,3 +139,20 @@ def jumprelu_backward_kernel(
         acc -= tl.where(near, (theta * grad + up) / width, 0.0)
         tl.store(d_pre + entry, tl.where(value > theta, grad, 0.0), mask=at < end)
     tl.store(d_threshold + latent, tl.sum(acc, 0))
+
+
+@triton.jit
+def remove_parallel_kernel(grad, rows, d: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One row: grad −= (grad · row) row."""
+    start, columns = tl.program_id(0).to(tl.int64) * d, tl.arange(0, BLOCK_D)
+    g = tl.load(grad + start + columns, mask=columns < d, other=0.0)
+    w = tl.load(rows + start + columns, mask=columns < d, other=0.0)
+    tl.store(grad + start + columns, g - tl.sum(g * w, 0) * w, mask=columns < d)
+
+
+@triton.jit
+def normalise_kernel(rows, unless, d: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One row, divided by its norm unless told otherwise."""
+    start, columns = tl.program_id(0).to(tl.int64) * d, tl.arange(0, BLOCK_D)
+    w = tl.load(rows + start + columns, mask=columns < d, other=0.0)
+    tl.store(rows + start + columns, w / tl.sqrt(tl.sum(w * w, 0)), mask=(columns < d) & (tl.load(unless) == 0))

@@ -111,6 +111,10 @@ class TrainSettings(_Group):
         None,
         description="tokens without activation that make a latent dead; default: 10M, at most 5% of the run",
     )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of products in training: auto takes bfloat16 on a GPU; weights and sums are float32 throughout",
+    )
     jumprelu_bandwidth: Annotated[float, Field(gt=0)] = Field(
         0.25, description="width of the straight-through rectangle, as a share of the latent's threshold"
     )

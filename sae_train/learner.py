@@ -6,13 +6,16 @@ train on one stream of batches without touching each other. A step never waits f
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sae_train.architectures import TRAINED, Forward
+from sae_train.errors import UserError
 from sae_train.kernels import ops
 from sae_train.l0 import L0Controller
 from sae_train.ranks import Ranks
@@ -58,6 +61,7 @@ class Learner:
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.lr = settings.lr or default_lr(spec, n_steps)
         share = math.ceil(DEAD_SHARE * settings.tokens)
+        self.bfloat16 = self._takes_bfloat16()
         self.dead_tokens = settings.dead_tokens or min(MAX_DEAD_TOKENS, share)
         self.leaves = {"W_enc": self.sae.W_enc, "W_dec": self.sae.W_dec} | self.arch.leaves
         self.trained = {name: leaf.detach() for name, leaf in self.leaves.items()}
@@ -91,9 +95,11 @@ class Learner:
         self._set_lr()
         for p in (*self.leaves.values(), *self.trained.values()):
             p.grad = None
-        run = self.arch.forward(x)
-        terms = self._terms(x, run)
-        sum(terms.values()).backward()
+        with self._products():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16 and self.arch.takes_bfloat16):
+                run = self.arch.forward(x)
+            terms = self._terms(x, run)
+            sum(terms.values()).backward()
         terms = {name: self.ranks.mean(term) for name, term in terms.items()}
         norms = self._gradients()
         bad = self._note_failure(torch.stack([x.abs().amax(), *terms.values(), *norms]))
@@ -164,6 +170,23 @@ class Learner:
         groups = [{"params": params, "factor": factor} for factor, params in by_factor.items()]
         return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
 
+    def _takes_bfloat16(self) -> bool:
+        """Whether products are made in bfloat16: on a GPU that has it, unless float32 was asked for."""
+        asked, fused = self.settings.precision, ops.choose(None, self.device) == "triton"
+        if asked == "bfloat16" and not fused:
+            raise UserError("precision bfloat16 is for GPUs with the package triton: take auto or float32")
+        return fused and (asked == "bfloat16" or (asked == "auto" and torch.cuda.is_bf16_supported()))
+
+    @contextlib.contextmanager
+    def _products(self) -> Iterator[None]:
+        """Let products that are not in bfloat16 be in TF32 where bfloat16 is taken."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.bfloat16 else before)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
     def _set_lr(self) -> None:
         s = self.settings
         self.lr_now = self.lr * lr_factor(self.step_count, self.n_steps, s.lr_warm_up, s.lr_decay)
@@ -205,7 +228,8 @@ class Learner:
     def _note_failure(self, watched: Tensor) -> Tensor:
         """Remember step and tensor of the first value that is not finite; return whether there was one ever."""
         finite = watched.isfinite()
-        now = torch.stack([torch.tensor(self.step_count, device=self.device), finite.long().argmin()])
+        step = torch.full((), self.step_count, device=self.device)  # torch.tensor would wait for a GPU
+        now = torch.stack([step, finite.long().argmin()])
         self.failure = torch.where((self.failure[0] < 0) & ~finite.all(), now, self.failure)
         return self.failure[0] >= 0
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_train.kernels.patterns import kth_largest
+from sae_train.kernels.patterns import kth_largest, sum_at
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -31,8 +31,7 @@ def nested_mse(x: Float[Tensor, "batch d_in"], prefixes: Float[Tensor, "batch n_
 
 def l1(values: Tensor, latents: Tensor, W_dec: Tensor, batch: int) -> Float[Tensor, ""]:
     """⟨Σ_i f_i·‖W_dec,i‖⟩ over the active latents (Anthropic, April 2024 update)."""
-    total = torch.zeros_like(W_dec[:, 0]).index_add(0, latents, values)
-    return (total * W_dec.norm(dim=1)).sum() / batch
+    return (sum_at(latents, values, len(W_dec)) * W_dec.norm(dim=1)).sum() / batch
 
 
 def aux_k(

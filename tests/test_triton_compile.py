@@ -45,10 +45,12 @@ def usage(fn, types: list[str], constants: dict, cc: int, warps: int, stages: in
 def encoder(d_in: int, dtype: str, precision: str, k: int | None) -> tuple:
     from sae_train.kernels.encode import encode_kernel
 
-    how = plan(k, d_in, D_SAE, 2 if dtype == "*bf16" else 4, "fused")
-    types = [dtype, dtype, FLOAT, FLOAT, INT, INT, INT, "i32", "i32", "i32"]
+    how = plan(k, D_SAE, 2 if dtype == "*bf16" else 4)
+    described = [f"tensordesc<{dtype[1:]}[{rows},{how.block_k}]>" for rows in (how.block_m, how.group)]
+    types = [*described, FLOAT, FLOAT, INT, INT, INT, "i32", "i32", "i32"]
     constants = dict(d_in=d_in, HAS_FLOOR=k is None, R=how.R, BLOCK_M=how.block_m, GROUP=how.group, BLOCK_K=how.block_k)
-    return encode_kernel, types, constants | dict(BAND=8, PRECISION=precision, UPCAST=False), how.warps, how.stages
+    constants |= dict(BAND=8, PACKED=dtype == "*bf16", PRECISION=precision, UPCAST=False)
+    return encode_kernel, types, constants, how.warps, how.stages
 
 
 def repair(d_in: int, dtype: str, precision: str, how: Plan) -> tuple:
@@ -56,14 +58,17 @@ def repair(d_in: int, dtype: str, precision: str, how: Plan) -> tuple:
 
     types = [INT, INT, INT, FLOAT, INT, FLOAT, dtype, dtype, FLOAT, "i32", "i32", "i32", "i32"]
     constants = dict(d_in=d_in, DENSE=how.path == "slab", R=how.R, K_PAD=64, N_GROUPS=how.n_groups(D_SAE))
-    constants |= dict(BLOCK_M=how.block_m, GROUP=how.group, BLOCK_K=how.block_k, PRECISION=precision, UPCAST=False)
+    constants |= dict(
+        BLOCK_M=how.block_m, GROUP=how.group, BLOCK_K=how.block_k, PACKED=dtype == "*bf16" and how.path == "fused"
+    )
+    constants |= dict(PRECISION=precision, UPCAST=False)
     return repair_kernel, types, constants, how.warps, how.stages
 
 
 def selection(name: str) -> tuple:
     from sae_train.kernels import encode, select
 
-    how = plan(50, 2304, D_SAE, 2)
+    how = plan(50, D_SAE, 4, "slab")
     block = how.candidates(D_SAE)
     return {
         "group": (
@@ -74,7 +79,13 @@ def selection(name: str) -> tuple:
             3,
         ),
         "select": (select.select_kernel, [INT, INT, FLOAT, INT, INT, "i32", "i32"], dict(R=how.R, BLOCK=block), 4, 3),
-        "compact": (select.compact_kernel, [INT, INT, LONG, FLOAT, INT, "i32"], dict(BLOCK=8192), warps_for(8192), 3),
+        "compact": (
+            select.compact_kernel,
+            [INT, INT, INT, LONG, FLOAT, INT, "i32"],
+            dict(R=8, BLOCK=8192),
+            warps_for(8192),
+            3,
+        ),
     }[name]
 
 
@@ -82,16 +93,19 @@ def sums(name: str, d: int) -> tuple:
     from sae_train.kernels import sparse
 
     block = dict(d=d, BLOCK_E=16, BLOCK_D=256)
+    row = dict(d=d, BLOCK_D=triton.next_power_of_2(d))
     return {
         "bag": (
             sparse.bag_kernel,
             [LONG, FLOAT, FLOAT, LONG, LONG, FLOAT, FLOAT, FLOAT],
-            block | dict(HAS_BIAS=True, HAS_SUMS=True),
+            dict(d=d, BLOCK_E=8, BLOCK_D=512, HAS_BIAS=True, HAS_SUMS=True),
             4,
             3,
         ),
         "dots": (sparse.dots_kernel, [FLOAT, FLOAT, INT, LONG, FLOAT], block, 4, 3),
-        "join": (sparse.join_kernel, [FLOAT, LONG, FLOAT], dict(d=d, BLOCK_D=256), 4, 3),
+        "join": (sparse.join_kernel, [FLOAT, FLOAT, LONG, LONG, FLOAT, FLOAT], dict(d=d, BLOCK_D=512), 4, 3),
+        "remove_parallel": (sparse.remove_parallel_kernel, [FLOAT, FLOAT], row, 4, 3),
+        "normalise": (sparse.normalise_kernel, [FLOAT, INT], row, 4, 3),
         "error": (
             sparse.decode_loss_kernel,
             [FLOAT, INT, LONG, *[FLOAT] * 6],
@@ -113,10 +127,13 @@ def sums(name: str, d: int) -> tuple:
 CASES = {f"{dtype[1:]}-{p}-{d}-{k}": (encoder, d, dtype, p, k) for d, dtype, p, k in [
     (768, "*bf16", "ieee", 50), (768, "*bf16", "ieee", None), (768, FLOAT, "tf32", 50),
 ]}  # fmt: skip
-CASES["repair"] = (repair, 768, "*bf16", "ieee", plan(50, 768, D_SAE, 2, "fused"))
-CASES["repair-slab"] = (repair, 1, FLOAT, "ieee", plan(50, 2304, D_SAE, 2, "slab"))
+CASES["repair"] = (repair, 768, "*bf16", "ieee", plan(50, D_SAE, 2))
+CASES["repair-slab"] = (repair, 1, FLOAT, "ieee", plan(50, D_SAE, 4, "slab"))
 CASES |= {name: (selection, name) for name in ("group", "select", "compact")}
-CASES |= {name: (sums, name, 2304) for name in ("bag", "dots", "join", "error", "jumprelu", "jumprelu_backward")}
+CASES |= {
+    name: (sums, name, 2304)
+    for name in ("bag", "dots", "join", "error", "jumprelu", "jumprelu_backward", "remove_parallel", "normalise")
+}
 if ALL:
     for d in (512, 768, 2304, 4096):
         for dtype, p in (("*bf16", "ieee"), (FLOAT, "tf32"), (FLOAT, "ieee")):
@@ -126,7 +143,7 @@ if ALL:
                 d,
                 dtype,
                 p,
-                plan(50, d, D_SAE, 2 if dtype == "*bf16" else 4, "fused"),
+                plan(50, D_SAE, 2 if dtype == "*bf16" else 4),
             )
 
 

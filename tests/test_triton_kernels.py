@@ -21,7 +21,7 @@ runs = pytest.mark.skipif(
 RMS = 1e-5
 
 if INTERPRETED or torch.cuda.is_available():
-    from sae_train.kernels import encoders, fused, ops, reference
+    from sae_train.kernels import encoders, ops, patterns, reference
     from sae_train.kernels import select as select_module
     from sae_train.kernels.shapes import Plan
 
@@ -94,6 +94,44 @@ def test_ties_go_to_the_lowest_latent(how):
     g = torch.Generator().manual_seed(3)
     x, W = (torch.randint(-2, 3, s, generator=g).float().to(DEVICE) for s in ((5, 6), (150, 6)))
     assert_exact(x, W, W.new_zeros(150), 9, how)
+
+
+@runs
+@pytest.mark.parametrize("how", PLANS[:2], ids=lambda how: how and f"{how.path}-{how.group}-{how.R}")
+def test_products_of_half_precision_are_selected_exactly_too(how):
+    """Whole numbers up to 60 have far fewer than the 17 bits to which pre-activations are cut."""
+    g = torch.Generator().manual_seed(3)
+    x, W = (torch.randint(-2, 3, s, generator=g).to(DEVICE, torch.float16) for s in ((5, 24), (150, 24)))
+    assert_exact(x, W, torch.zeros(150, device=DEVICE), 9, how)
+
+
+@runs
+def test_entries_of_half_precision_above_a_floor_are_all_and_only_those():
+    g = torch.Generator().manual_seed(5)
+    x, W = (torch.randn(s, generator=g).to(DEVICE, torch.float16) for s in ((9, 24), (100, 24)))
+    b, floor = torch.zeros(100, device=DEVICE), torch.full((100,), 3.0, device=DEVICE)
+    values, latents, offsets = encoders.above(x, W, b, floor, PLANS[0])
+    pre = x.float() @ W.float().t()
+    dense = torch.zeros_like(pre)
+    dense[torch.arange(9, device=DEVICE).repeat_interleave(offsets.diff()), latents.long()] = values
+    torch.testing.assert_close(dense, pre * (pre > floor), rtol=2**-15, atol=1e-3)
+
+
+@runs
+def test_rows_of_decoders_are_treated_as_the_plain_way_does():
+    from sae_train.kernels import rows as plain
+
+    grad, rows = (torch.randn(37, 20, device=DEVICE) for _ in range(2))
+    ours, theirs = grad.clone(), grad.clone()
+    ops.remove_parallel(ours, rows, impl="triton")
+    plain.remove_parallel(theirs, rows)
+    torch.testing.assert_close(ours, theirs)
+    for unless in (False, True):
+        ours, theirs, flag = rows.clone(), rows.clone(), torch.tensor(unless, device=DEVICE)
+        ops.normalise(ours, flag, impl="triton")
+        plain.normalise(theirs, flag)
+        torch.testing.assert_close(ours, theirs)
+        assert torch.equal(ours, rows) == unless
 
 
 @runs
@@ -202,7 +240,7 @@ def test_the_l0_count_of_jumprelu_has_the_straight_through_gradient(share):
 
 @runs
 def test_latents_with_more_entries_than_a_segment_are_summed_in_parts(monkeypatch):
-    monkeypatch.setattr(fused, "SEGMENT", 4)
+    monkeypatch.setattr(patterns, "SEGMENT", 4)
     tensors = inputs(23, 6, 8)
     assert_like_float64(
         lambda impl, t: ops.decode(*ops.encode_topk(*t[:4], 6, impl=impl), t[4], t[3], impl=impl), tensors

@@ -69,6 +69,8 @@ class Architecture(ABC):
     first_coefficient: float | None
     shares_batches = True
     """whether several processes can each train on their share of a batch"""
+    takes_bfloat16 = False
+    """whether its step may run under autocast to bfloat16"""
 
     def __init__(self, sae: SAE, spec: SAESpec, settings: TrainSettings, ranks: Ranks):
         if ranks.size > 1 and not self.shares_batches:

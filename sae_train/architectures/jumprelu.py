@@ -31,6 +31,7 @@ class JumpReLU(Architecture):
 
     form, base_lr = "jumprelu", 2e-4
     first_coefficient = 0.4
+    takes_bfloat16 = True
 
     def make_leaves(self):
         # A step of log θ changes θ by a share: the rule that wide SAEs take small steps is not for it.

@@ -26,6 +26,7 @@ class ReLU(Architecture):
 
     form, base_lr = "relu", 4e-4
     lr_factors, first_coefficient = {"b_enc": 10.0}, 0.3
+    takes_bfloat16 = True
 
     def make_leaves(self):
         return {"b_enc": self.sae.b_enc, "b_dec": self.sae.b_dec}
