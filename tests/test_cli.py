@@ -34,6 +34,7 @@ def test_help_imports_nothing_heavy():
         (["--widht", "1k"], "--width"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--device", "cuda:77", "--dry-run"], "not available"),
+        (["--device", "cpu", "--precision", "bfloat16"], "take auto or float32"),
         (["--model", "./no-such-folder"], "no-such-folder"),
         (["--model", "nobody/nothing"], "nobody/nothing"),
         (["--hook", "blocks.77.hook_resid_post"], "blocks."),

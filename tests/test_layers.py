@@ -35,7 +35,7 @@ ROWS = [
     {"speller", "bench", "settings_page"},
 ]
 DOORS = {
-    "triton": {"kernels", "bench"},
+    "triton": {"kernels"},
     "transformer_lens": {"hooks"},
     "datasets": {"documents", "tokens"},
     "accelerate": {"trainer"},
