@@ -85,14 +85,12 @@ def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
     _check(args.device)
-    rows = []
     for arch, d_in, d_sae, batch, k in itertools.product(args.arch, args.d_in, args.d_sae, args.batch, args.k):
         p = Problem(arch, d_in, d_sae, batch, k, args.device)
         new = measure(p, args)
         print(table(p, new) if new else f"\nnothing fits: {p}", flush=True)
-        rows += new
-    if args.out:
-        append(args.out, rows)
+        if args.out and new:
+            append(args.out, new)
 
 
 def measure(p: Problem, args: argparse.Namespace) -> list[dict[str, Any]]:

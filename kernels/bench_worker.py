@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from sae_train.kernels.bench_problem import Problem, batches, decoder_rows, leve
 from sae_train.kernels.bench_sides import SIDES
 
 MIB = 2**20
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = {"cpu": 2, "cuda": 5}  # on a GPU enough for steps to be recorded
 
 
 class Worker:
@@ -46,8 +47,9 @@ class Worker:
             with torch.no_grad():
                 mse = (self.side.reconstruct(self.xs[0]) - self.xs[0]).square().sum(1).mean().item()
         self.before = self._resident(peak=False)
-        for _ in range(WARM_UP_STEPS):
+        for _ in range(WARM_UP_STEPS[self.p.device]):
             self._step()
+        self._now()  # no side is to work while another is timed
         return {"mse": mse, "versions": self._versions(request["side"])}
 
     def time(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -69,11 +71,11 @@ class Worker:
             backward(*args, **kwargs)
             marks.append(self._now())
 
-        self._step()  # untimed, as in time
+        self._step(recorded=False)  # untimed, as in time
         torch.Tensor.backward = marked
         try:
             start = self._now()
-            self._step()
+            self._step(recorded=False)
             end = self._now()
         finally:
             torch.Tensor.backward = backward
@@ -91,10 +93,12 @@ class Worker:
 
     def dense(self, request: dict[str, Any]) -> dict[str, Any]:
         """Run a step and return the shapes of tensors as large as (batch, d_sae)."""
-        return {"shapes": sorted(checks.dense_blocks(self._step, self.p.batch, self.p.d_in, self.p.d_sae))}
+        step = partial(self._step, recorded=False)
+        return {"shapes": sorted(checks.dense_blocks(step, self.p.batch, self.p.d_in, self.p.d_sae))}
 
-    def _step(self) -> None:
-        self.side.step(self.xs[self.n_steps % len(self.xs)])
+    def _step(self, recorded: bool = True) -> None:
+        step = self.side.step if recorded else getattr(self.side, "unrecorded_step", self.side.step)
+        step(self.xs[self.n_steps % len(self.xs)])
         self.n_steps += 1
 
     def _now(self) -> float:

@@ -20,10 +20,12 @@ from sae_train.kernels.patterns import Pattern, row_pattern
 MAX_ONE_GATHER = 128
 # Entries that a program gathers at a time, for sums and for products.
 BAG_ENTRIES, DOT_ENTRIES = 8, 16
+# Columns and warps of a program that sums rows, and columns where these are long.
+BAG_COLUMNS, BAG_WARPS, LONG_COLUMNS = 256, 4, 512
 
 
 def _block_d(d: int) -> int:
-    return min(512 if d >= 1024 else 256, triton.next_power_of_2(d))
+    return min(LONG_COLUMNS if d >= 1024 else BAG_COLUMNS, triton.next_power_of_2(d))
 
 
 def bag(rows, weights, table, starts, ends, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -34,7 +36,7 @@ def bag(rows, weights, table, starts, ends, bias: Tensor | None = None) -> tuple
     if n:
         sparse.bag_kernel[(n, triton.cdiv(d, block))](
             rows, weights, table, starts, ends, table if bias is None else bias, out, sums, d,
-            bias is not None, True, BAG_ENTRIES, block, num_warps=4,
+            bias is not None, True, BAG_ENTRIES, block, num_warps=BAG_WARPS,
         )  # fmt: skip
     return out, sums
 

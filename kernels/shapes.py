@@ -68,8 +68,11 @@ def fits(found: Plan, k: int | None, d_sae: int) -> bool:
 
 
 def tile_for(itemsize: int) -> dict[str, int]:
-    """Return the GEMM tile for elements of that many bytes."""
-    return {"block_m": 128, "block_k": 128 // itemsize, "warps": 8, "stages": 3}
+    """Return the GEMM tile for elements of that many bytes.
+
+    Of 2 bytes with 4 warps, so that two programs fit on a multiprocessor and one multiplies while the other selects.
+    """
+    return {"block_m": 128, "block_k": 128 // itemsize, "warps": 4 if itemsize == 2 else 8, "stages": 3}
 
 
 def warps_for(block: int) -> int:

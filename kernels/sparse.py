@@ -11,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def gather_sum(rows, weights, table, start, end, columns, d: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return Σ over entries start to end of weight · table[row], at the given columns, in float32."""
-    acc = tl.zeros((BLOCK_E, columns.shape[0]), tl.float32)
+    """Return Σ over entries start to end of weight · table[row], at the given columns, and of weight, in float32."""
+    acc, total = tl.zeros((BLOCK_E, columns.shape[0]), tl.float32), tl.zeros((BLOCK_E,), tl.float32)
     for first in range(start, end, BLOCK_E):
         at = first + tl.arange(0, BLOCK_E)
         row = tl.load(rows + at, mask=at < end, other=0).to(tl.int64)
@@ -20,7 +20,8 @@ def gather_sum(rows, weights, table, start, end, columns, d: tl.constexpr, BLOCK
         inside = (at < end)[:, None] & (columns < d)[None, :]
         line = tl.load(table + row[:, None] * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         acc += weight[:, None] * line
-    return tl.sum(acc, 0)
+        total += weight
+    return tl.sum(acc, 0), tl.sum(total, 0)
 
 
 @triton.jit
@@ -32,16 +33,12 @@ def bag_kernel(
     bag = tl.program_id(0).to(tl.int64)
     start, end = tl.load(starts + bag), tl.load(ends + bag)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = gather_sum(rows, weights, table, start, end, columns, d, BLOCK_E)
+    line, total = gather_sum(rows, weights, table, start, end, columns, d, BLOCK_E)
     if HAS_BIAS:
-        total += tl.load(bias + columns, mask=columns < d, other=0.0).to(tl.float32)
-    tl.store(out + bag * d + columns, total, mask=columns < d)
+        line += tl.load(bias + columns, mask=columns < d, other=0.0).to(tl.float32)
+    tl.store(out + bag * d + columns, line, mask=columns < d)
     if HAS_SUMS:
-        acc = tl.zeros((BLOCK_E,), tl.float32)
-        for first in range(start, end, BLOCK_E):
-            at = first + tl.arange(0, BLOCK_E)
-            acc += tl.load(weights + at, mask=at < end, other=0.0).to(tl.float32)
-        tl.store(sums + bag, tl.sum(acc, 0), mask=tl.program_id(1) == 0)
+        tl.store(sums + bag, total, mask=tl.program_id(1) == 0)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from sae_train.errors import UserError
 from sae_train.kernels import ops
 from sae_train.l0 import L0Controller
 from sae_train.ranks import Ranks
+from sae_train.recording import WARM_UP_STEPS, Recording
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm, fold_scale
 from sae_train.schedule import default_lr, lr_factor
 
@@ -79,6 +80,10 @@ class Learner:
         self.idle_tokens = torch.zeros(spec.width, **new)
         self.dead = torch.zeros(0, **new)
         self.failure = torch.full((2,), -1, **new)
+        self.now = torch.zeros((), **new)
+        self.records = self.device.type == "cuda" and self.arch.waits_for_nothing and self.ranks.size == 1
+        self.recording: Recording | None = None
+        self.n_warm = 0
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "n d_in"]) -> None:
@@ -91,10 +96,35 @@ class Learner:
         self.arch.start(sample)
 
     def step(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Tensor]:
-        """Take one optimiser step; the returned tensors stay on the device."""
+        """Take one optimiser step; the returned tensors stay on the device.
+
+        On a GPU the steps of an architecture that never waits for it are recorded, and played while no latent is dead.
+        """
         self._set_lr()
+        self.now.fill_(self.step_count)
+        if self.step_count % DEAD_REFRESH == 0:
+            self.dead = (self.idle_tokens >= self.dead_tokens).nonzero().view(-1)
+        if self.records and self.n_warm >= WARM_UP_STEPS and not self._revives():
+            if self.recording is None or not self.recording.fits(x):
+                self._forget_gradients()
+                self.recording = Recording(self._step, x)
+                self._forget_gradients()
+            metrics = self.recording.play(x)
+        else:
+            self._forget_gradients()
+            metrics = self._step(x)
+            self.n_warm += 1
+        self.step_count += 1
+        return metrics | {"details/lr": torch.tensor(self.lr_now)}
+
+    def _forget_gradients(self) -> None:
         for p in (*self.leaves.values(), *self.trained.values()):
             p.grad = None
+
+    def _revives(self) -> bool:
+        return bool(self.dead.numel() and self.settings.aux_coefficient)
+
+    def _step(self, x: Tensor) -> dict[str, Tensor]:
         with self._products():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16 and self.arch.takes_bfloat16):
                 run = self.arch.forward(x)
@@ -106,11 +136,10 @@ class Learner:
         self._apply(norms, run, bad)
         fired, n_tokens = self.ranks.sum(run.fired()), len(x) * self.ranks.size
         l0 = fired.sum() / n_tokens
-        self.idle_tokens = torch.where(fired > 0, 0, self.idle_tokens + n_tokens)
+        self.idle_tokens.add_(n_tokens).masked_fill_(fired > 0, 0)
         metrics = self._metrics(run, terms, l0, norms)
         if self.control:
             self.control.update(l0, self.step_count, ~bad)
-        self.step_count += 1
         return metrics
 
     def check(self) -> str | None:
@@ -162,13 +191,17 @@ class Learner:
             setattr(self, name, state[name].to(self.device).clone())
         self.generator.set_state(state["generator"])
         self.step_count, self.failed = state["step_count"], state["failed"]
+        self.recording, self.n_warm = None, 0  # of tensors that are no longer those of this learner
 
     def _optimiser(self) -> torch.optim.Adam:
         by_factor: dict[float, list[Tensor]] = {}
         for name, p in self.trained.items():
             by_factor.setdefault(self.arch.lr_factors.get(name, 1.0), []).append(p)
+        on_gpu = self.device.type == "cuda"  # there rates are tensors, for recorded steps to read
         groups = [{"params": params, "factor": factor} for factor, params in by_factor.items()]
-        return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+        for group in groups if on_gpu else ():
+            group["lr"] = torch.full((), self.lr, device=self.device)
+        return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True, capturable=on_gpu)
 
     def _takes_bfloat16(self) -> bool:
         """Whether products are made in bfloat16: on a GPU that has it, unless float32 was asked for."""
@@ -191,14 +224,13 @@ class Learner:
         s = self.settings
         self.lr_now = self.lr * lr_factor(self.step_count, self.n_steps, s.lr_warm_up, s.lr_decay)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.lr_now * group["factor"]
+            lr = self.lr_now * group["factor"]
+            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
     def _terms(self, x: Tensor, run: Forward) -> dict[str, Tensor]:
         zero = torch.zeros((), device=self.device)
         terms = {"mse_loss": run.error, "aux_loss": zero, "sparsity_loss": zero}
-        if self.step_count % DEAD_REFRESH == 0:
-            self.dead = (self.idle_tokens >= self.dead_tokens).nonzero().view(-1)
-        if self.dead.numel() and self.settings.aux_coefficient:
+        if self._revives():
             stride = -(-len(x) * self.dead.numel() // MAX_REVIVAL_ENTRIES)
             terms["aux_loss"] = self.arch.revival(run, x[::stride], run.recon[::stride], self.dead)
         if run.extra is not None:
@@ -228,9 +260,8 @@ class Learner:
     def _note_failure(self, watched: Tensor) -> Tensor:
         """Remember step and tensor of the first value that is not finite; return whether there was one ever."""
         finite = watched.isfinite()
-        step = torch.full((), self.step_count, device=self.device)  # torch.tensor would wait for a GPU
-        now = torch.stack([step, finite.long().argmin()])
-        self.failure = torch.where((self.failure[0] < 0) & ~finite.all(), now, self.failure)
+        now = torch.stack([self.now, finite.long().argmin()])
+        self.failure.copy_(torch.where((self.failure[0] < 0) & ~finite.all(), now, self.failure))
         return self.failure[0] >= 0
 
     @torch.no_grad()
@@ -258,7 +289,6 @@ class Learner:
             **{f"losses/{name}": term for name, term in terms.items()},
             "metrics/l0": l0,
             "sparsity/dead_features": (self.idle_tokens >= self.dead_tokens).sum(),
-            "details/lr": torch.tensor(self.lr_now),
             "details/grad_norm": norms.norm(),
             **extra,
         }

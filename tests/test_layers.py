@@ -15,7 +15,7 @@ ROWS = [
     {"forms"},
     {"sae", "losses", "l0", "metrics"},
     {"architectures"},
-    {"schedule"},
+    {"schedule", "recording"},
     {"learner"},
     {"hub", "hub_repo", "hooks", "tensor_files"},
     {"documents", "tokens", "activations"},

@@ -71,6 +71,8 @@ class Architecture(ABC):
     """whether several processes can each train on their share of a batch"""
     takes_bfloat16 = False
     """whether its step may run under autocast to bfloat16"""
+    waits_for_nothing = False
+    """whether nothing on the host depends on what a step finds on the device, so that it can be recorded there"""
 
     def __init__(self, sae: SAE, spec: SAESpec, settings: TrainSettings, ranks: Ranks):
         if ranks.size > 1 and not self.shares_batches:

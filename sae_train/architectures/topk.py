@@ -11,7 +11,7 @@ class TopK(Architecture):
 
     form, base_lr = "topk", 2e-4
     lr_factors, first_coefficient = {}, None
-    takes_bfloat16 = True
+    takes_bfloat16 = waits_for_nothing = True
 
     def make_leaves(self):
         return {"b_enc": self.sae.b_enc, "b_dec": self.sae.b_dec}

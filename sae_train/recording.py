@@ -1,0 +1,53 @@
+"""A training step on a GPU, recorded once and played again: a function of one batch in, its numbers out.
+
+The host launches one graph where it would launch a hundred kernels, which take longer to launch than to run where an
+SAE is small. What is played is what was recorded, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# Steps that are made as they come before one is recorded: kernels are compiled and libraries opened by then.
+WARM_UP_STEPS = 3
+
+
+class Recording:
+    """`step` for batches of the shape of x; it must not wait for the device, and must keep its state in place.
+
+    Recording makes no step. The batch is copied in; the numbers that `step` returned come out as float32.
+    """
+
+    def __init__(self, step: Callable[[Tensor], dict[str, Tensor]], x: Tensor):
+        self.x = x.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do on the device meanwhile is theirs.
+        with torch.cuda.graph(self.graph, pool=_first(x.device).pool(), capture_error_mode="thread_local"):
+            numbers = step(self.x)
+            self.names, self.numbers = list(numbers), torch.stack([value.float() for value in numbers.values()])
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether x has the shape that was recorded."""
+        return x.shape == self.x.shape and x.dtype == self.x.dtype
+
+    def play(self, x: Tensor) -> dict[str, Tensor]:
+        """Make the step on x."""
+        self.x.copy_(x)
+        self.graph.replay()
+        return dict(zip(self.names, self.numbers.clone().unbind(), strict=True))
+
+
+@cache
+def _first(device: torch.device) -> torch.cuda.CUDAGraph:
+    """Whose memory all recordings on a device share: one is played after another, none needs what another left.
+
+    It is kept, since memory that no recording holds any more cannot be shared again.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)
+    return graph
