@@ -18,21 +18,21 @@ from sae_train.kernels.patterns import Pattern, row_pattern
 
 # Entries of a token that the one-gather decode holds in registers, with a chunk of their decoder rows.
 MAX_ONE_GATHER = 128
-# Entries that a program gathers at a time, for sums and for products.
-BAG_ENTRIES, DOT_ENTRIES = 8, 16
-# Columns and warps of a program that sums rows, and columns where these are long.
-BAG_COLUMNS, BAG_WARPS, LONG_COLUMNS = 256, 4, 512
+# Entries and columns that a program gathers at a time, and its warps: for sums one, since several would have to add up
+# theirs through shared memory (.25 ms in place of 1.95 for a weight gradient; kernels/README.md).
+BAG_ENTRIES, BAG_COLUMNS, BAG_WARPS = 4, 128, 1
+DOT_ENTRIES, DOT_COLUMNS = 16, 256
 
 
-def _block_d(d: int) -> int:
-    return min(LONG_COLUMNS if d >= 1024 else BAG_COLUMNS, triton.next_power_of_2(d))
+def _block(columns: int, d: int) -> int:
+    return min(columns, triton.next_power_of_2(d))
 
 
 def bag(rows, weights, table, starts, ends, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return Σ weights·table[rows] (+ bias) for each bag (n_bags, d), and Σ weights of each bag, in float32."""
     n, d = len(starts), table.shape[1]
     out, sums = (table.new_empty(shape, dtype=torch.float32) for shape in ((n, d), (n,)))
-    block = _block_d(d)
+    block = _block(BAG_COLUMNS, d)
     if n:
         sparse.bag_kernel[(n, triton.cdiv(d, block))](
             rows, weights, table, starts, ends, table if bias is None else bias, out, sums, d,
@@ -65,7 +65,7 @@ def latent_sums(pattern: Pattern, weights: Tensor, table: Tensor) -> tuple[Tenso
     out, sums = bag(tokens, weights, table, offsets[:-1], offsets[1:] if parts is None else parts.light_ends)
     if parts is not None:
         found, found_sums = bag(tokens, weights, table, parts.starts, parts.ends)
-        block = _block_d(table.shape[1])
+        block = _block(BAG_COLUMNS, table.shape[1])
         sparse.join_kernel[(len(parts.owners), triton.cdiv(table.shape[1], block))](
             found, found_sums, parts.owners, parts.edges, out, sums, table.shape[1], block, num_warps=4
         )
@@ -86,7 +86,7 @@ def dots(a: Tensor, table: Tensor, pattern: Pattern) -> Tensor:
         out,
         d,
         DOT_ENTRIES,
-        min(256, _block_d(d)),
+        _block(DOT_COLUMNS, d),
         num_warps=4,
     )
     return out
