@@ -19,7 +19,7 @@ from sae_train.errors import UserError
 from sae_train.kernels import ops
 from sae_train.l0 import L0Controller
 from sae_train.ranks import Ranks
-from sae_train.recording import WARM_UP_STEPS, Recording
+from sae_train.recording import Recorder
 from sae_train.sae import SAE, SAEConfig, fold_decoder_norm, fold_scale
 from sae_train.schedule import default_lr, lr_factor
 
@@ -82,8 +82,7 @@ class Learner:
         self.failure = torch.full((2,), -1, **new)
         self.now = torch.zeros((), **new)
         self.records = self.device.type == "cuda" and self.arch.waits_for_nothing and self.ranks.size == 1
-        self.recording: Recording | None = None
-        self.n_warm = 0
+        self.recorder = Recorder()
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "n d_in"]) -> None:
@@ -104,27 +103,15 @@ class Learner:
         self.now.fill_(self.step_count)
         if self.step_count % DEAD_REFRESH == 0:
             self.dead = (self.idle_tokens >= self.dead_tokens).nonzero().view(-1)
-        if self.records and self.n_warm >= WARM_UP_STEPS and not self._revives():
-            if self.recording is None or not self.recording.fits(x):
-                self._forget_gradients()
-                self.recording = Recording(self._step, x)
-                self._forget_gradients()
-            metrics = self.recording.play(x)
-        else:
-            self._forget_gradients()
-            metrics = self._step(x)
-            self.n_warm += 1
+        metrics = self.recorder.make(self._step, x, may_play=self.records and not self._revives())
         self.step_count += 1
         return metrics | {"details/lr": torch.tensor(self.lr_now)}
-
-    def _forget_gradients(self) -> None:
-        for p in (*self.leaves.values(), *self.trained.values()):
-            p.grad = None
 
     def _revives(self) -> bool:
         return bool(self.dead.numel() and self.settings.aux_coefficient)
 
     def _step(self, x: Tensor) -> dict[str, Tensor]:
+        """What of a step happens on the device."""
         with self._products():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16 and self.arch.takes_bfloat16):
                 run = self.arch.forward(x)
@@ -134,6 +121,8 @@ class Learner:
         norms = self._gradients()
         bad = self._note_failure(torch.stack([x.abs().amax(), *terms.values(), *norms]))
         self._apply(norms, run, bad)
+        for p in (*self.leaves.values(), *self.trained.values()):
+            p.grad = None
         fired, n_tokens = self.ranks.sum(run.fired()), len(x) * self.ranks.size
         l0 = fired.sum() / n_tokens
         self.idle_tokens.add_(n_tokens).masked_fill_(fired > 0, 0)
@@ -191,7 +180,7 @@ class Learner:
             setattr(self, name, state[name].to(self.device).clone())
         self.generator.set_state(state["generator"])
         self.step_count, self.failed = state["step_count"], state["failed"]
-        self.recording, self.n_warm = None, 0  # of tensors that are no longer those of this learner
+        self.recorder.forget()
 
     def _optimiser(self) -> torch.optim.Adam:
         by_factor: dict[float, list[Tensor]] = {}

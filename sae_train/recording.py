@@ -1,4 +1,4 @@
-"""A training step on a GPU, recorded once and played again: a function of one batch in, its numbers out.
+"""A training step on a GPU, recorded once and played again: a function of one batch in, a step and its numbers out.
 
 The host launches one graph where it would launch a hundred kernels, which take longer to launch than to run where an
 SAE is small. What is played is what was recorded, to the bit.
@@ -12,8 +12,30 @@ from functools import cache
 import torch
 from torch import Tensor
 
+Step = Callable[[Tensor], dict[str, Tensor]]
 # Steps that are made as they come before one is recorded: kernels are compiled and libraries opened by then.
 WARM_UP_STEPS = 3
+
+
+class Recorder:
+    """Makes steps as they come at first and where they cannot be played, and plays a recording of one otherwise."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, since tensors that the step keeps its state in are others now."""
+        self.recording: Recording | None = None
+        self.n_warm = 0
+
+    def make(self, step: Step, x: Tensor, may_play: bool) -> dict[str, Tensor]:
+        """Make the step, the same one each time, on x."""
+        if not may_play or self.n_warm < WARM_UP_STEPS:
+            self.n_warm += 1
+            return step(x)
+        if self.recording is None or not self.recording.fits(x):
+            self.recording = Recording(step, x)
+        return self.recording.play(x)
 
 
 class Recording:
@@ -22,7 +44,7 @@ class Recording:
     Recording makes no step. The batch is copied in; the numbers that `step` returned come out as float32.
     """
 
-    def __init__(self, step: Callable[[Tensor], dict[str, Tensor]], x: Tensor):
+    def __init__(self, step: Step, x: Tensor):
         self.x = x.clone()
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is theirs.

@@ -38,7 +38,7 @@ def test_recorded_steps_have_the_bits_and_the_numbers_of_others():
         assert {name: float(value) for name, value in a.items()} == pytest.approx(
             {name: float(value) for name, value in b.items()}, rel=1e-6
         ), step
-    assert played.recording is not None and launched.recording is None
+    assert played.recorder.recording is not None and launched.recorder.recording is None
     assert_same_bits(played, launched)
 
 
@@ -58,7 +58,7 @@ def test_dead_latents_are_revived_between_recorded_steps():
     for x in batches():
         revived += float(played.step(x)["losses/aux_loss"]) > 0
         launched.step(x)
-    assert 0 < revived < STEPS and played.recording is not None
+    assert 0 < revived < STEPS and played.recorder.recording is not None
     assert_same_bits(played, launched)
 
 
