@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 ALL = os.environ.get("TRITON_COMPILE_ALL") == "1"
 D_SAE = 65_536
 # The encoder with a floor spills five registers, and is faster with them than with twice the warps.
-MAX_STACK = 64
+MAX_STACK_WITH_FLOOR = 64
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FLOAT, INT, LONG = "*fp32", "*i32", "*i64"
@@ -156,5 +156,6 @@ def test_a_kernel_compiles_with_few_spills_and_within_shared_memory(case, cc, tm
     make, *args = CASES[case]
     fn, types, constants, warps, stages = make(*args)
     stack, shared = usage(fn, types, constants, cc, warps, stages, tmp_path)
-    assert stack <= MAX_STACK
+    with_floor = case.startswith("bf16") and case.endswith("-None")
+    assert stack <= (MAX_STACK_WITH_FLOOR if with_floor else 0)
     assert shared <= MAX_SHARED[cc]
