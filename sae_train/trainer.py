@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Look = Callable[["Learner", int], Iterable[tuple[str, Any]]]
 PATIENCE = timedelta(days=1)  # that processes wait for one that looks; where one has died, the launcher ends the others
 MAX_TURN = 5  # steps that an SAE of a grid takes in a row on a CPU: 3 % faster than one by one; Ctrl-C waits for it
+SAME_REQUEST = 1.0  # seconds in which signals to stop count as one
 MIN_SPACING = 0.5  # of a period: a regular step nearer than this to the last one is left out
 
 
@@ -90,12 +91,13 @@ class Clock:
 class StopRequest:
     """Ctrl-C asks the loop to stop after its step, when everything is consistent; a second Ctrl-C breaks at once.
 
-    `requested` is also set when another process was asked: this one's own signal may still be on its way then.
+    Signals within SAME_REQUEST seconds of the first are the same request: a scheduler signals torchrun and its
+    processes, and torchrun passes its own signal on. `requested` is also set when another process was asked.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._asked = False
+        self._asked: float | None = None
 
     def __enter__(self) -> StopRequest:
         with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
@@ -107,9 +109,11 @@ class StopRequest:
             signal.signal(sig, handler)
 
     def _ask(self, number: int, _frame: object) -> None:
-        if self._asked:
+        now = time.monotonic()
+        if self._asked is not None and now - self._asked > SAME_REQUEST:
             raise KeyboardInterrupt
-        self._asked = self.requested = True
+        self._asked = self._asked or now
+        self.requested = True
 
 
 def choose_device(asked: str) -> torch.device:

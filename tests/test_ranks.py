@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,24 @@ def test_a_grid_over_two_processes_has_the_weights_and_rows_of_one_process(tmp_p
         assert all(torch.equal(alone[name], shared[name]) for name in alone), sae
     rows = [[(r["sae"], r["step"]) for r in map(json.loads, (run / "metrics.jsonl").open())] for run in (one, two)]
     assert rows[0] == rows[1]
+
+
+def test_ctrl_c_stops_two_processes_after_the_same_step_and_the_resumed_run_is_the_unbroken_one(tmp_path, one_thread):
+    grid = SMALL | {"arch": "topk,relu", "out": str(tmp_path)}
+    one, two = train(**grid, absorption=False, name="one").path, tmp_path / "two"
+    shared_run = torchrun(*flags(grid | {"name": "two"}), "--no-absorption", start_new_session=True)
+    while not (two / "metrics.jsonl").exists() and shared_run.poll() is None:
+        time.sleep(0.05)
+    os.killpg(shared_run.pid, signal.SIGINT)  # what a terminal does; torchrun passes it on to its processes
+    said, errors = shared_run.communicate(timeout=120)
+    assert f"sae-train resume {two}" in said, errors
+    assert json.loads((two / "run.json").read_text())["status"] == "interrupted"
+    resumed = torchrun("resume", str(two))
+    _, errors = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, errors
+    for sae in ("topk-256-l0_8", "relu-256-l0_8"):
+        alone, shared = (load_file(run / "saes" / sae / "sae_weights.safetensors") for run in (one, two))
+        assert all(torch.equal(alone[name], shared[name]) for name in alone), sae
 
 
 def test_a_mistake_of_two_processes_is_said_once_with_exit_code_2(tmp_path):

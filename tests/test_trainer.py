@@ -1,10 +1,13 @@
 """The loop: when callbacks run, that a failing SAE leaves its neighbours alone, and that the clock stands still."""
 
 import itertools
+import signal
 import time
 
+import pytest
 import torch
 
+from sae_train import trainer
 from sae_train.callbacks import density_histogram
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.learner import Learner
@@ -111,6 +114,16 @@ def test_a_stop_request_ends_the_loop_after_its_step():
 
     done, _ = run([learner(0, data()[0])], data(), 20, [Callback(look, every(5, 20))], stop=stop)
     assert done == 10
+
+
+def test_signals_at_once_are_one_request_and_a_later_one_breaks_at_once(monkeypatch):
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        monkeypatch.setattr(trainer, "SAME_REQUEST", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_density_histogram_counts_every_latent_that_fires():
