@@ -141,7 +141,7 @@ def test_learning_rate_rises_holds_and_falls():
 
 def test_default_learning_rate_follows_its_formula():
     assert default_lr(SAESpec(arch="topk", width=2**14, l0=5), 30_000) == pytest.approx(2e-4)
-    assert default_lr(SAESpec(arch="relu", width=2**12, l0=5), 7_500) == pytest.approx(1.6e-3)
+    assert default_lr(SAESpec(arch="relu", width=2**12, l0=5), 7_500) == pytest.approx(2.4e-3)
 
 
 def test_geometric_median_ignores_an_outlier():

@@ -24,7 +24,7 @@ TOLERANCE = 0.01
 class ReLU(Architecture):
     """L0 by the controller; the bias starts at the level that START_L0 targets exceed."""
 
-    form, base_lr = "relu", 4e-4
+    form, base_lr = "relu", 6e-4
     lr_factors, first_coefficient = {"b_enc": 10.0}, 0.3
     takes_bfloat16 = True
 
