@@ -69,7 +69,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train and measure both sides."""
     folder = args.runs / f"{args.width}-{args.l0}-{args.tokens}"
     opened = _session(args)
-    job = _job(args, opened, folder)
+    job = job_for(args, opened, folder)
     measure = _measure(opened, job["batches"])
     mine = ours(args, folder, measure)
     peer = Peer(args, folder, job, measure)
@@ -82,7 +82,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         "date": time.strftime("%Y-%m-%d"), "machine": cpu(), "model": Path(opened.settings.lm.model).name,
         "tokens": args.tokens, "width": opened.settings.specs[0].width, "asked": args.l0,
     }  # fmt: skip
-    return [common | {key: _short(value) for key, value in row.items()} for row in [*mine, *tried, *peer.train(others)]]
+    return [common | {key: short(value) for key, value in row.items()} for row in [*mine, *tried, *peer.train(others)]]
 
 
 def candidates(arch: str) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ def _session(args: argparse.Namespace) -> Any:
         raise SystemExit(2) from None
 
 
-def _job(args: argparse.Namespace, opened: Any, folder: Path) -> dict[str, Any]:
+def job_for(args: argparse.Namespace, opened: Any, folder: Path) -> dict[str, Any]:
     """Keep the training batches on disk; return what the peer is to be told of them."""
     import numpy as np
 
@@ -226,7 +226,7 @@ def _best(wants: list[dict[str, Any]], tried: list[dict[str, Any]]) -> dict[str,
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

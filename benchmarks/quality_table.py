@@ -13,9 +13,9 @@ FIGURES = ("ev", "loss_recovered", "silent", "dead")
 CONFIGURATION = ("model", "tokens", "width", "asked")
 
 
-def at(ladder: list[dict[str, Any]], l0: float) -> dict[str, float] | None:
+def at(ladder: list[dict[str, Any]], l0: float, figures: tuple[str, ...] = FIGURES) -> dict[str, float] | None:
     """Figures at an L0, on a line in log L0 between the nearest SAEs on either side; None where a side is empty."""
-    figures = (*FIGURES, "coefficient")
+    figures = (*figures, "coefficient")
     if len(ladder) == 1 and ladder[0]["arch"] == "topk":  # which is exact
         return {figure: ladder[0][figure] for figure in figures}
     below = [row for row in ladder if 0 < row["l0"] <= l0]
