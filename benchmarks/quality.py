@@ -50,7 +50,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # lrs: learning rate, first coeffi
     ],
 }  # fmt: skip
 DEAD_SHARE = 0.05  # of the run's last activations
-LOSS_ROWS = 64
+LOSS_ROWS = 128
 
 
 def main() -> None:
