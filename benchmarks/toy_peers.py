@@ -54,12 +54,14 @@ def main() -> None:
 def rows(args: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
     """Train and measure both sides on one data set."""
     from sae_train.config import resolve
-    from sae_train.run import Run, train
+    from sae_train.run import Run, resume, train
     from sae_train.session import open_session
 
     folder = args.runs / dataset
     if not (folder / "ours" / "run.json").is_file():
         train(name="ours", out=str(folder), dataset=dataset, **SETTINGS)
+    elif Run(folder / "ours").info["status"] != "finished":
+        resume(folder / "ours")
     opened = open_session(resolve(SETTINGS | {"dataset": dataset}))
     measure = _measure(opened)
     mine = [
