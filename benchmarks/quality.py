@@ -244,13 +244,18 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := set(args.archs) - set(ARCHITECTURES):
         parser.error(f"--archs: {', '.join(sorted(unknown))} is none of {', '.join(ARCHITECTURES)}")
-    if args.table and not RESULTS.is_file():
-        parser.error(f"--table: {RESULTS} does not exist: measure first")
-    if not args.table and not shutil.which(args.peer_python):
-        parser.error(f"--peer-python: {args.peer_python} is no program")
+    check(parser, args, RESULTS)
     if args.seeds < 2:
         parser.error(f"--seeds: {args.seeds} is not enough, 2 are")
     return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, results: Path) -> None:
+    """End in one sentence where there are no rows to show, or no peer to measure."""
+    if args.table and not results.is_file():
+        parser.error(f"--table: {results} does not exist: measure first")
+    if not args.table and not shutil.which(args.peer_python):
+        parser.error(f"--peer-python: {args.peer_python} is no program")
 
 
 if __name__ == "__main__":

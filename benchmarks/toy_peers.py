@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from csv_rows import append, cpu
-from quality import ANTHROPIC, Peer, job_for, short
+from quality import ANTHROPIC, Peer, check, job_for, short
 from quality_table import at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +118,7 @@ def table(results: Path) -> str:
         peers = some[some["side"] == "SAELens"]
         ladders = {name: group.to_dict("records") for name, group in peers.groupby("candidate")}
         near = {
-            name: [row for row in rows if 1 / NEAR < row["l0"] / own["l0"] < NEAR] for name, rows in ladders.items()
+            name: [row for row in ladder if 1 / NEAR < row["l0"] / own["l0"] < NEAR] for name, ladder in ladders.items()
         }
         read = {name: at(ladder, own["l0"], FIGURES) for name, ladder in near.items() if ladder}
         reached = {name: figures for name, figures in read.items() if figures}
@@ -140,10 +139,7 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := set(args.datasets) - set(DATASETS):
         parser.error(f"--datasets: {', '.join(sorted(unknown))} is none of {', '.join(DATASETS)}")
-    if args.table and not RESULTS.is_file():
-        parser.error(f"--table: {RESULTS} does not exist: measure first")
-    if not args.table and not shutil.which(args.peer_python):
-        parser.error(f"--peer-python: {args.peer_python} is no program")
+    check(parser, args, RESULTS)
     return args
 
 
