@@ -73,7 +73,7 @@ def side_by_side(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time both sides in turns: per round some evaluations of ours, then each of sae-bench's settings once."""
     import saebench_absorption as crosscheck
 
-    from sae_train.checkpoint import load_sae
+    from sae_train.sae.files import load_sae
 
     if not crosscheck.has_peer(args.peer_python):
         raise SystemExit(f"{args.peer_python} has no sae-bench: give the python of an environment that has it.")
@@ -102,7 +102,7 @@ def side_by_side(path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _assets(args: argparse.Namespace) -> Any:
-    from sae_train.activations import load_language_model
+    from sae_train.data.language_model import load_language_model
     from sae_train.evals import assets
 
     lm = load_language_model(args.model, args.hook)
@@ -139,7 +139,7 @@ def _model_sizes(model: str) -> dict[str, int]:
     """Sizes of the model in TransformerLens' words."""
     from transformers import AutoConfig
 
-    from sae_train.hub import locate
+    from sae_train.data.pretrained import locate
 
     source, options = locate(model)
     c = AutoConfig.from_pretrained(source, **options)
@@ -185,8 +185,8 @@ def arithmetic(args: argparse.Namespace) -> list[dict[str, Any]]:
     run = (2·P·T + 12·d_in·d_sae·T) / rate: the model's forward to the hook and the SAE's forward and backward.
     look = encode·(words·d_in·d_sae) ratio + (rank + probes + score + tables)·(words·L0) ratio.
     """
-    from sae_train.checkpoint import load_sae
     from sae_train.evals.absorption import evaluate
+    from sae_train.sae.files import load_sae
 
     assets = _assets(args)
     sae = load_sae(args.saes[0])

@@ -104,7 +104,7 @@ def _open(args: argparse.Namespace) -> Any:
     """The session that the grid would have, in this process."""
     import torch
 
-    from sae_train import session
+    from sae_train.runs import session
 
     torch.set_num_threads(args.threads)
     return session.open_session(_settings(args))
@@ -120,7 +120,7 @@ def _settings(args: argparse.Namespace) -> Any:
 
 def floor(args: argparse.Namespace) -> tuple[float, float, float]:
     """What the computing itself takes: the pass over the tokens once, and the SAEs' steps, alone and summed."""
-    from sae_train import session
+    from sae_train.runs import session
 
     opened = _open(args)
     session.begin(opened)

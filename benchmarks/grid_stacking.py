@@ -18,7 +18,7 @@ import torch
 
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.kernels import reference
-from sae_train.learner import Learner
+from sae_train.training.learner import Learner
 
 N_SAES, BATCH, D_IN, K, REPEATS = 4, 2048, 256, 32, 20
 

@@ -24,10 +24,10 @@ from typing import Any
 
 import pandas as pd
 
-from sae_train.architectures import TRAINED
-from sae_train.l0 import L0Controller
-from sae_train.run import Run, train
-from sae_train.run_log import read_json
+from sae_train.files import read_json
+from sae_train.runs.run import Run, train
+from sae_train.training.architectures import TRAINED
+from sae_train.training.l0 import L0Controller
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "l0_control.csv"

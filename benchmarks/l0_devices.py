@@ -22,11 +22,11 @@ import torch
 from l0_control import unpriced
 from torch import Tensor
 
-from sae_train import learner
-from sae_train.architectures import TRAINED
-from sae_train.l0 import L0Controller
-from sae_train.run import Run, train
-from sae_train.run_log import read_json
+from sae_train.files import read_json
+from sae_train.runs.run import Run, train
+from sae_train.training import learner
+from sae_train.training.architectures import TRAINED
+from sae_train.training.l0 import L0Controller
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "l0_devices.csv"

@@ -80,10 +80,10 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     """Train with sae-train's session and learner, as its loop does."""
     import torch
 
-    from sae_train.activations import hook_points
     from sae_train.config import resolve
+    from sae_train.data.language_model import hook_points
     from sae_train.kernels import ops
-    from sae_train.session import begin, open_session
+    from sae_train.runs.session import begin, open_session
 
     torch.set_num_threads(job["threads"])
     given = {"model": job["model"], "arch": "topk", "width": job["d_sae"], "l0": job["k"], "batch_tokens": job["batch"],
@@ -109,7 +109,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             learner.step(x)
     seconds = now() - start
     module = hook_points(lm._model.config, lm.name)[lm.hook_name].module
-    from sae_train.hub import locate
+    from sae_train.data.pretrained import locate
 
     return {
         "seconds": seconds, "parts": parts.seconds, "tokens": session.settings.n_steps * job["batch"],
@@ -120,7 +120,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
 def write_documents(dataset: str, out: Path) -> None:
     """Write the documents of a dataset, which the other side reads, as JSON lines."""
-    from sae_train.documents import find_documents
+    from sae_train.data.documents import find_documents
 
     documents, _ = find_documents(dataset)
     with out.open("w", encoding="utf-8") as file:
@@ -167,7 +167,7 @@ def _run(command: list[str], threads: int, huge: bool) -> dict[str, Any]:
 
 def _rows(job: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return tokens a second of each side, the ratio, and each part's share in percent."""
-    from sae_train.kernels.bench_report import machine, quantiles
+    from benchmarks.kernels.bench_report import machine, quantiles
 
     common = {"date": time.strftime("%Y-%m-%d"), "machine": machine("cpu"), "load": round(os.getloadavg()[0], 2),
               **{key: job[key] for key in ("threads", "d_sae", "k", "batch", "tokens")},

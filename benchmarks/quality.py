@@ -95,7 +95,7 @@ def candidates(arch: str) -> list[dict[str, Any]]:
 
 def ours(args: argparse.Namespace, folder: Path, measure: Any) -> list[dict[str, Any]]:
     """Our SAEs, from one command; an interrupted one is gone on with."""
-    from sae_train.run import Run, resume, train
+    from sae_train.runs.run import Run, resume, train
 
     path = folder / "ours"
     if not (path / "run.json").exists():
@@ -144,7 +144,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _session(args: argparse.Namespace) -> Any:
     from sae_train.config import resolve
     from sae_train.errors import UserError
-    from sae_train.session import open_session
+    from sae_train.runs.session import open_session
 
     try:
         return open_session(resolve(_settings(args)))
@@ -188,7 +188,7 @@ def _measure(opened: Any, batches: str) -> Any:
 
     from sae_train import load_sae
     from sae_train.evals import fidelity
-    from sae_train.metrics import held_out_metrics
+    from sae_train.training.metrics import held_out_metrics
 
     data = fidelity.FidelityData.build(opened.model, opened.stream.held_out[:LOSS_ROWS], opened.drop_ids)
     stored = np.load(batches, mmap_mode="r")

@@ -53,8 +53,8 @@ def main() -> None:
 def rows(args: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
     """Train and measure both sides on one data set."""
     from sae_train.config import resolve
-    from sae_train.run import Run, resume, train
-    from sae_train.session import open_session
+    from sae_train.runs.run import Run, resume, train
+    from sae_train.runs.session import open_session
 
     folder = args.runs / dataset
     if not (folder / "ours" / "run.json").is_file():
@@ -85,9 +85,9 @@ def rows(args: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
 def _measure(opened: Any) -> Any:
     """From an SAE's folder to its figures on held-out samples."""
     from sae_train import load_sae
+    from sae_train.data.toy import held_out_sample
     from sae_train.evals.truth import truth
-    from sae_train.metrics import held_out_metrics
-    from sae_train.toy import held_out_sample
+    from sae_train.training.metrics import held_out_metrics
 
     sample = held_out_sample(opened.model, opened.settings.data.held_out_tokens)
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_train.evals import assets as assets_module
-from sae_train.evals.assets import Assets
-
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sae_train.evals.assets import Assets
 
 _PLAIN = ("settings", "counts", "model_accuracy", "sampled_from", "seconds", "hash")
 _FILES = ("assets.safetensors", "words.parquet")
@@ -27,8 +26,8 @@ def folder_of(cache_dir: Path, key: dict[str, Any]) -> Path:
     return cache_dir / digest
 
 
-def read(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor) -> Assets | None:
-    """Return the cached assets, or None if there are none that are whole and of this very model."""
+def read(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor) -> dict[str, Any] | None:
+    """Return the fields of the cached assets, or None if there are none that are whole and of this very model."""
     from pandas import read_parquet
     from safetensors.torch import load_file
 
@@ -45,7 +44,7 @@ def read(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor) -> Assets | 
     if seen.shape != fingerprint.shape or not torch.allclose(seen, fingerprint, rtol=1e-3, atol=1e-4):
         return None
     words = read_parquet(folder / "words.parquet")["word"].tolist()
-    return Assets(words=words, **tensors, **{name: plain[name] for name in _PLAIN})
+    return {"words": words, **tensors, **{name: plain[name] for name in _PLAIN}}
 
 
 def write(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor, assets: Assets) -> None:
@@ -56,7 +55,7 @@ def write(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor, assets: Ass
     cache_dir.mkdir(parents=True, exist_ok=True)
     folder = folder_of(cache_dir, key)
     temporary = Path(tempfile.mkdtemp(prefix=".assets-", dir=cache_dir))
-    tensors = {name: getattr(assets, name).contiguous() for name in assets_module._TENSORS}
+    tensors = {name: value.contiguous() for name, value in vars(assets).items() if isinstance(value, torch.Tensor)}
     save_file({**tensors, "fingerprint": fingerprint.contiguous()}, temporary / "assets.safetensors")
     columns = {name: getattr(assets, name).numpy() for name in ("token_ids", "labels", "is_test")}
     pd.DataFrame({"word": assets.words, **columns}).to_parquet(temporary / "words.parquet", index=False)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_train.errors import UserError
-from sae_train.evals import prompts, vocab
+from sae_train.evals import asset_cache, prompts, vocab
 from sae_train.evals.figures import auroc, f1_precision_recall
 from sae_train.evals.hierarchy import Hierarchy, get_hierarchy
 from sae_train.evals.presets import ASSET_FIELDS, Preset, get_preset, needed_labels
@@ -110,8 +110,6 @@ def build(
     The template takes the place of the hierarchy's own prompt line. n_words takes a sample stratified by label instead
     of the whole vocabulary. A tokenizer that cannot write the template raises UserError.
     """
-    from sae_train.evals import asset_cache
-
     if hook_name not in (None, lm.hook_name):
         raise UserError(f"the model is hooked at {lm.hook_name}, not at {hook_name}: load it with that hook.")
     asked = prompts.with_template(get_hierarchy(hierarchy), template)
@@ -121,7 +119,7 @@ def build(
     key = _key(lm, asked, seed, chosen, n_words)
     fingerprint = _fingerprint(lm)
     if cache_dir is not None and (cached := asset_cache.read(Path(cache_dir), key, fingerprint)):
-        return cached
+        return Assets(**cached)
     assets = _collect(lm, asked, seed, chosen, n_words, key)
     if cache_dir is not None:
         asset_cache.write(Path(cache_dir), key, fingerprint, assets)

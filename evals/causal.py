@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_train.activations import CPU_TOKENS
 from sae_train.evals.scoring import unit
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+_CPU_TOKENS = 1024  # in one forward pass on a CPU: more of them leave its caches
 _BATCH_TOKENS = 8192
 _LOGIT_ELEMENTS = 2**26  # of one (batch, position, vocabulary) block: 256 MB in float32
 _BLOCK_ELEMENTS = 2**24  # of one block of directions or gradients: 64 MB in float32
@@ -195,7 +195,7 @@ def _batches(lm: Any, prompts: Prompts, rows: Tensor) -> Iterator[tuple[Tensor, 
 
 
 def _batch_rows(lm: Any, length: int) -> int:
-    budget = CPU_TOKENS if torch.device(lm.device).type == "cpu" else _BATCH_TOKENS
+    budget = _CPU_TOKENS if torch.device(lm.device).type == "cpu" else _BATCH_TOKENS
     return max(1, min(budget, _LOGIT_ELEMENTS // len(lm.tokenizer)) // length)
 
 

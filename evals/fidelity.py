@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_train.errors import UserError
-from sae_train.metrics import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+_CHUNK_ELEMENTS = 2**24  # of dense latents: 64 MB in float32
 _LOGIT_ELEMENTS = 2**25  # of one (batch, position, vocabulary) block: 128 MB in float32
 _CHECKED = 4  # sequences on which a pass that starts late is compared with a whole one
 _KEEP_ELEMENTS = 2**27  # clean log-probabilities are kept up to 512 MB, or else computed again at each look
@@ -164,6 +164,6 @@ def _mean_loss(
 
 def _reconstruct(sae: Any, x: Float[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
     rows = x.flatten(0, 1).to(sae.W_dec.dtype)
-    n_rows = max(1, CHUNK_ELEMENTS // len(sae.W_dec))
+    n_rows = max(1, _CHUNK_ELEMENTS // len(sae.W_dec))
     parts = [sae(part) if callable(sae) else sae.decode(sae.encode(part)) for part in rows.split(n_rows)]
     return torch.cat(parts).to(x.dtype).view_as(x)

@@ -80,6 +80,23 @@ class AbsorptionResult:
             out |= {name: getattr(self, name), f"{name}_low": low, f"{name}_high": high}
         return out | {name: getattr(self, name) for name in _BESIDE}
 
+    def metrics(self) -> dict[str, Any]:
+        """The same under the names of metrics.jsonl."""
+        return {f"absorption/{name}": value for name, value in self.figures().items()}
+
+    def table(self, sae: str, step: int, with_words: bool) -> pd.DataFrame:
+        """Letters (and words) as rows of absorption.parquet."""
+        import pandas as pd
+
+        parts = [self.by_letter.assign(level="letter")]
+        if with_words:
+            parts.append(self.words.assign(level="word"))
+        rows = pd.concat([part for part in parts if len(part)], ignore_index=True) if any(map(len, parts)) else parts[0]
+        return rows.assign(
+            sae=sae, step=step, preset=self.preset, eval_seed=self.seed, asset_hash=self.asset_hash, valid=self.valid,
+            reason=self.reason,
+        )  # fmt: skip
+
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap interval over words, resampled within each letter, of mean_fraction, mean_full, mean_recall_main
         or a mean over families: what other words of these letters might give, with this SAE and these letters."""

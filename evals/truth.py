@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from sae_train.toy import Sample, Toy
+    from sae_train.data.toy import Sample, Toy
 
 RECOVERED = 0.9
 

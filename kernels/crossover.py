@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from sae_train.kernels.patterns import Pattern
 
-# Share of active latents at which both take as long. CPU: measured by kernels/bench_crossover.py. CUDA: an estimate.
+# Share of active latents at which both take as long. CPU: measured by benchmarks/kernels/bench_crossover.py.
+# CUDA: an estimate.
 SHARES = {"cpu": 0.05, "cuda": 0.005}
 # How far the running mean must be past the share before the way is changed, as a factor.
 MARGIN = 1.2

@@ -15,11 +15,11 @@ __all__ = ["load_sae", "train"]
 def __getattr__(name: str) -> Any:
     """Import the two public functions on first use, so that the command line answers at once."""
     if name == "train":
-        from sae_train.run import train
+        from sae_train.runs.run import train
 
         return train
     if name == "load_sae":
-        from sae_train.checkpoint import load_sae
+        from sae_train.sae.files import load_sae
 
         return load_sae
     raise AttributeError(f"module 'sae_train' has no attribute {name!r}")

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Group, Parameter
 
-from sae_train.allocator import keep_freed_memory
 from sae_train.config import groups, resolve
 from sae_train.errors import UserError
+from sae_train.runs.process import keep_freed_memory
 
 OTHERS_WAIT = 10.0  # seconds that other processes leave the first one to say what is wrong
 EPILOGUE = """Examples:
@@ -76,13 +76,13 @@ def _train(*, config: str | None = None, dry_run: bool = False, **given: Any) ->
     """
     settings = resolve(given, config)
     if dry_run:
-        from sae_train.plan import make_plan
+        from sae_train.runs.plan import make_plan
 
         plan = make_plan(settings)
         if _rank() == 0:
             print(plan.text())
         return
-    from sae_train.run import start
+    from sae_train.runs.run import start
 
     start(settings)
 
@@ -113,7 +113,7 @@ def resume(run: Path) -> None:
     run:
         The run's folder, such as checkpoints/NAME.
     """
-    from sae_train.run import resume as resume_run
+    from sae_train.runs.run import resume as resume_run
 
     resume_run(run)
 
@@ -166,7 +166,7 @@ def evaluate(
     allow_pickle:
         Read dictionary_learning's pickled weights (tensors alone are taken from them).
     """
-    from sae_train.run import evaluate_checkpoint
+    from sae_train.runs.run import evaluate_checkpoint
 
     given = {
         "model": model,
@@ -253,7 +253,7 @@ def publish(
     base_model:
         The language model's hub id, where the run names a local folder.
     """
-    from sae_train.publish import publish as publish_checkpoint
+    from sae_train.publishing.publish import publish as publish_checkpoint
 
     publish_checkpoint(
         checkpoint, repo, private=private, dry_run=dry_run, force=force, license=license, base_model=base_model

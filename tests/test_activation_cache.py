@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import WORDS, save_tiny_model
 
-from sae_train.activation_cache import ActivationCache, files_of, key_of
-from sae_train.activations import LanguageModel, load_language_model
-from sae_train.buffer import ActivationBuffer
-from sae_train.tokens import open_tokens
+from sae_train.data.activation_cache import ActivationCache, files_of, key_of
+from sae_train.data.buffer import ActivationBuffer
+from sae_train.data.language_model import LanguageModel, load_language_model
+from sae_train.data.tokens import open_tokens
 
 
 def buffer(lm: LanguageModel, text: Path, cache: ActivationCache | None = None) -> ActivationBuffer:

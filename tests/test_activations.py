@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, save_tiny_model
 
-from sae_train.activations import DTYPES, LanguageModel, load_language_model
+from sae_train.data.hooks import KINDS, hook_points
+from sae_train.data.language_model import DTYPES, LanguageModel, load_language_model
 from sae_train.errors import UserError
-from sae_train.hooks import KINDS, hook_points
 
 TOKENS = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -190,7 +190,7 @@ def test_a_hub_id_without_network_fails_at_once() -> None:
     """In a fresh process, as huggingface_hub reads its settings at import; port 9 refuses connections."""
     code = (
         "import time\nfrom sae_train.errors import UserError\n"
-        "from sae_train.activations import load_language_model\nimport transformers\n"
+        "from sae_train.data.language_model import load_language_model\nimport transformers\n"
         "start = time.time()\ntry: load_language_model('someone/some-model-that-is-not-cached')\n"
         "except UserError as error: print(time.time() - start, error)"
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae_train import units
-from sae_train.architectures import TRAINED
-from sae_train.config import SAESpec, TrainSettings, resolve
+from sae_train.config import SAESpec, TrainSettings, resolve, units
 from sae_train.errors import UserError
 from sae_train.kernels import ops, reference
-from sae_train.ranks import Ranks
-from sae_train.sae import SAE, SAEConfig
+from sae_train.sae.model import SAE, SAEConfig
+from sae_train.training.architectures import TRAINED
+from sae_train.training.ranks import Ranks
 
 B, D, F = 12, 5, 64
 PREFIXES = (1 / 8, 1 / 2, 1.0)

@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 
-from sae_train.kernels import bench, bench_worker, checks, ops, reference
-from sae_train.kernels.bench_problem import Problem, batches, decoder_rows, level
-from sae_train.kernels.bench_sides import CUDA_ONLY, SIDES
+from benchmarks.kernels import bench, bench_worker, checks
+from benchmarks.kernels.bench_problem import Problem, batches, decoder_rows, level
+from benchmarks.kernels.bench_sides import CUDA_ONLY, SIDES
+from sae_train.kernels import ops, reference
 
 SIZES = ["--d-in", "16", "--d-sae", "256", "--batch", "64", "--k", "4", "--threads", "1"]
 FEW = ["--rounds", "2", "--part-rounds", "1", "--seconds", "0"]
@@ -77,7 +78,8 @@ def test_the_benchmark_writes_tidy_rows_and_names_what_it_leaves_out(tmp_path, m
 
 
 def test_the_benchmark_needs_nothing_but_torch():
-    code = "import sys; import sae_train.kernels.bench, sae_train.kernels.bench_worker; import sae_train.learner; "
+    code = "import sys; import benchmarks.kernels.bench, benchmarks.kernels.bench_worker; "
+    code += "import sae_train.training.learner; "
     code += "print([m for m in ('pydantic', 'transformers', 'numpy.testing', 'yaml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sae_train.activations import load_language_model
+from sae_train.data.language_model import load_language_model
 from sae_train.evals import causal
 from sae_train.evals.causal import Prompts
 
@@ -161,7 +161,7 @@ def test_batches_keep_to_their_budgets_and_change_no_result(lm, sae, monkeypatch
         return torch.cat([gradients, *both, causal.margins(lm, prompts, rows, None).view(40, 10)], 1)
 
     whole, n_runs = results(), sum(n for n, _ in lm.rectangles)
-    for name, value in (("CPU_TOKENS", tokens), ("_LOGIT_ELEMENTS", elements), ("_BLOCK_ELEMENTS", 20 * D_IN)):
+    for name, value in (("_CPU_TOKENS", tokens), ("_LOGIT_ELEMENTS", elements), ("_BLOCK_ELEMENTS", 20 * D_IN)):
         monkeypatch.setattr(causal, name, value)
     assert close(results(), whole)
     assert max(n * length for n, length in lm.rectangles) <= most

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae_train.checkpoint import load_sae, load_state, save_sae, save_state
 from sae_train.errors import UserError
-from sae_train.sae import ARCHITECTURES, SAE, SAEConfig
+from sae_train.sae.files import load_sae, load_state, save_sae, save_state
+from sae_train.sae.model import ARCHITECTURES, SAE, SAEConfig
 
 X = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae_train.kernels import batch_topk, checks, ops, patterns, reference, screen
+from benchmarks.kernels import checks
+from sae_train.kernels import batch_topk, ops, patterns, reference, screen
 from sae_train.kernels.crossover import Crossover
 
 ODD = checks.SHAPES[1:2]  # divides by nothing

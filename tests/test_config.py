@@ -2,9 +2,9 @@
 
 import pytest
 
-from sae_train.config import CONFIGS, SAESpec, flat, leaves, read_yaml, resolve
+from sae_train.config import CONFIGS, SAESpec, flat, leaves, resolve
+from sae_train.config.units import parse_count, parse_width, read_yaml, width_label
 from sae_train.errors import UserError
-from sae_train.units import parse_count, parse_width, width_label
 
 N_CONFIGS = 7
 

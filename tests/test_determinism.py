@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from sae_train import train
-from sae_train.architectures import TRAINED
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.kernels import screen
-from sae_train.learner import Learner
+from sae_train.training.architectures import TRAINED
+from sae_train.training.learner import Learner
 
 # With a language model in the toy's place, tests/test_run.py compares runs bit by bit, too.
 SETTINGS = {

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from sae_train.cli import main
+from sae_train.config.page import page
 from sae_train.report import export
 from sae_train.report.gallery import gallery
-from sae_train.settings_page import page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
@@ -77,7 +77,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 
 def test_the_page_of_settings_is_current():
-    assert (DOCS / "settings.md").read_text(encoding="utf-8") == page(), "run python -m sae_train.settings_page"
+    assert (DOCS / "settings.md").read_text(encoding="utf-8") == page(), "run python -m sae_train.config.page"
 
 
 def test_links_between_pages_lead_somewhere():

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_train import finisher, plan, runner, train
+from sae_train import train
 from sae_train.cli import main
 from sae_train.config import SAESpec, resolve
 from sae_train.errors import UserError
-from sae_train.learner import Learner
-from sae_train.passes import named, split
-from sae_train.plan import GIB, make_plan
-from sae_train.session import begin, enter
+from sae_train.runs import finisher, plan, runner
+from sae_train.runs.plan import GIB, make_plan, named, split
+from sae_train.runs.session import begin, enter
+from sae_train.training.learner import Learner
 
 SMALL = {
     "width": "64,128", "l0": 8, "arch": "batchtopk,jumprelu", "tokens": 6500, "batch_tokens": 64,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.kernels import checks
+from benchmarks.kernels.bench_problem import Problem, batches, decoder_rows, level
+from benchmarks.kernels.bench_sides import Ours
 from sae_train.errors import UserError
-from sae_train.kernels import checks, ops, patterns, reference, screen
-from sae_train.kernels.bench_problem import Problem, batches, decoder_rows, level
-from sae_train.kernels.bench_sides import Ours
+from sae_train.kernels import ops, patterns, reference, screen
 
 SHAPES = [(7, 5, 64, 1), (9, 8, 1024, 8), (5, 3, 16, 16), (1, 2, 3, 2), (6, 4, 40, 40)]
 

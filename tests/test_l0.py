@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from sae_train.architectures import TRAINED
 from sae_train.config import SAESpec, TrainSettings
-from sae_train.l0 import L0Controller, level_for, level_on
-from sae_train.learner import Learner
-from sae_train.metrics import held_out_metrics
+from sae_train.training.architectures import TRAINED
+from sae_train.training.l0 import L0Controller, level_for, level_on
+from sae_train.training.learner import Learner
+from sae_train.training.metrics import held_out_metrics
 
 
 @pytest.mark.parametrize("target", [8.0, 32.0, 200.0])

@@ -1,4 +1,4 @@
-"""Data flows one way: a module imports only from rows above its own, and heavy packages enter through known doors."""
+"""Data flows one way: a package imports only from those before it, and heavy packages enter through known doors."""
 
 import ast
 from pathlib import Path
@@ -8,64 +8,46 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sae_train"
 
-ROWS = [
-    {"errors", "units", "ranks", "allocator"},
+ORDER = [
+    {"errors"},
+    {"files", "protocols"},
     {"config"},
     {"kernels"},
-    {"forms"},
-    {"sae", "losses", "l0", "metrics"},
-    {"architectures"},
-    {"schedule", "recording"},
-    {"learner"},
-    {"hub", "hub_repo", "hooks", "tensor_files"},
-    {"documents", "tokens", "activations"},
-    {"buffer", "toy"},
-    {"evals"},
-    {"readers", "curves"},
-    {"checkpoint", "run_log", "wandb_mirror"},
-    {"activation_cache", "passes"},
-    {"trainer"},
-    {"callbacks"},
-    {"display", "plan", "session", "summary", "card", "report"},
-    {"finisher"},
-    {"runner", "reproduce", "publish_card"},
-    {"run", "publish"},
+    {"sae"},
+    {"evals", "data"},
+    {"training"},
+    {"publishing"},
+    {"report"},
+    {"runs"},
     {"cli"},
-    {"__main__"},
-    {"speller", "bench", "settings_page"},
+    {"__main__", "speller"},
 ]
 DOORS = {
     "triton": {"kernels"},
-    "transformer_lens": {"hooks"},
-    "datasets": {"documents", "tokens"},
-    "accelerate": {"trainer"},
-    "wandb": {"wandb_mirror"},
-    "safetensors": {"checkpoint", "evals", "speller", "tensor_files"},
-    "huggingface_hub": {"hub", "hub_repo"},
-    "matplotlib": {"curves", "report", "speller"},
-    "plotly": {"report"},
+    "transformer_lens": {"data/hooks.py"},
+    "datasets": {"data/documents.py"},
+    "accelerate": {"training/ranks.py"},
+    "wandb": {"runs/wandb_mirror.py"},
+    "safetensors": {"sae/files.py", "sae/tensor_files.py", "evals/asset_cache.py", "speller"},
+    "huggingface_hub": {"data/pretrained.py", "sae/fetch.py", "publishing/hub.py"},
+    "matplotlib": {"publishing/curves.py", "report", "speller"},
 }
 
 
 def modules() -> dict[Path, str]:
-    """Source files with the name of their row: a module's own name, or its package's.
+    """Source files of the package with their place in it, such as runs/plan.py."""
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "evals").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    named = {file: file.relative_to(PACKAGE if PACKAGE in file.parents else ROOT).as_posix() for file in files}
+    return {file: name for file, name in named.items() if name != "__init__.py"}
 
-    The kernels' benchmark is a program beside the kernels that times the learner above them: a row of its own.
-    """
-    files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("report/*.py"), *PACKAGE.glob("architectures/*.py")]
-    files += [*PACKAGE.glob("speller/*.py")]
-    files += [*(ROOT / "evals").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
-    named = {}
-    for file in files:
-        parts = file.relative_to(PACKAGE if PACKAGE in file.parents else ROOT).parts
-        is_bench = parts[0] == "kernels" and file.name.startswith("bench")
-        named[file] = "bench" if is_bench else parts[0].removesuffix(".py")
-    return {file: name for file, name in named.items() if name != "__init__"}
+
+def package_of(name: str) -> str:
+    return name.split("/")[0].removesuffix(".py")
 
 
 def imports(file: Path) -> set[str]:
     """Dotted names imported at run time anywhere in a file (imports for type checking only are left out)."""
-    found = set()
+    names = set()
     skipped: set[ast.AST] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -73,33 +55,55 @@ def imports(file: Path) -> set[str]:
         if node in skipped:
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def row_of(name: str) -> int:
-    return next(i for i, row in enumerate(ROWS) if name in row)
+def place_of(package: str) -> int:
+    return next(i for i, names in enumerate(ORDER) if package in names)
 
 
 @pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(ROOT)))
-def test_a_module_imports_only_from_rows_above_its_own(file):
-    own = modules()[file]
+def test_a_package_imports_only_from_those_before_it(file):
+    own = package_of(modules()[file])
     for name in imports(file):
-        package, _, rest = name.partition(".")
+        root, _, rest = name.partition(".")
         other = rest.split(".")[0]
-        if rest.startswith("kernels.bench"):
-            other = "bench"
-        is_module = other == "bench" or (PACKAGE / other).is_dir() or (PACKAGE / f"{other}.py").exists()
-        if package == "sae_train" and rest and other != own and is_module:
-            assert row_of(other) <= row_of(own), f"{own} imports {other}"
+        is_module = (PACKAGE / other).is_dir() or (PACKAGE / f"{other}.py").exists()
+        if root == "sae_train" and rest and other != own and is_module:
+            assert place_of(other) < place_of(own), f"{own} imports {other}"
+
+
+def test_no_two_modules_import_each_other():
+    """Circles within a package as well; what is imported inside a function counts."""
+    dotted = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): f for f, name in modules().items()}
+    needs = {
+        name: {other for other in dotted for i in imports(file) if f"{i}.".startswith(f"sae_train.{other}.")} - {name}
+        for name, file in dotted.items()
+    }
+    packages = {name for name in dotted if any(other.startswith(f"{name}.") for other in dotted)}
+    needs = {name: others - packages for name, others in needs.items() if name not in packages}
+    while free := {name for name, others in needs.items() if not others & needs.keys()}:
+        needs = {name: others for name, others in needs.items() if name not in free}
+    assert not needs
 
 
 @pytest.mark.parametrize("package", DOORS)
-def test_a_heavy_package_enters_through_its_door(package):
+def test_a_heavy_package_enters_through_its_doors(package):
     users = {name for file, name in modules().items() if any(i.split(".")[0] == package for i in imports(file))}
-    assert users <= DOORS[package]
+    assert all(name in DOORS[package] or package_of(name) in DOORS[package] for name in users), users
+
+
+def test_the_root_holds_packages_and_few_modules():
+    there = {path.name for path in PACKAGE.iterdir() if not path.name.startswith((".", "__pycache__"))}
+    modules = {name for name in there if name.endswith(".py")}
+    assert len(modules) <= 6
+    assert there - modules == {
+        "config", "data", "sae", "training", "runs", "publishing", "report", "speller",
+        "evals", "kernels", "configs", "embedded",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", ["kernels", "evals"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sae_train import losses
+from sae_train.training import losses
 
 G = torch.Generator().manual_seed(0)
 

@@ -15,7 +15,7 @@ from sae_train.evals.latents import encode, from_dense
 from sae_train.evals.presets import SAEBENCH
 from sae_train.evals.probes import Schedule, fit_dense, fit_sparse, ranking_schedule
 from sae_train.evals.ranking import rank_latents
-from sae_train.sae import SAE, SAEConfig
+from sae_train.sae.model import SAE, SAEConfig
 
 
 def _data(n=200, d=40, share=0.06, seed=0):

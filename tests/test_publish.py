@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from test_readers import PICKLED, assert_computes, pickled
 
 from sae_train import load_sae
-from sae_train.checkpoint import save_sae
 from sae_train.cli import main
 from sae_train.config import flat, resolve
 from sae_train.errors import UserError
-from sae_train.reproduce import command
-from sae_train.sae import SAE, SAEConfig
+from sae_train.publishing.reproduce import command
+from sae_train.sae.files import save_sae
+from sae_train.sae.model import SAE, SAEConfig
 
 ARCHS = {"relu": "relu", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "matryoshka": "jumprelu",
          "gated": "gated"}  # fmt: skip

@@ -16,8 +16,8 @@ from torch import distributed as dist
 from sae_train import train
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.errors import UserError
-from sae_train.learner import Learner
-from sae_train.ranks import Ranks, current, divide
+from sae_train.training.learner import Learner
+from sae_train.training.ranks import Ranks, current, divide
 
 ARCHS = ("topk", "relu", "jumprelu")
 D, BATCH, STEPS = 12, 64, 60

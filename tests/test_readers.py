@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from sae_train import load_sae
 from sae_train.errors import UserError
-from sae_train.readers import DICTIONARIES
+from sae_train.sae.layouts import DICTIONARIES
 
 D_IN, D_SAE, K = 6, 32, 4
 G = torch.Generator().manual_seed(0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae_train import recording
-from sae_train.recording import WARM_UP_STEPS, Recorder
+from sae_train.training import recording
+from sae_train.training.recording import WARM_UP_STEPS, Recorder
 
 
 @pytest.fixture

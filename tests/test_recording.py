@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sae_train.config import SAESpec, TrainSettings
-from sae_train.learner import Learner
+from sae_train.training.learner import Learner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 D, BATCH, STEPS = 64, 256, 60

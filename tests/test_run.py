@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sae_train import load_sae, train
 from sae_train.cli import main
-from sae_train.run import Run
+from sae_train.runs.run import Run
 
 SMALL = {
     "width": 256,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sae_train.errors import UserError
-from sae_train.metrics import held_out_metrics
-from sae_train.sae import ARCHITECTURES, SAE, SAEConfig, fold_decoder_norm, fold_scale
+from sae_train.sae.model import ARCHITECTURES, SAE, SAEConfig, fold_decoder_norm, fold_scale
+from sae_train.training.metrics import held_out_metrics
 
 
 def random_sae(architecture: str, d_in: int = 6, d_sae: int = 32, unit: bool = True) -> SAE:

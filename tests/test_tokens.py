@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_models import WORDS, tiny_tokenizer
 
-from sae_train import documents
+from sae_train.data import documents
+from sae_train.data.tokens import TokenStream, open_tokens
 from sae_train.errors import UserError
-from sae_train.tokens import TokenStream, open_tokens
 
 BOS, EOS = 0, 1
 ROOM = {"context": 8, "sequences": 4}

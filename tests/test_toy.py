@@ -5,17 +5,19 @@ import math
 import pytest
 import torch
 
-from sae_train import session, train
-from sae_train.buffer import estimate_scale
+from sae_train import train
 from sae_train.cli import main
-from sae_train.config import TOY_DATASETS, SAESpec, TrainSettings, flat, resolve
+from sae_train.config import SAESpec, TrainSettings, flat, resolve
+from sae_train.config.settings import TOY_DATASETS
+from sae_train.data.buffer import estimate_scale
+from sae_train.data.toy import PLANTED, ToyStream, held_out_sample, open_toy, plant, random_directions
 from sae_train.evals.presets import SAEBENCH
 from sae_train.evals.truth import k_sparse_latents, truth
-from sae_train.learner import Learner
-from sae_train.run import Run, resume
-from sae_train.run_log import write_json
-from sae_train.sae import SAE, SAEConfig
-from sae_train.toy import PLANTED, ToyStream, held_out_sample, open_toy, plant, random_directions
+from sae_train.files import write_json
+from sae_train.runs import session
+from sae_train.runs.run import Run, resume
+from sae_train.sae.model import SAE, SAEConfig
+from sae_train.training.learner import Learner
 
 N = 20_000
 

@@ -7,11 +7,10 @@ import time
 import pytest
 import torch
 
-from sae_train import trainer
-from sae_train.callbacks import density_histogram
 from sae_train.config import SAESpec, TrainSettings
-from sae_train.learner import Learner
-from sae_train.trainer import Callback, Clock, StopRequest, every, fit, forked_rng, spread
+from sae_train.runs.callbacks import density_histogram
+from sae_train.training.learner import Learner
+from sae_train.training.loop import Callback, Clock, StopRequest, every, fit, forked_rng, spread
 
 
 def test_every_has_first_and_last_and_no_double_near_the_end():
@@ -121,7 +120,7 @@ def test_signals_at_once_are_one_request_and_a_later_one_breaks_at_once(monkeypa
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested
-        monkeypatch.setattr(trainer, "SAME_REQUEST", 0.0)
+        monkeypatch.setattr(loop, "SAME_REQUEST", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 

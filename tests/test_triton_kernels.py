@@ -269,7 +269,7 @@ def test_two_runs_give_the_same_bits():
 
 @runs
 def test_no_tensor_of_the_size_of_batch_times_d_sae_is_made(monkeypatch):
-    from sae_train.kernels import checks
+    from benchmarks.kernels import checks
 
     monkeypatch.setattr(encoders, "SLAB_ELEMENTS", 4 * 512)
     tensors = inputs(16, 8, 512)

@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 from wandb_stand_in import WandbServer
 
-from sae_train import train, wandb_mirror
+from sae_train import train
 from sae_train.config import resolve
-from sae_train.wandb_mirror import open_mirror
+from sae_train.runs import wandb_mirror
+from sae_train.runs.wandb_mirror import open_mirror
 
 ONE, TWO = resolve({"width": "1k", "l0": 8}), resolve({"width": "1k", "l0": "8,16"})
 

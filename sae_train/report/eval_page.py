@@ -70,9 +70,7 @@ def evaluated(
 
 def _figures(result: AbsorptionResult) -> dict[str, Any]:
     """The result under the names of metrics.jsonl, with an interval wherever it has one."""
-    from sae_train.callbacks import figures_of
-
-    figures = dict(figures_of(result)) | {"metrics/l0": result.l0, "metrics/explained_variance": result.ev}
+    figures = result.metrics() | {"metrics/l0": result.l0, "metrics/explained_variance": result.ev}
     for metric in (FAMILY, RECALL) if result.valid else ():
         low, high = result.interval(metric.removeprefix("absorption/"))
         figures |= {f"{metric}_low": low, f"{metric}_high": high}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import width_label
-from sae_train.run import Run, train
-from sae_train.run_log import read_json
+from sae_train.files import read_json
+from sae_train.runs.run import Run, train
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -62,7 +62,7 @@ def _our_saes(folder: Path, given: Path | None) -> tuple[list[str], Any]:
     from safetensors.torch import save_file
 
     from sae_train import load_sae, train
-    from sae_train.publish import publish
+    from sae_train.publishing.publish import publish
 
     path = given or train(arch=",".join(ARCHS), width="1k", l0=8, tokens=300_000, batch_tokens=1024, eval_words=600,
                           absorption_evals=1, out=str(folder), name="run").path  # fmt: skip

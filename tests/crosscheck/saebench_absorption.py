@@ -63,7 +63,7 @@ def _check(args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict]:
 
 
 def load_assets(args: argparse.Namespace) -> Any:
-    from sae_train.activations import load_language_model
+    from sae_train.data.language_model import load_language_model
     from sae_train.evals import assets
 
     lm = load_language_model(args.model, args.hook)
@@ -93,9 +93,9 @@ def _our_side(path: str, assets: Any, folder: Path) -> dict[str, Any]:
     """Our two results of one SAE; our latents and our JSON go into the folder."""
     import torch
 
-    from sae_train.checkpoint import load_sae
     from sae_train.evals.absorption import evaluate
     from sae_train.evals.latents import encode
+    from sae_train.sae.files import load_sae
 
     sae, train = load_sae(path), ~assets.is_test
     export_latents(folder, path, sae, assets)

@@ -1,0 +1,306 @@
+"""Every setting of sae-train, once: the command line, YAML files, help and run.json are all made from this tree.
+
+In: plain dictionaries with flat keys (from flags, files or `train(**settings)`). Out: one frozen `Settings`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from sae_train.config.units import (
+    ARCHITECTURES,
+    listed,
+    parse_arch,
+    parse_count,
+    parse_l0,
+    parse_seed,
+    parse_share,
+    parse_width,
+    prefix_problems,
+    read_yaml,
+    strings,
+    width_label,
+)
+from sae_train.errors import UserError, sentences_of, unknown_setting
+
+DEFAULT_HUB_DATASET = "monology/pile-uncopyrighted"
+MAX_DEFAULT_CONTEXT = 128
+OWN_DATASETS = {"speller": "generated", "toy": "letters"}  # models with a preset of their own, and their data
+TOY_DATASETS = ("letters", "dictionary", "trees", "pairs")
+TEXT_SETTINGS = (  # what a toy, which has no text, cannot be asked
+    "hook", "dtype", "trust_remote_code", "text_column", "context", "buffer_tokens", "drop", "preset", "hierarchy",
+    "template", "eval_words", "eval_seed", "activation_cache",
+)  # fmt: skip
+CONFIGS = Path(__file__).parents[1] / "configs"
+Count = Annotated[int, BeforeValidator(parse_count)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SAESettings(_Group):
+    """Sparse autoencoders (comma lists make a grid, trained in one pass)"""
+
+    width: Annotated[tuple[int, ...], listed(parse_width)] = Field(
+        (2**14,), description="number of latents: 16k, 65k (powers of two) or an integer"
+    )
+    l0: Annotated[tuple[float, ...], listed(parse_l0)] = Field(
+        (50.0,), description="mean active latents per token that the finished SAE is to have"
+    )
+    arch: Annotated[tuple[str, ...], listed(parse_arch)] = Field(
+        ("topk",), description=f"architecture: {', '.join(ARCHITECTURES)}"
+    )
+    seed: Annotated[tuple[int, ...], listed(parse_seed)] = Field((0,), description="training seed of the SAE")
+
+
+class LMSettings(_Group):
+    """Language model"""
+
+    model: str = Field(
+        "speller", description="hub id, local Hugging Face folder, speller (embedded), or toy (a planted dictionary)"
+    )
+    hook: str | None = Field(
+        None, description="TransformerLens hook name; default: residual stream after the middle block"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU if there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights of the language model")
+    trust_remote_code: bool = Field(False, description="run model code from the hub (off: such models are refused)")
+
+
+class DataSettings(_Group):
+    """Text"""
+
+    dataset: str | None = Field(
+        None,
+        description="hub id (streamed), local file or folder (parquet, jsonl, txt), or generated (embedded); "
+        "for toy: letters, dictionary, trees or pairs; default: generated for speller, letters for toy, "
+        "monology/pile-uncopyrighted otherwise",
+    )
+    text_column: str = Field("text", description="column that holds the text")
+    context: Annotated[int, Field(ge=4)] | None = Field(
+        None, description="tokens per sequence; default: the model's own, at most 128"
+    )
+    held_out_tokens: Count = Field(
+        16_384, description="tokens kept apart from training: for the held-out figures, a third to calibrate L0"
+    )
+    buffer_tokens: Count = Field(65_536, description="activations shuffled together")
+    drop: Annotated[tuple[str, ...], BeforeValidator(strings)] = Field(
+        (), description="token strings left out of SAE training, beside the special tokens"
+    )
+    activation_cache: str | None = Field(
+        None, description="folder that keeps activations for later runs of the same model, hook and text"
+    )
+
+
+class TrainSettings(_Group):
+    """Training"""
+
+    tokens: Count = Field(100_000_000, description="activations each SAE is trained on")
+    batch_tokens: Count = Field(4096, description="activations per step")
+    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="learning rate; default: by width")
+    lr_warm_up: Fraction = Field(0.05, description="share of the steps with a rising learning rate")
+    lr_decay: Fraction = Field(0.2, description="share of the steps, at the end, with a falling learning rate")
+    grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")
+    aux_coefficient: Annotated[float, Field(ge=0)] = Field(1 / 32, description="weight of the loss on dead latents")
+    dead_tokens: Count | None = Field(
+        None,
+        description="tokens without activation that make a latent dead; default: 10M, at most 5% of the run",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of products in training: auto takes bfloat16 on a GPU; weights and sums are float32 throughout",
+    )
+    jumprelu_bandwidth: Annotated[float, Field(gt=0)] = Field(
+        0.25, description="width of the straight-through rectangle, as a share of the latent's threshold"
+    )
+    matryoshka_prefixes: Annotated[tuple[float, ...], listed(parse_share)] = Field(
+        (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0),
+        description="nested prefixes that must each reconstruct, as rising shares of the width: 1/8,1/2,1",
+    )
+
+
+class EvalSettings(_Group):
+    """Evaluation while training"""
+
+    absorption: bool = Field(True, description="run the absorption eval; of a toy: measure it against its truth")
+    absorption_evals: Annotated[int, Field(ge=1)] = Field(
+        12, description="how many times along the run, early ones closer together"
+    )
+    preset: Literal["saebench", "saebench-adam", "saebench-0.3", "paper", "paper-exact", "paper-released"] = Field(
+        "saebench", description="definition of the scores"
+    )
+    hierarchy: str = Field(
+        "first-letter",
+        description="what is asked of each word: first-letter, last-letter, first-vowel, word-length, word-class "
+        "(of the embedded model) or a JSON file {parent: {label: [words]}}",
+    )
+    template: str | None = Field(
+        None,
+        description="prompt line, such as '{word} has the first letter: {label}'; without {label} the word alone "
+        "is read; default: the hierarchy's own, or else 'the word is {word}'",
+    )
+    eval_words: Count | None = Field(None, description="words in the eval, a stratified sample; default: all")
+    eval_seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the split, prompts and probes")
+
+
+class RunSettings(_Group):
+    """Run folder"""
+
+    name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None = Field(
+        None, description="name of the run; default: from model, arch, width and l0"
+    )
+    out: str = Field("checkpoints", description="folder that holds the runs")
+    note: str | None = Field(None, description="a sentence on why this run was made; its report shows it")
+    log_every: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps between logged rows; default: 100 rows a run"
+    )
+    save_every: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="steps between saved states; default: ten a run"
+    )
+    memory_gib: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="memory the run may take; default: 90% of what is free; a grid that needs more is trained in "
+        "passes over activations kept on disk",
+    )
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        "disabled", description="mirror metrics, curves, report and absorption tables to W&B"
+    )
+
+
+class SAESpec(_Group):
+    """One SAE of a grid: what is asked for."""
+
+    arch: str
+    width: int
+    l0: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Folder and display name, such as 'topk-16k-l0_50' or 'relu-4k-l0_8-seed_1'."""
+        seed = f"-seed_{self.seed}" if self.seed else ""
+        return f"{self.arch}-{width_label(self.width)}-l0_{self.l0:g}{seed}"
+
+
+class Settings(_Group):
+    """The whole tree. Leaf names are unique, so flags and files use them flat."""
+
+    sae: SAESettings = SAESettings()
+    lm: LMSettings = LMSettings()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+    run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Settings:
+        problems = [
+            f"l0 {l0:g} is not below the width {width}: ask for fewer active latents than there are latents"
+            for width in self.sae.width
+            for l0 in self.sae.l0
+            if l0 >= width
+        ]
+        fractional = [f"{l0:g}" for l0 in self.sae.l0 if l0 != int(l0)]
+        if "topk" in self.sae.arch and fractional:
+            problems.append(f"l0 {', '.join(fractional)} is not whole: topk keeps a whole number of latents per token")
+        if "matryoshka" in self.sae.arch:
+            problems += prefix_problems(self.train.matryoshka_prefixes, self.sae.width)
+        if self.train.tokens < 100 * self.train.batch_tokens:
+            problems.append(
+                f"tokens {self.train.tokens} gives under 100 steps of batch_tokens {self.train.batch_tokens}: "
+                "raise tokens or lower batch_tokens"
+            )
+        problems += self._of_a_toy() if self.is_toy else []
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _of_a_toy(self) -> list[str]:
+        """What is asked of a toy and cannot be."""
+        groups = (self.lm, self.data, self.eval)
+        defaults = {name: field.default for group in groups for name, field in type(group).model_fields.items()}
+        values = {name: value for group in groups for name, value in group}
+        asked = [name for name in TEXT_SETTINGS if values[name] != defaults[name]]
+        means = "means" if len(asked) == 1 else "mean"
+        problems = [f"{', '.join(asked)} {means} nothing with the model toy, which has no text"] if asked else []
+        if self.dataset not in TOY_DATASETS:
+            problems.append(f"dataset {self.dataset!r} is none of the toy's: choose from {', '.join(TOY_DATASETS)}")
+        return problems
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether activations come from a planted dictionary, without a language model."""
+        return self.lm.model == "toy"
+
+    @property
+    def dataset(self) -> str:
+        """As asked, else the model's own (embedded text, letters of the toy) or a public web corpus."""
+        return self.data.dataset or OWN_DATASETS.get(self.lm.model, DEFAULT_HUB_DATASET)
+
+    def context(self, positions: int) -> int:
+        """Tokens per sequence: as asked, else the model's own up to 128; UserError if it has too few positions."""
+        if (self.data.context or 0) > positions:
+            raise UserError(
+                f"context {self.data.context} is longer than the {positions} positions of {self.lm.model}: "
+                "lower --context"
+            )
+        return self.data.context or min(positions, MAX_DEFAULT_CONTEXT)
+
+    @property
+    def n_steps(self) -> int:
+        return -(-self.train.tokens // self.train.batch_tokens)
+
+    @property
+    def specs(self) -> list[SAESpec]:
+        """All SAEs of the grid, in a fixed order."""
+        return [
+            SAESpec(arch=arch, width=width, l0=l0, seed=seed)
+            for arch in self.sae.arch
+            for width in self.sae.width
+            for l0 in self.sae.l0
+            for seed in self.sae.seed
+        ]
+
+
+def groups() -> dict[str, type[_Group]]:
+    """Settings groups by name, in the order of the tree."""
+    return {name: field.annotation for name, field in Settings.model_fields.items()}
+
+
+def leaves() -> dict[str, str]:
+    """Every setting's name with its group's name."""
+    return {leaf: group for group, model in groups().items() for leaf in model.model_fields}
+
+
+def resolve(given: dict[str, Any], file: str | Path | None = None) -> Settings:
+    """Merge defaults < the model's preset < `file` < `given`, all with flat keys.
+
+    Presets are configs/speller.yaml for the embedded model and configs/toy.yaml for the toy. Raises UserError that
+    names every problem, one line each.
+    """
+    flat = (read_yaml(file) if file else {}) | {key: value for key, value in given.items() if value is not None}
+    model = flat.get("model", "speller")
+    if model in OWN_DATASETS:
+        flat = read_yaml(CONFIGS / f"{model}.yaml") | flat
+    known = leaves()
+    problems = [unknown_setting(key, known) for key in flat if key not in known]
+    tree: dict[str, dict[str, Any]] = {group: {} for group in groups()}
+    for key in flat.keys() & known.keys():
+        tree[known[key]][key] = flat[key]
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        problems += [line for item in error.errors() for line in sentences_of(item)]
+    if problems:
+        raise UserError("\n".join(problems))
+    return settings
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """The tree as one flat dictionary of JSON values, as `resolve` takes it."""
+    return {key: value for group in settings.model_dump(mode="json").values() for key, value in group.items()}

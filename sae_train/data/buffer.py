@@ -1,0 +1,202 @@
+"""In: a LanguageModel and a TokenStream.
+Out: an endless iterator of shuffled activation batches that resumes bit-exactly; held-out activations.
+
+The activations of the stream's kept tokens, in order, are cut into blocks of `buffer_tokens`; each block is
+permuted by a generator of its own and handed out in batches. Nothing is lost between blocks, and the state
+is a position: on resume the current block is computed again, or read where blocks are kept on disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_train.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from sae_train.data.activation_cache import ActivationCache
+    from sae_train.data.language_model import LanguageModel
+    from sae_train.data.tokens import TokenStream
+
+MAX_EMPTY_BATCHES = 100
+
+
+class ActivationBuffer:
+    """Endless iterator over (batch_tokens, d_in) float32 activations on the model's device."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        tokens: TokenStream,
+        *,
+        buffer_tokens: int,
+        batch_tokens: int,
+        drop_ids: Collection[int] = (),
+        seed: int = 0,
+        cache: ActivationCache | None = None,
+    ) -> None:
+        """Special ids and `drop_ids` are left out; `buffer_tokens` is rounded up to whole batches.
+
+        Blocks that `cache` has are read, and the others are written to it.
+        """
+        self.lm = lm
+        self.tokens = tokens
+        self.batch_tokens = batch_tokens
+        self.buffer_tokens = max(1, -(-buffer_tokens // batch_tokens)) * batch_tokens
+        self._drop = dropped(lm, drop_ids)
+        self._seed, self._cache = seed, cache
+        self.load_state_dict({"tokens": tokens.state_dict(), "skip": 0, "block": 0, "offset": 0})
+
+    def __iter__(self) -> ActivationBuffer:
+        return self
+
+    def __next__(self) -> Float[Tensor, "batch_tokens d_in"]:
+        if self._block is None:
+            self._fill()
+        x = self._block[self._order[self._offset : self._offset + self.batch_tokens]]
+        self._offset += self.batch_tokens
+        if self._offset == self.buffer_tokens:
+            self._start = {"tokens": self._end["tokens"], "skip": self._end["skip"], "block": self._start["block"] + 1}
+            self._offset = 0
+            self._block = None
+        return x
+
+    @property
+    def epoch(self) -> int:
+        """How often the data began anew, up to the end of the current block."""
+        return self._end["epoch"] if self._end else self.tokens.epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as plain JSON values: where the block starts, how much of it is handed out."""
+        return {**self._start, "offset": self._offset}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position; the next batches are bit-equal to those that followed it."""
+        self._start = {name: state[name] for name in ("tokens", "skip", "block")}
+        self._offset = state["offset"]
+        self._block: Tensor | None = None
+        self._end: dict[str, Any] = {}
+        self._move()
+
+    def _move(self) -> None:
+        """Bring the tokens to where the block at the position starts."""
+        self.tokens.load_state_dict(self._start["tokens"])
+        self._rest: Tensor | None = None
+        self._used = self._start["skip"]
+        self._behind = False
+
+    def _fill(self) -> None:
+        """Read or compute the block at the position, check it, and draw its permutation."""
+        number = self._start["block"]
+        found = self._cache.read(number, self.lm.device) if self._cache else None
+        if found is not None:
+            block, self._end = found
+            self._behind = True
+        else:
+            block = self._compute()
+            self._end = {"tokens": self._batch_start, "skip": self._used, "epoch": self.tokens.epoch}
+            if self._cache:
+                self._cache.write(number, block, self._end)
+        check_activations(block, self.lm)
+        generator = torch.Generator().manual_seed(_mix(self._seed, number))
+        self._order = torch.randperm(self.buffer_tokens, generator=generator).to(block.device)
+        self._block = block
+
+    def _compute(self) -> Float[Tensor, "buffer_tokens d_in"]:
+        """Compute the block at the position; the tokens may have stayed behind while blocks were read."""
+        if self._behind:
+            self._move()
+        block = torch.zeros(self.buffer_tokens, self.lm.d_in, device=self.lm.device)
+        filled = 0
+        while filled < self.buffer_tokens:
+            if self._rest is None or len(self._rest) == 0:
+                self._forward()
+            piece = self._rest[: self.buffer_tokens - filled]
+            block[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            self._used += len(piece)
+            self._rest = self._rest[len(piece) :]
+        return block
+
+    def _forward(self) -> None:
+        """Compute the next tokens' kept activations; after a resume some of them are used up."""
+        skip = self._used if self._rest is None else 0
+        for _ in range(MAX_EMPTY_BATCHES):
+            self._batch_start = self.tokens.state_dict()
+            kept = kept_activations(self.lm, next(self.tokens), self._drop)
+            self._used = min(skip, len(kept))
+            self._rest = kept[self._used :]
+            if len(self._rest):
+                return
+            skip = 0
+        raise UserError(f"all tokens of {self.tokens.name} are special or dropped: there is nothing to train on.")
+
+
+def held_out_activations(
+    lm: LanguageModel,
+    rows: Int[Tensor, "rows context"],
+    drop_ids: Collection[int] = (),
+    n_tokens: int | None = None,
+    sequences: int = 32,
+    at_least: int = 1,
+) -> Float[Tensor, "tokens d_in"]:
+    """Return the activations of the kept tokens of held-out rows in order, at most `n_tokens` of them.
+
+    Fewer than `at_least` of them is a UserError.
+    """
+    drop = dropped(lm, drop_ids)
+    kept = []
+    n_kept = 0
+    for part in rows.split(sequences):
+        kept.append(kept_activations(lm, part, drop))
+        n_kept += len(kept[-1])
+        if n_tokens is not None and n_kept >= n_tokens:
+            break
+    if n_kept < max(1, at_least):
+        raise UserError(
+            f"{n_kept} of {rows.numel()} tokens are left once special and dropped ones are taken out, but "
+            f"{max(1, at_least)} are needed: drop fewer tokens or take other text."
+        )
+    x = torch.cat(kept)[:n_tokens]
+    check_activations(x, lm)
+    return x
+
+
+def kept_activations(
+    lm: LanguageModel, tokens: Int[Tensor, "batch position"], drop: Int[Tensor, " ids"]
+) -> Float[Tensor, "tokens d_in"]:
+    """Return the activations of the tokens that are not in `drop`, in reading order."""
+    tokens = tokens.to(lm.device)
+    return lm.activations(tokens)[~torch.isin(tokens, drop)]
+
+
+def dropped(lm: LanguageModel, drop_ids: Collection[int] = ()) -> Int[Tensor, " ids"]:
+    """Return the ids that SAEs never see: the tokenizer's special ones and `drop_ids`."""
+    return torch.tensor(sorted({*lm.special_ids, *drop_ids}), dtype=torch.long, device=lm.device)
+
+
+def estimate_scale(x: Float[Tensor, "tokens d_in"]) -> float:
+    """Return the factor that brings the mean squared norm of `x` to d_in."""
+    return math.sqrt(x.shape[-1] / x.double().square().sum(-1).mean().item())
+
+
+def check_activations(x: Float[Tensor, "tokens d_in"], lm: LanguageModel) -> None:
+    """Refuse activations from which nothing can be learned."""
+    if not torch.isfinite(x).all():
+        raise UserError(f"the activations of {lm.name} at {lm.hook_name} are not finite; try float32, or another hook.")
+    if bool((x == x[0]).all()):
+        raise UserError(
+            f"the activations of {lm.name} at {lm.hook_name} are the same vector for every token: "
+            "there is nothing to learn; choose another hook."
+        )
+
+
+def _mix(seed: int, block: int) -> int:
+    """Give every (seed, block) a seed of its own (SplitMix64's odd constants, 63 bits)."""
+    return (seed * 0x9E3779B97F4A7C15 + block * 0xBF58476D1CE4E5B9 + 1) % (1 << 63)

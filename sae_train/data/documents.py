@@ -1,0 +1,139 @@
+"""In: the name of a dataset (embedded text, local parquet/jsonl/json/txt file or folder, hub id).
+Out: Documents, its texts in order, read many at a time, which can be entered again at any read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_train.data.pretrained import EMBEDDED, hub_answers
+from sae_train.errors import UserError
+
+EMBEDDED_TEXT = EMBEDDED / "text"
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+DOCUMENTS_PER_READ = 512
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A dataset that can be opened at its start any number of times."""
+
+    name: str
+    open: Callable[[], Any]
+    text_column: str
+
+    def reads(self, state: dict | None = None) -> Iterator[tuple[dict, list[str]]]:
+        """Yield (state before the read, texts), from the start or from such a state."""
+        with _read_errors(self.name):
+            dataset = self.open()
+            if state is not None:
+                dataset.load_state_dict(state)
+            before = state or dataset.state_dict()
+            batches = dataset.iter(batch_size=DOCUMENTS_PER_READ)
+        while True:
+            with _read_errors(self.name):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield before, self._texts(batch)
+            before = dataset.state_dict()
+
+    def _texts(self, batch: dict[str, list]) -> list[str]:
+        if self.text_column not in batch:
+            raise UserError(
+                f"the dataset {self.name} has no column {self.text_column!r}; its columns are "
+                f"{', '.join(sorted(batch))}."
+            )
+        texts = batch[self.text_column]
+        wrong = next((text for text in texts if text is not None and not isinstance(text, str)), None)
+        if wrong is not None:
+            raise UserError(f"the column {self.text_column!r} of {self.name} holds {type(wrong).__name__}, not text.")
+        return [text or "" for text in texts]
+
+
+def find_documents(name: str, text_column: str = "text") -> tuple[Documents, Documents | None]:
+    """Find a dataset: (its documents, its own held-out documents if it brings any).
+
+    A path that exists wins; "generated" is the embedded text; anything else is a hub id, `owner/name` or
+    `owner/name:configuration`, of which the train split is streamed.
+    """
+    if name == "generated":
+        train, held_out = (
+            _local(name, EMBEDDED_TEXT / f"{split}.parquet", text_column) for split in ("train", "held_out")
+        )
+        return train, held_out
+    path = Path(name).expanduser()
+    if path.exists():
+        return _local(name, path, text_column), None
+    if name.startswith((".", "/", "~")) or path.suffix in READERS or not re.fullmatch(r"[\w./:-]+", name):
+        raise UserError(
+            f"there is no dataset {name!r}; give a parquet, jsonl, json or txt file, a folder of them, a hub "
+            "id or generated."
+        )
+    return _hub(name, text_column), None
+
+
+def _local(name: str, path: Path, text_column: str) -> Documents:
+    """A file, or a folder's files of one kind in the order of their paths; a line of a txt is a document."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _is_data(file, path))
+    kinds = {READERS.get(file.suffix) for file in files}
+    if not files or kinds == {None}:
+        raise UserError(f"{name} holds no data: parquet, jsonl, json or txt files are read.")
+    if len(kinds) > 1:
+        raise UserError(
+            f"the folder {name} mixes {', '.join(sorted(map(str, kinds)))} files; point to those of one kind."
+        )
+    (kind,) = kinds
+    with _read_errors(name):
+        files = [str(file) for file in files if not _is_empty(file)]
+    if not files:
+        raise UserError(f"the dataset {name} is empty: give a file with text in it.")
+    return Documents(name, lambda: _load(kind, data_files=files), text_column)
+
+
+def _is_data(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return file.is_file() and file.suffix in READERS and not hidden
+
+
+def _is_empty(file: Path) -> bool:
+    """Tell whether a file has no rows; the readers fail on such files instead of skipping them."""
+    if file.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return file.stat().st_size == 0 or parquet.read_metadata(file).num_rows == 0
+    with file.open("rb") as stream:
+        return not any(chunk.strip() for chunk in iter(lambda: stream.read(65536), b""))
+
+
+def _hub(name: str, text_column: str) -> Documents:
+    repo, _, configuration = name.partition(":")
+    if not hub_answers(repo, "dataset"):
+        raise UserError(
+            f"cannot stream {name!r}: no file or folder of this name is here, and the hub cannot be reached; "
+            "give a local parquet, jsonl, json or txt file, or generated."
+        )
+    return Documents(name, lambda: _load(repo, configuration or None), text_column)
+
+
+def _load(*where: Any, **files: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    # It logs a traceback's worth before it raises; what it raises is told in one sentence here.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets.load_dataset(*where, split="train", streaming=True, **files)
+
+
+@contextmanager
+def _read_errors(name: str) -> Iterator[None]:
+    """Turn what the readers raise for bad data into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, StopIteration, ConnectionError) as error:
+        reason = str(error).strip().split("\n")[0][:300] or "no rows"
+        raise UserError(f"cannot read the dataset {name}: {reason}") from error

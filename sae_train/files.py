@@ -1,0 +1,100 @@
+"""A run's small files: plain values and tables come in, files that are whole at any moment go out, and the way back.
+
+`whole` is the one way in which sae-train writes a file: under a temporary name, renamed once it is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_train.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; afterwards it is brought to the disk and gets its name.
+
+    A reader sees the old file or the new one, never half, also after a power cut. The folder is made where it is not
+    there. An error leaves the old file and no temporary one; each writer has a temporary name of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        temporary.chmod(0o666 & ~_umask())
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, in UTF-8."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole; NaN and infinity become null."""
+    write_text(path, json.dumps(finite(content), indent=1) + "\n")
+
+
+def write_parquet(path: Path, table: pd.DataFrame) -> None:
+    """Write a table whole."""
+    with whole(path) as temporary:
+        table.to_parquet(temporary, index=False, compression="zstd")
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write a JSON-lines file whole."""
+    write_text(path, "".join(json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run; UserError when it is absent or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{str(path)!r} does not exist: give the folder of a run, such as checkpoints/NAME") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as JSON: {error}") from None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; a last line cut off by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def finite(value: Any) -> Any:
+    """The value as JSON takes it, which has no NaN or infinity: they become None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""SAEs for others: cards, curves, uploads to the hub."""

@@ -1,0 +1,233 @@
+"""Model cards: entries of run.json come in, the README.md of a saved SAE and that of a published repo go out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_train.files import write_text
+
+SAE_CARD = """---
+library_name: saelens
+tags: [saelens, sparse-autoencoder, mechanistic-interpretability]
+---
+# {name}
+
+A {arch} sparse autoencoder with {width:,} latents for `{hook_name}` of `{model}`, trained by sae-train on
+{tokens:,} tokens of `{dataset}`.
+
+| | |
+|---|---|
+| L0 on held-out text (asked) | {l0_reached} ({l0:g}) |
+| explained variance, held out | {ev} |
+| loss recovered | {recovered} |
+| dead latents | {dead} |
+
+{absorption}
+
+```python
+from sae_train import load_sae
+
+sae = load_sae("path/to/{name}")
+latents = sae.encode(x)  # x: activations (n, {d_in}) of {hook_name}, raw
+```
+
+SAELens loads the same folder: `SAE.load_from_disk("path/to/{name}")`.
+"""
+
+TAGS = ["saelens", "sparse-autoencoder", "mechanistic-interpretability"]
+NAN = "not measured"
+FIGURES = (
+    ("metrics/l0", "l0", "L0, mean active latents a token"),
+    ("metrics/explained_variance", "explained_variance", "explained variance"),
+    ("metrics/ce_loss_score", "ce_loss_score", "loss recovered"),
+    ("sparsity/dead_fraction", "dead_fraction", "share of dead latents"),
+    ("absorption/mean_fraction", "absorption_fraction", "absorption, mean fraction"),
+    ("absorption/mean_full", "full_absorption", "full absorption, mean rate"),
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Names as they are published; `info` is run.json's content, `on_hub` the dataset's hub id if it has one."""
+
+    repo: str
+    license: str
+    model: str
+    dataset: str
+    info: dict[str, Any]
+    base_model: str | None
+    on_hub: str | None
+    command: str | None
+
+
+def card(origin: Origin, saes: list[dict[str, Any]], with_curves: bool) -> str:
+    """Return the whole README.md."""
+    import yaml
+
+    front = yaml.safe_dump(_front_matter(origin, saes), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"---\n{front}---",
+        f"# {origin.repo.split('/')[-1]}",
+        _opening(origin, saes),
+        "## Load",
+        _loading(origin, saes),
+        "## Measured",
+        _table(saes),
+        _reading(saes),
+        *(["![Curves over training tokens](curves.png)"] if with_curves else []),
+        *(["## Reproduce", _reproduce(origin)] if origin.command else []),
+        "## Licence",
+        _licence(origin),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(origin: Origin, saes: list[dict[str, Any]]) -> dict[str, Any]:
+    results = [_result(origin, sae) for sae in saes]
+    known = {
+        "library_name": "saelens",
+        "license": origin.license,
+        "base_model": origin.base_model,
+        "datasets": [origin.on_hub] if origin.on_hub else None,
+        "tags": TAGS,
+        "model-index": [{"name": origin.repo.split("/")[-1], "results": [r for r in results if r["metrics"]]}],
+    }
+    if not known["model-index"][0]["results"]:
+        del known["model-index"]
+    return {name: value for name, value in known.items() if value}
+
+
+def _result(origin: Origin, sae: dict[str, Any]) -> dict[str, Any]:
+    """One SAE's figures in the hub's model index; the ends of an interval go with the metric."""
+    metrics = []
+    for key, kind, name in FIGURES:
+        value = sae["final"].get(key)
+        if value is None:
+            continue
+        ends = [sae["final"].get(f"{key}_{end}") for end in ("low", "high")]
+        interval = {"args": {"ci95_low": _short(ends[0]), "ci95_high": _short(ends[1])}} if None not in ends else {}
+        metrics.append({"type": kind, "value": _short(value), "name": name, **interval})
+    return {
+        "task": {"type": "feature-extraction", "name": f"sparse autoencoder {sae['name']}"},
+        "dataset": {"type": origin.on_hub or "text", "name": f"{origin.dataset}, held out"},
+        "metrics": metrics,
+    }
+
+
+def _opening(origin: Origin, saes: list[dict[str, Any]]) -> str:
+    info = origin.info
+    noun = "A sparse autoencoder" if len(saes) == 1 else f"{len(saes)} sparse autoencoders"
+    model = f"`{origin.model}`" if origin.model else "a model that its configuration does not name"
+    where = f"`{info['hook_name']}` of {model}" if info.get("hook_name") else model
+    trained = f", trained by sae-train on {info['tokens']:,} tokens of `{origin.dataset}`" if info.get("tokens") else ""
+    return f"{noun} for {where}{trained}. {'It' if len(saes) == 1 else 'Each'} takes raw activations."
+
+
+def _loading(origin: Origin, saes: list[dict[str, Any]]) -> str:
+    name, d_in = saes[0]["name"], origin.info["d_in"]
+    return (
+        "```python\nfrom sae_train import load_sae\n\n"
+        f'sae = load_sae("{origin.repo}", "{name}")\nlatents = sae.encode(x)  # x: activations (n, {d_in})\n```\n\n'
+        f'SAELens reads the same folders: `SAE.from_pretrained("{origin.repo}", "{name}")`.'
+    )
+
+
+def _table(saes: list[dict[str, Any]]) -> str:
+    if any("toy/mcc" in sae["final"] for sae in saes):
+        head, row = ["MCC", "recovered", "absorption, by the truth"], _toy_row
+    else:
+        head, row = ["loss recovered", "absorption, fraction", "full absorption", "F1"], _text_row
+    head = ["SAE", "width", "L0 asked", "L0", "EV", "dead", *head]
+    lines = [head, ["---"] * len(head), *(_common_row(sae) + row(sae) for sae in saes)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _common_row(sae: dict[str, Any]) -> list[str]:
+    final = sae["final"]
+    figures = [("metrics/l0", ".2f"), ("metrics/explained_variance", ".4f"), ("sparsity/dead_fraction", ".1%")]
+    asked = NAN if sae["l0"] is None else f"{sae['l0']:g}"
+    return [f"`{sae['name']}`", f"{sae['width']:,}", asked, *(_number(final.get(key), form) for key, form in figures)]
+
+
+def _text_row(sae: dict[str, Any]) -> list[str]:
+    random = sae["baseline"].get("random") or {}
+    cells = [_number(sae["final"].get("metrics/ce_loss_score"), ".4f")]
+    for name in ("mean_fraction", "mean_full"):
+        beside = f" (random SAE {random[name]:.4f})" if random.get(name) is not None else ""
+        cells.append(_estimate(sae["final"], f"absorption/{name}") + beside)
+    return [*cells, _number(sae["final"].get("absorption/mean_f1"), ".2f")]
+
+
+def _toy_row(sae: dict[str, Any]) -> list[str]:
+    return [_number(sae["final"].get(f"toy/{name}"), ".4f") for name in ("mcc", "recovered", "absorption")]
+
+
+def _reading(saes: list[dict[str, Any]]) -> str:
+    finals = [sae["final"] for sae in saes]
+    text = "Every figure is taken on held-out data; EV is explained variance."
+    if any(final.get("absorption/valid") for final in finals):
+        text += (
+            " Absorption is the first-letter eval of Chanin et al. 2024 in SAEBench's form. In brackets are 95 % "
+            "bootstrap intervals over its words: another training seed may lie outside them. The random SAE has the "
+            "same width and L0. F1 is the letter latents' mean: where it is low, absorption is low for no merit."
+        )
+    reasons = dict.fromkeys(f["absorption/reason"] for f in finals if f.get("absorption/valid") is False)
+    return text + "".join(
+        f" The absorption eval gives no valid result: {str(reason).rstrip('.')}." for reason in reasons
+    )
+
+
+def _reproduce(origin: Origin) -> str:
+    info = origin.info
+    versions = ", ".join(f"{name} {value}" for name, value in info["versions"].items() if value)
+    commit = f", commit {info['git_commit']}" if info.get("git_commit") else ""
+    hardware = info.get("hardware") or {}
+    machine = ", ".join(hardware.get("gpus") or []) or f"{hardware.get('cores')} CPU cores"
+    return f"```\n{origin.command}\n```\n\nMade with {versions}{commit}, on {machine}. All figures: `results.json`."
+
+
+def _licence(origin: Origin) -> str:
+    base = f"; the language model, `{origin.base_model}`, has a licence of its own" if origin.base_model else ""
+    return f"These weights: {origin.license}{base}."
+
+
+def _estimate(values: dict[str, Any], key: str) -> str:
+    low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
+    interval = f" [{low:.4f}, {high:.4f}]" if low is not None and high is not None else ""
+    return _number(values.get(key), ".4f") + interval
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _number(value: float | None, form: str) -> str:
+    return NAN if value is None else format(value, form)
+
+
+def write_card(folder: Path, sae: dict[str, Any], info: dict[str, Any], measured: str) -> None:
+    """Write README.md into an SAE's folder; `measured` is the line on its absorption."""
+    final = sae["final"]
+
+    def shown(name: str, form: str) -> str:
+        return "not measured" if final.get(name) is None else format(final[name], form)
+
+    text = SAE_CARD.format(
+        name=sae["name"],
+        arch=sae["arch"],
+        width=sae["width"],
+        l0=sae["l0"],
+        l0_reached=shown("metrics/l0", ".2f"),
+        ev=shown("metrics/explained_variance", ".4f"),
+        recovered=shown("metrics/ce_loss_score", ".4f"),
+        dead=shown("sparsity/dead_fraction", ".1%"),
+        absorption=measured,
+        model=info["model"],
+        hook_name=info["hook_name"],
+        tokens=info["tokens"],
+        dataset=info["dataset"],
+        d_in=info["d_in"],
+    )
+    write_text(folder / "README.md", text)

@@ -1,0 +1,219 @@
+"""Publishing: a run's folder or one SAE's comes in; a repo on the hub that SAELens reads, in one commit, goes out.
+
+Everything is staged and read back in a temporary folder first. What is off its L0 or was not evaluated is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_train.config.settings import OWN_DATASETS
+from sae_train.errors import UserError
+from sae_train.files import read_json, read_metrics, write_json
+from sae_train.publishing.card import Origin, card
+from sae_train.publishing.curves import write_curves
+from sae_train.publishing.hub import check_card, check_repo_id, upload
+from sae_train.publishing.reproduce import command
+from sae_train.sae.files import load_sae, save_sae
+from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm
+
+MAX_L0_ERROR = 0.02
+UNIT = 1e-5  # how far from 1 sae-bench lets the norm of a decoder row be
+HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
+KEPT = ("hook_name", "d_in", "context", "tokens", "epochs", "seconds", "eval_seconds", "processes", "versions",
+        "hardware", "git_commit")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An SAE to be published, with its entry of run.json (name, arch, width, l0, seed, failed, final, baseline)."""
+
+    folder: Path
+    entry: dict[str, Any]
+
+    def problems(self) -> list[str]:
+        """Why it should not be published as it is."""
+        name, final = self.entry["name"], self.entry["final"]
+        if not (self.folder / "cfg.json").is_file():
+            return [f"{name} is not finished ({self.entry['failed'] or 'its run was interrupted'})"]
+        found = []
+        if self.entry["l0"] is None:
+            found.append(f"{name} is in no run's folder, so nothing says what it was to be")
+        elif final.get("metrics/l0") is None:
+            found.append(f"the L0 of {name} was not measured")
+        elif abs(final["metrics/l0"] / self.entry["l0"] - 1) > MAX_L0_ERROR:
+            found.append(f"{name} has L0 {final['metrics/l0']:.2f} where {self.entry['l0']:g} was asked")
+        if final.get("absorption/valid") is None and final.get("toy/mcc") is None:
+            found.append(f"the absorption eval of {name} is missing (sae-train eval {self.folder})")
+        return found
+
+
+@dataclass(frozen=True)
+class Source:
+    """run.json's content (or what stands in for it), the run's folder if there is one, its SAEs."""
+
+    info: dict[str, Any]
+    run: Path | None
+    candidates: list[Candidate]
+
+    def problems(self) -> list[str]:
+        """Why they should not be published as they are."""
+        status = self.info.get("status", "finished")
+        own = [] if status == "finished" else [f"the run's status is {status!r}"]
+        return own + [problem for candidate in self.candidates for problem in candidate.problems()]
+
+
+def publish(
+    checkpoint: str | Path, repo: str, *, private: bool = False, dry_run: bool = False, force: bool = False,
+    license: str = "mit", base_model: str | None = None,
+) -> str | Path:  # fmt: skip
+    """Publish a run's SAEs, or one of them, and return the repo's address; with dry_run, the staged folder.
+
+    `force` publishes what is off its L0 or not evaluated, leaves out what is not finished, and adds to a repo that
+    holds files already. `base_model` is the language model's hub id, where the run names a local folder. UserError
+    says in one sentence what stands in the way; the repo then holds nothing new.
+    """
+    check_repo_id(repo)
+    source = find(Path(checkpoint))
+    problems = source.problems()
+    if problems and not force:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"not published: {'; '.join(problems[:4])}{more}; --force publishes all the same.")
+    finished = [candidate for candidate in source.candidates if (candidate.folder / "cfg.json").is_file()]
+    if not finished:
+        raise UserError(f"{checkpoint} holds no finished SAE: nothing to publish.")
+    origin = _origin(source.info, repo, license, base_model)
+    staged, keep = None, False
+    try:
+        staged = Path(tempfile.mkdtemp(prefix="sae-train-publish-"))
+        _stage(staged, replace(source, candidates=finished), origin)
+        print("\n".join(_listing(staged, origin)))
+        if dry_run:
+            print(f"dry run: nothing was uploaded; look at {staged / 'README.md'}")
+            keep = True
+            return staged
+        print("uploading (where the hub fails, up to a minute of retries) …", flush=True)
+        url = upload(staged, repo, private, replace=force)
+    except OSError as error:
+        where = error.filename or staged or "a temporary folder"
+        raise UserError(f"nothing was published: {error.strerror} ({where}); TMPDIR names a disk with room.") from error
+    finally:
+        if staged and not keep:
+            shutil.rmtree(staged, ignore_errors=True)
+    print(f"published: {url}")
+    return url
+
+
+def find(checkpoint: Path) -> Source:
+    """What a run's folder, or one SAE's, holds for publication."""
+    folder = checkpoint.expanduser().resolve()
+    if (folder / "run.json").is_file():
+        info = read_json(folder / "run.json")
+        return Source(info, folder, [_candidate(folder / "saes" / entry["name"], entry) for entry in info["saes"]])
+    sae, run = load_sae(folder), folder.parents[1]
+    info = read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    entry = next((entry for entry in info.get("saes", ()) if entry["name"] == folder.name), None)
+    return Source(info, run, [_candidate(folder, entry)]) if entry else _alone(folder, sae.cfg)
+
+
+def _alone(folder: Path, cfg: SAEConfig) -> Source:
+    """An SAE in no run's folder: its configuration is all that is known."""
+    entry = {"name": folder.name, "arch": cfg.metadata.get("trained_as", cfg.architecture), "width": cfg.d_sae,
+             "l0": None, "failed": None, "final": {}, "baseline": {}}  # fmt: skip
+    info = {"model": cfg.model_name, "hook_name": cfg.hook_name, "dataset": cfg.dataset_path, "d_in": cfg.d_in}
+    return Source(info, None, [_candidate(folder, entry)])
+
+
+def _candidate(folder: Path, entry: dict[str, Any]) -> Candidate:
+    """Fill in what `sae-train eval` wrote beside the SAE, where the run itself did not evaluate it."""
+    if entry["final"].get("absorption/valid") is None and (folder / "absorption.json").is_file():
+        found, beside = _evaluation(read_json(folder / "absorption.json"))
+        entry = entry | {"final": entry["final"] | found, "baseline": entry["baseline"] | beside}
+    return Candidate(folder, entry)
+
+
+def _evaluation(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures under the names of metrics.jsonl, and baselines, of an absorption.json; none of another hierarchy."""
+    if result.get("eval_type_id") != "absorption_first_letter":
+        return {}, {}
+    rest, means = result["eval_result_unstructured"], result["eval_result_metrics"]["mean"]
+    found = {name: rest[name] for name in ("valid", "reason", "mean_f1")} | {
+        "n_letters": len(result["eval_result_details"])
+    }
+    for ours, theirs in (
+        ("mean_fraction", "mean_absorption_fraction_score"),
+        ("mean_full", "mean_full_absorption_score"),
+    ):
+        low, high = rest["intervals"][ours]
+        found |= {ours: means[theirs], f"{ours}_low": low, f"{ours}_high": high}
+    return {f"absorption/{name}": value for name, value in found.items()}, rest["baselines"]
+
+
+def _origin(info: dict[str, Any], repo: str, license: str, base_model: str | None) -> Origin:
+    """Where the SAEs came from, in names that mean something elsewhere: local paths keep their last part."""
+    model, dataset = _public(info["model"]), _public(info["dataset"])
+    settings = info.get("settings")
+    return Origin(
+        repo=repo, license=license, model=base_model or model, dataset=dataset, info=info,
+        base_model=base_model or (model if _on_hub(info["model"]) else None),
+        on_hub=dataset if _on_hub(info["dataset"]) else None,
+        command=command(settings | {"model": base_model or model, "dataset": dataset}) if settings else None,
+    )  # fmt: skip
+
+
+def _public(name: str) -> str:
+    return Path(name).name if Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) else name
+
+
+def _on_hub(name: str) -> bool:
+    own = {*OWN_DATASETS, *OWN_DATASETS.values(), "dictionary", "trees", "pairs"}
+    return bool(re.fullmatch(HUB_ID, name)) and name not in own and not Path(name).exists()
+
+
+def _stage(staged: Path, source: Source, origin: Origin) -> None:
+    for candidate in source.candidates:
+        sae = _named(load_sae(candidate.folder), origin)
+        save_sae(sae, staged / candidate.entry["name"])
+        _check_same(sae, load_sae(staged / candidate.entry["name"]), candidate.entry["name"])
+    entries = [candidate.entry for candidate in source.candidates]
+    about = {"model": origin.model, "dataset": origin.dataset, "command": origin.command}
+    write_json(staged / "results.json", about | {key: source.info.get(key) for key in KEPT} | {"saes": entries})
+    names = {entry["name"] for entry in entries}
+    rows = [row for row in read_metrics(source.run) if row["sae"] in names] if source.run else []
+    if rows:
+        write_curves(rows, staged / "curves.png")
+    text = card(origin, entries, with_curves=bool(rows))
+    check_card(text)
+    (staged / "README.md").write_text(text, encoding="utf-8")
+
+
+def _named(sae: SAE, origin: Origin) -> SAE:
+    """The SAE with public names and decoder rows of norm 1, as sae-bench wants them where that changes nothing."""
+    norm = sae.W_dec.norm(dim=1)
+    selects_by_size = sae.cfg.architecture == "topk" and (norm.max() - norm.min()) > UNIT * norm.max()
+    out = sae if selects_by_size or (norm - 1).abs().max() <= UNIT else fold_decoder_norm(sae)
+    out.cfg = replace(out.cfg, model_name=origin.model, dataset_path=origin.dataset)
+    return out
+
+
+@torch.no_grad()
+def _check_same(sae: SAE, again: SAE, name: str) -> None:
+    """What is published computes what was trained."""
+    x = sae.b_dec + torch.randn(8, sae.cfg.d_in, generator=torch.Generator().manual_seed(0)).to(sae.b_dec)
+    recon = sae(x)
+    if not recon.isfinite().all():
+        raise UserError(f"{name} gives values that are not finite: it is not published.")
+    assert torch.equal(recon, again(x)), f"{name} was not staged as it is"
+
+
+def _listing(staged: Path, origin: Origin) -> list[str]:
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    sizes = [f"  {path.relative_to(staged)}  {path.stat().st_size / 2**20:.2f} MiB" for path in files]
+    return [f"{origin.repo}: base model {origin.base_model or 'none on the hub'}, licence {origin.license}", *sizes]

@@ -1,0 +1,38 @@
+"""The command that makes a run again: the settings kept in run.json come in, a line for a shell goes out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from sae_train.config import LMSettings, flat, groups, leaves, resolve
+from sae_train.config.units import width_label
+
+
+def command(settings: dict[str, Any]) -> str:
+    """Name every setting that differs from the model's defaults; where a run is kept and shown is left out."""
+    plain = flat(resolve({"model": settings["model"]})) | {"model": LMSettings().model}
+    group_of, models = leaves(), groups()
+    words, before = ["sae-train"], ""
+    for name, value in settings.items():
+        if name not in plain or group_of[name] == "run" or (value == plain[name] and name not in ("width", "l0")):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if models[group_of[name]].model_fields[name].annotation is bool:
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif name == "drop" and len(value) > 1:  # a token may hold a comma, so several come by a file alone
+            before = f"printf '%s\\n' {shlex.quote(json.dumps({name: list(value)}))} > drop.yaml\n"
+            words += ["--config", "drop.yaml"]
+        elif value is not None:
+            words += [flag, _text(name, value)]
+    return before + shlex.join(words)
+
+
+def _text(name: str, value: Any) -> str:
+    parts = value if isinstance(value, list | tuple) else [value]
+    if name == "width":
+        return ",".join(map(width_label, parts))
+    return ",".join(
+        f"{part:g}" if isinstance(part, float) and float(f"{part:g}") == part else str(part) for part in parts
+    )

@@ -1,0 +1,169 @@
+"""What happens between steps: training figures, held-out figures, loss recovered, absorption, a toy's truth.
+
+Each class is called with (learner, step) and yields (name, value) pairs for metrics.jsonl; none changes a learner.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sae_train.data.language_model import LanguageModel
+from sae_train.data.toy import held_out_sample
+from sae_train.errors import UserError
+from sae_train.evals import absorption, assets, fidelity
+from sae_train.evals.events import trace
+from sae_train.evals.hierarchy import PLAIN_TEMPLATE, get_hierarchy
+from sae_train.evals.truth import truth
+from sae_train.training.metrics import held_out_metrics, totals
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from sae_train.config import EvalSettings
+    from sae_train.data.toy import Toy
+    from sae_train.evals.absorption import AbsorptionResult
+    from sae_train.evals.assets import Assets
+    from sae_train.training.learner import Learner
+    from sae_train.training.loop import Clock
+
+Pairs = Iterable[tuple[str, Any]]
+
+
+class TrainingFigures:
+    """The numbers of the last training step, and the speed since the start of this process."""
+
+    def __init__(self, clock: Clock, batch_tokens: int, start: int):
+        self.clock, self.batch_tokens, self.start = clock, batch_tokens, start
+        self._seconds_before = clock.training
+
+    def __call__(self, learner: Learner, step: int) -> Pairs:
+        for name, value in learner.last.items():
+            yield name, float(value)
+        if "sparsity/dead_features" in learner.last:
+            yield "sparsity/dead_fraction", float(learner.last["sparsity/dead_features"]) / learner.spec.width
+        seconds = self.clock.training - self._seconds_before
+        if step > self.start and seconds > 0:
+            yield "details/tokens_per_second", (step - self.start) * self.batch_tokens / seconds
+
+
+class HeldOut:
+    """L0, explained variance and density on held-out activations (n, d_in), already scaled."""
+
+    def __init__(self, x: Float[Tensor, "n d_in"]):
+        self.x, self.totals = x, totals(x)
+
+    def __call__(self, learner: Learner, step: int) -> Pairs:
+        figures = held_out_metrics(learner.sae, self.x, self.totals)
+        density = figures.pop("density")
+        yield from figures.items()
+        yield "sparsity/silent_fraction", (density == 0).float().mean().item()
+        yield "sparsity/log10_density_histogram", density_histogram(density)
+
+
+def density_histogram(density: Float[Tensor, " d_sae"]) -> list[int]:
+    """Count latents by log10 of their frequency: half-decade bins from 1e-5 to 1, rarer ones in the first bin."""
+    fired = density[density > 0].log10().clamp(-5, 0)
+    return torch.histc(fired.float().cpu(), bins=10, min=-5, max=0).int().tolist()
+
+
+class Fidelity:
+    """Loss recovered when the reconstruction replaces the activation.
+
+    At a step all SAEs are measured at the first one's turn, so that they share the language model's clean pass.
+    """
+
+    def __init__(self, lm: LanguageModel, data: fidelity.FidelityData, scale: float, learners: Sequence[Learner]):
+        self.lm, self.data, self.scale, self.learners = lm, data, scale, learners
+        self._step, self._found = -1, {}
+
+    def __call__(self, learner: Learner, step: int) -> Pairs:
+        if step != self._step:
+            makers = {each.name: partial(each.export, self.scale) for each in self.learners if each.failed is None}
+            found = fidelity.losses_recovered(self.lm, list(makers.values()), self.data)
+            self._step, self._found = step, dict(zip(makers, found, strict=True))
+        yield from self._found[learner.name].items()
+
+
+class Truth:
+    """Recovery and absorption against the toy's own dictionary."""
+
+    def __init__(self, toy: Toy, scale: float, n: int):
+        self.toy, self.scale, self.sample = toy, scale, held_out_sample(toy, n)
+
+    def __call__(self, learner: Learner, step: int) -> Pairs:
+        for name, value in truth(learner.export(self.scale), self.toy, self.sample).items():
+            yield f"toy/{name}", value
+
+
+class Absorption:
+    """The absorption eval. `keep` gets two tables: letters (with words at the last look), the trace of words."""
+
+    def __init__(
+        self, lm: LanguageModel, assets: Assets, settings: EvalSettings, scale: float, last_step: int,
+        keep: Callable[[pd.DataFrame, pd.DataFrame], None],
+    ):  # fmt: skip
+        self.lm, self.assets, self.settings, self.scale = lm, assets.to(lm.device), settings, scale
+        self.last_step, self.keep = last_step, keep
+        self.results: dict[str, AbsorptionResult] = {}
+
+    def __call__(self, learner: Learner, step: int) -> Pairs:
+        start = time.perf_counter()
+        self.results.pop(learner.name, None)
+        result = self.result_of(learner)
+        table = result.table(learner.name, step, with_words=step == self.last_step)
+        self.keep(table, trace(result).assign(sae=learner.name, step=step))
+        yield from result.metrics().items()
+        yield "absorption/seconds", time.perf_counter() - start
+
+    def result_of(self, learner: Learner) -> AbsorptionResult:
+        """The result at the last look; measured now where a resumed run has had none."""
+        if learner.name not in self.results:
+            sae, how = learner.export(self.scale), self.settings
+            self.results[learner.name] = absorption.evaluate(sae, self.assets, how.preset, how.eval_seed, self.lm)
+        return self.results[learner.name]
+
+
+def cache_folder() -> Path:
+    """Where eval assets are kept between runs: $XDG_CACHE_HOME/sae-train, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae-train"
+
+
+def build_assets(lm: LanguageModel | Toy, settings: EvalSettings) -> tuple[Assets | None, list[str]]:
+    """Make what the eval needs of this model, once; (None, notes) where it is off or the tokenizer rules it out.
+
+    A toy needs none: it has its truth.
+    A template that the user named must work (UserError); otherwise the hierarchy's own is taken, or else one that asks
+    for no answer.
+    """
+    if not settings.absorption or not isinstance(lm, LanguageModel):
+        return None, []
+    hierarchy = get_hierarchy(settings.hierarchy)
+    problems = []
+    fallbacks = dict.fromkeys([hierarchy.template, PLAIN_TEMPLATE])
+    for template in [settings.template] if settings.template else fallbacks:
+        try:
+            built = assets.build(
+                lm,
+                hierarchy=hierarchy,
+                template=template,
+                seed=settings.eval_seed,
+                preset=settings.preset,
+                n_words=settings.eval_words,
+                cache_dir=cache_folder(),
+            )
+        except UserError as error:
+            if settings.template:
+                raise
+            problems.append(f"with the template {template!r}: {error}")
+            continue
+        return built, [f"absorption eval: {problem}; the template {template!r} is used instead" for problem in problems]
+    return None, [f"the absorption eval cannot run on {lm.name}: {'; '.join(problems)}"]

@@ -1,0 +1,63 @@
+"""A trained SAE leaves memory: a learner comes in; its weights, its latents' pages and its baselines go out."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_train.data.buffer import dropped
+from sae_train.evals import baselines, latent_pages
+from sae_train.files import write_lines
+from sae_train.sae.files import save_sae
+
+if TYPE_CHECKING:
+    from sae_train.runs.callbacks import Absorption
+    from sae_train.runs.session import Session
+    from sae_train.sae.model import SAE
+    from sae_train.training.learner import Learner
+
+SAMPLE_TOKENS = 16_384  # of held-out text in which latents are looked up
+
+
+class Finisher:
+    """Writes SAEs of one session into the run's folder."""
+
+    def __init__(self, opened: Session, folder: Path):
+        self.session, self.folder = opened, folder
+
+    def write(self, learner: Learner, final: dict[str, Any], absorption: Absorption | None) -> dict[str, Any]:
+        """Write a finished SAE with where it came from; return its baselines, of which it has none without the eval."""
+        opened, settings = self.session, self.session.settings
+        sae = learner.export(opened.scale)
+        sae.cfg = replace(
+            sae.cfg,
+            hook_name=opened.model.hook_name,
+            model_name=opened.model.name,
+            context_size=opened.stream.context,
+            prepend_bos=opened.model.bos_id is not None,
+            dataset_path=settings.dataset,
+            l0=final.get("metrics/l0"),
+        )
+        if absorption is not None:
+            self._describe_latents(learner, sae, absorption)
+        save_sae(sae, self.folder / "saes" / learner.name)
+        if absorption is None or not final.get("absorption/valid"):
+            return {}
+        preset, seed = settings.eval.preset, learner.spec.seed
+        return baselines.all_scores(sae, opened.held_out, absorption.assets, preset, seed, opened.model)
+
+    def _describe_latents(self, learner: Learner, sae: SAE, absorption: Absorption) -> None:
+        """Look up what the main latents and the absorbers do on held-out text."""
+        roles = latent_pages.choose(absorption.result_of(learner))
+        if roles:
+            records = latent_pages.describe(sae, roles, self._sample, self.session.model)
+            write_lines(self.folder / "latents" / f"{learner.name}.jsonl", records)
+
+    @functools.cached_property
+    def _sample(self) -> latent_pages.Sample:
+        """Held-out text with its activations, run through the language model once."""
+        opened = self.session
+        rows = opened.stream.held_out[: max(1, SAMPLE_TOKENS // opened.stream.context)]
+        return latent_pages.sample(opened.model, rows, dropped(opened.model, opened.drop_ids))

@@ -1,0 +1,311 @@
+"""What a run will take, before it starts: settings in; derived values, memory, tokens and a time estimate out."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_train.config import width_label
+from sae_train.errors import UserError
+from sae_train.sae.forms import FORMS
+from sae_train.training.architectures import TRAINED
+from sae_train.training.ranks import Division, Ranks, current, divide
+
+if TYPE_CHECKING:
+    import torch
+
+    from sae_train.config import SAESpec, Settings
+    from sae_train.data.language_model import ModelFacts
+
+Passes = tuple[tuple["SAESpec", ...], ...]
+"""a grid that is too large for memory at once, in the parts that are trained one after the other"""
+
+GIB = 2**30
+TRAINING_BYTES = 4 * (1 + 1 + 2)  # float32 weights, gradients and Adam's two moments
+SLAB_BYTES = 128 * 2**20  # pre-activations that a step holds at a time, with selection
+ENTRY_BYTES = 64  # what one active latent of one token costs: value, indices, both sort orders, gradients
+PREFIX_COPIES = 4  # what matryoshka holds of a batch for each prefix: block, sum, error, gradient
+HEADROOM = 0.9
+EFFICIENCY = 0.5  # share of that matrix rate which the parts of a step reach
+ENCODER_SHARE = 2.0  # a whole step in encoder products; 1.9 measured at d_in 256, width 16k, L0 50
+TOY_EVAL_SECONDS = 0.4
+EVAL_SECONDS = 3.0  # one look at one SAE: held-out figures, loss recovered, absorption
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved run: `check` refuses what cannot work, `text` shows it. Memory is that of the busiest process in the
+    largest pass, in bytes; `budget` is what it may be.
+    """
+
+    settings: Settings
+    facts: ModelFacts
+    device: str
+    memory: dict[str, float]
+    available: float
+    budget: float
+    passes: Passes
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
+    division: Division | None = None
+
+    def check(self) -> None:
+        """Raise UserError if the memory needed is not there, or the room on disk."""
+        needed = sum(self.memory.values())
+        if needed > self.budget:
+            largest = max(self.memory, key=self.memory.get)
+            raise UserError(
+                f"this plan needs about {needed / GIB:.1f} GiB of memory on {self.device}{self._each()}; "
+                f"{self.available / GIB:.1f} GiB are free and {self.budget / GIB:.1f} GiB may be taken; most of it is "
+                f"for the {largest} ({self.memory[largest] / GIB:.1f} GiB): lower --width, --batch-tokens or "
+                "--buffer-tokens, or train fewer SAEs at once"
+            )
+        size, (folder, free) = self._cache_bytes(), self._disk()
+        if size > HEADROOM * free:
+            raise UserError(
+                f"the activations to be kept take {size / GIB:.1f} GiB on disk and {str(folder)!r} has "
+                f"{free / GIB:.1f} GiB free: lower --tokens, take --dtype bfloat16, name a larger disk by "
+                "--activation-cache, or train fewer SAEs, which need no second pass"
+            )
+
+    def text(self) -> str:
+        """The plan as lines for a person."""
+        s, facts = self.settings, self.facts
+        lines = [
+            *_source(s, facts, self.device),
+            f"training   {s.n_steps:,} steps × {s.train.batch_tokens:,} tokens = "
+            f"{s.n_steps * s.train.batch_tokens:,} tokens for each SAE",
+            *_looks(s),
+            *(
+                f"SAE        {spec.name}: {spec.width:,} latents ({width_label(spec.width)}), L0 {spec.l0:g}, "
+                f"{weights_of(spec, facts.d_model) / 1e6:,.1f} M weights"
+                for spec in s.specs
+            ),
+            *self._passes(),
+            *self._sharing(),
+            *(f"memory     {size / GIB:6.2f} GiB {part}" for part, size in self.memory.items()),
+            f"memory     {sum(self.memory.values()) / GIB:6.2f} GiB in all{self._each()}, "
+            f"{self.available / GIB:.1f} GiB free, {self.budget / GIB:.2f} GiB to take",
+            f"time       about {_duration(self.seconds)} (from the speed of a matrix product just now)",
+            *(f"note       {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+    def _each(self) -> str:
+        return f" for each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
+
+    def _cache_bytes(self) -> float:
+        """What the run's activations take on disk: nothing where they are not kept."""
+        s = self.settings
+        if s.is_toy or (len(self.passes) == 1 and not s.data.activation_cache):
+            return 0.0
+        return float(s.n_steps * s.train.batch_tokens * self.facts.d_model * (4 if s.lm.dtype == "float32" else 2))
+
+    def _disk(self) -> tuple[Path, int]:
+        """The folder that activations are kept under, and the bytes that are free there or theirs already."""
+        folder = Path(self.settings.data.activation_cache or self.settings.run.out).expanduser()
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        asked = self.settings.data.activation_cache
+        theirs = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) if asked else 0
+        return folder, shutil.disk_usage(there).free + theirs
+
+    def _passes(self) -> list[str]:
+        """What is in memory together where that is not the whole grid, and what is kept on disk."""
+        lines, size, (folder, free) = [], self._cache_bytes(), self._disk()
+        if len(self.passes) > 1:
+            lines.append(f"passes     {len(self.passes)}, since the SAEs do not fit into memory together")
+            for number, specs in enumerate(self.passes, start=1):
+                lines.append(f"pass {number:<6}trains {', '.join(spec.name for spec in specs)}")
+        if size:
+            end = "kept" if self.settings.data.activation_cache else "removed at the end"
+            there = f"in {folder}, {end}; {free / GIB:.1f} GiB free"
+            lines.append(f"disk       {size / GIB:6.2f} GiB of activations {there}")
+        return lines
+
+    def _sharing(self) -> list[str]:
+        """What several processes do, a line each."""
+        size, specs = self.ranks.size, self.settings.specs
+        if size == 1:
+            return []
+        lines = [f"processes  {size}: each computes 1/{size} of the activations, and all of them get all activations"]
+        if self.division.together:
+            share = self.settings.train.batch_tokens // size
+            return [*lines, f"processes  all train every SAE, {share:,} tokens of a batch each; gradients are averaged"]
+        for rank in range(size):
+            names = [spec.name for spec, owner in zip(specs, self.division.owners, strict=True) if owner == rank]
+            lines.append(f"process {rank}  trains {', '.join(names)}")
+        return lines
+
+
+def _source(s: Settings, facts: ModelFacts, device: str) -> list[str]:
+    """Where activations come from."""
+    held_out = f"{s.data.held_out_tokens:,} activations held out"
+    if s.is_toy:
+        return [f"toy        {s.dataset} (d_in {facts.d_model}) on {device}, {held_out}"]
+    return [
+        f"model      {s.lm.model}: {facts.architecture}, {facts.n_layers} blocks, d_model {facts.d_model}, "
+        f"{facts.n_parameters / 1e6:,.1f} M weights, {s.lm.dtype} on {device}",
+        f"hook       {facts.hook_name} (d_in {facts.d_model})",
+        f"text       {s.dataset}, sequences of {s.context(facts.context)} tokens, {held_out}",
+    ]
+
+
+def _looks(s: Settings) -> list[str]:
+    if s.is_toy:
+        return [f"truth      {s.eval.absorption_evals} evaluations" if s.eval.absorption else "truth      off"]
+    evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
+    return [f"absorption {evals}"]
+
+
+def describe_toy(dataset: str) -> ModelFacts:
+    """Return a toy's size."""
+    from sae_train.data.language_model import ModelFacts
+    from sae_train.data.toy import open_toy
+
+    toy = open_toy(dataset)
+    n = toy.directions.numel()
+    return ModelFacts("planted dictionary", 0, toy.d_in, 0, toy.hook_name, n, 0)
+
+
+def make_plan(settings: Settings) -> Plan:
+    """Resolve a run without loading weights; UserError for an unknown model or hook."""
+    from sae_train.data.language_model import describe_language_model
+    from sae_train.training.ranks import choose_device
+
+    device = choose_device(settings.lm.device)
+    lm = settings.lm
+    if settings.is_toy:
+        facts = describe_toy(settings.dataset)
+    else:
+        facts = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
+        settings.context(facts.context)
+    ranks = current()
+    division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
+    trained = busiest = busiest_process(settings, division, ranks)
+    available = _available(device) / (ranks.on_machine if device.type == "cpu" else 1)
+    budget = settings.run.memory_gib * GIB if settings.run.memory_gib else HEADROOM * available
+    passes = (tuple(settings.specs),)
+    if ranks.size == 1:
+        passes = split(settings.specs, lambda specs: sum(memory_of(settings, facts, specs).values()) <= budget)
+        busiest = max(passes, key=lambda specs: sum(memory_of(settings, facts, specs).values()))
+    return Plan(
+        settings=settings,
+        facts=facts,
+        device=str(device),
+        memory=memory_of(settings, facts, busiest),
+        available=available,
+        budget=budget,
+        passes=passes,
+        seconds=_seconds(settings, _flops(settings, facts, trained, division, ranks), len(trained), device),
+        notes=_notes(settings, facts, passes),
+        ranks=ranks,
+        division=division,
+    )
+
+
+def busiest_process(settings: Settings, division: Division, ranks: Ranks) -> list[SAESpec]:
+    """The SAEs of the process that trains the most: all of them where all train together."""
+    if division.together:
+        return settings.specs
+    owned = [[] for _ in range(ranks.size)]
+    for spec, owner in zip(settings.specs, division.owners, strict=True):
+        owned[owner].append(spec)
+    return max(owned, key=lambda specs: sum(spec.width for spec in specs))
+
+
+def weights_of(spec: SAESpec, d_in: int) -> int:
+    """Number of weights of one SAE."""
+    vectors = FORMS[TRAINED[spec.arch].form].vectors
+    return spec.width * (2 * d_in + len(vectors)) + d_in
+
+
+def memory_of(settings: Settings, facts: ModelFacts, specs: list[SAESpec]) -> dict[str, float]:
+    """Bytes by part at the peak of a process that trains `specs`."""
+    s, d = settings, facts.d_model
+    # Controlled architectures start at twice their target; batchtopk looks at up to four times as many candidates.
+    step = SLAB_BYTES + ENTRY_BYTES * 2 * s.train.batch_tokens * max(spec.l0 for spec in specs)
+    if any(spec.arch == "matryoshka" for spec in specs):
+        step += 4.0 * PREFIX_COPIES * s.train.batch_tokens * d * len(s.train.matryoshka_prefixes)
+    weights = sum(weights_of(spec, d) for spec in specs)
+    return {
+        "language model": facts.n_parameters * (4 if s.lm.dtype == "float32" else 2) * 1.2,
+        "activation buffer": 4.0 * d * (s.data.buffer_tokens + s.data.held_out_tokens * 2 + 3 * s.train.batch_tokens),
+        "SAEs with optimiser": weights * TRAINING_BYTES + 4.0 * max(weights_of(spec, d) for spec in specs) * 2,
+        "training step": step,
+    }
+
+
+def _seconds(settings: Settings, flops: float, n_saes: int, device: torch.device) -> float:
+    """Training at the speed of a matrix product measured now, and the looks."""
+    look = TOY_EVAL_SECONDS if settings.is_toy else EVAL_SECONDS
+    return flops / (_matrix_rate(device) * EFFICIENCY) + settings.eval.absorption_evals * n_saes * look
+
+
+def _flops(settings: Settings, facts: ModelFacts, specs: list[SAESpec], division: Division, ranks: Ranks) -> float:
+    """What the process that trains `specs` computes in the run, looks aside."""
+    per_token = 2.0 * facts.n_parameters_to_hook / ranks.size
+    for spec in specs:
+        per_token += 2.0 * facts.d_model * spec.width * ENCODER_SHARE / (ranks.size if division.together else 1)
+    return per_token * settings.n_steps * settings.train.batch_tokens
+
+
+def _matrix_rate(device) -> float:
+    """FLOP/s of a float32 matrix product on this device, measured in a moment."""
+    import torch
+
+    a = torch.ones(2048, 1024, device=device)
+    (a @ a.T).sum().item()
+    start = time.perf_counter()
+    for _ in range(5):
+        product = a @ a.T
+    product.sum().item()
+    return 5 * 2.0 * 2048 * 2048 * 1024 / (time.perf_counter() - start)
+
+
+def _available(device) -> float:
+    """Bytes free on the device."""
+    import psutil
+    import torch
+
+    return float(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+
+
+def _notes(settings: Settings, facts: ModelFacts, passes: Passes) -> list[str]:
+    too_many = [f"{l0:g}" for l0 in settings.sae.l0 if l0 > facts.d_model]
+    notes = []
+    if too_many:
+        notes.append(f"L0 {', '.join(too_many)} is above d_in {facts.d_model}: such a code is not sparse")
+    if settings.lm.hook is None and not settings.is_toy:
+        notes.append(f"no hook was named: {facts.hook_name} was taken")
+    if len(passes) > 1:
+        notes.append(f"the SAEs do not fit into memory together: they are trained in {len(passes)} passes")
+    return notes
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def split(specs: Sequence[SAESpec], fits: Callable[[list[SAESpec]], bool]) -> Passes:
+    """Put each SAE, the widest first, into the first pass that it fits, else into a new one; in grid order within.
+
+    An SAE that does not fit alone gets a pass of its own: whether that can work is not decided here.
+    """
+    passes: list[list[SAESpec]] = []
+    for spec in sorted(specs, key=lambda spec: -spec.width):
+        room = next((members for members in passes if fits([*members, spec])), None)
+        passes.append([spec]) if room is None else room.append(spec)
+    return tuple(tuple(sorted(members, key=specs.index)) for members in passes)
+
+
+def named(specs: Sequence[SAESpec], names: Sequence[Sequence[str]]) -> Passes:
+    """Return the passes of these names, as run.json keeps them."""
+    by_name = {spec.name: spec for spec in specs}
+    return tuple(tuple(by_name[name] for name in members) for members in names)

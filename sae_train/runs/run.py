@@ -1,0 +1,227 @@
+"""The three things to do with runs: train one, go on with one, evaluate a finished SAE.
+
+In: settings or a folder. Out: a `Run`, the folder that holds metrics, absorption tables, SAEs and the report.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_train.config import Settings, resolve, width_label
+from sae_train.errors import UserError
+from sae_train.files import read_json, read_metrics, write_json, write_parquet
+from sae_train.sae.files import load_sae
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_train.data.language_model import LanguageModel
+    from sae_train.evals.absorption import AbsorptionResult
+    from sae_train.evals.assets import Assets
+    from sae_train.runs.session import Session
+    from sae_train.sae.model import SAE
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run on disk."""
+
+    path: Path
+
+    @functools.cached_property
+    def saes(self) -> dict[str, SAE]:
+        """The run's SAEs by name, for raw activations."""
+        return {folder.name: load_sae(folder) for folder in sorted((self.path / "saes").glob("*"))}
+
+    def metrics(self) -> pd.DataFrame:
+        """metrics.jsonl as a table: one row per SAE and logged step."""
+        import pandas as pd
+
+        return pd.DataFrame(read_metrics(self.path))
+
+    def events(self) -> pd.DataFrame:
+        """The event log: one row per SAE and absorbed word, with the steps at which its letter latents fell silent and
+        the other latent took over (`evals/events.py`); UserError for a run without it."""
+        import pandas as pd
+
+        from sae_train.evals.events import event_log
+
+        path = self.path / "trajectory.parquet"
+        if not path.is_file():
+            raise UserError(
+                f"the run {str(self.path)!r} holds no trajectory.parquet: its absorption eval left no words"
+            )
+        return event_log(pd.read_parquet(path))
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """run.json: settings, versions, hardware, final figures."""
+        return read_json(self.path / "run.json")
+
+
+def train(config: str | Path | None = None, **settings: Any) -> Run:
+    """Train SAEs with settings named as the flags are: `train(width="16k", l0=50)`. Raises UserError."""
+    return start(resolve(settings, config))
+
+
+def start(settings: Settings) -> Run:
+    """Check the plan, open everything, make the run's folder and train."""
+    from sae_train.runs import session
+    from sae_train.runs.plan import make_plan
+    from sae_train.runs.runner import Runner
+    from sae_train.training.ranks import current
+
+    folder = free_folder(settings)
+    plan = make_plan(settings)
+    current().first(plan.check)
+    opened = session.open_session(settings, plan.passes, folder)
+    built, notes = _assets(opened)
+    session.begin(opened)
+    opened.ranks.first(lambda: folder.mkdir(parents=True))
+    said = [settings.run.note] if settings.run.note else []
+    return Run(Runner(opened, folder, built, said + plan.notes + notes).go())
+
+
+def _assets(opened: Session) -> tuple[Assets | None, list[str]]:
+    """What the eval needs of the model, made by one process for all."""
+    from sae_train.runs.callbacks import build_assets
+
+    def build() -> tuple[Assets | None, list[str]]:
+        built, notes = build_assets(opened.model, opened.settings.eval)
+        return built.to("cpu") if built else None, notes
+
+    return opened.ranks.first(build)
+
+
+def resume(folder: str | Path) -> Run:
+    """Go on with an interrupted run from its last saved state; UserError if there is nothing to go on with."""
+    from sae_train.runs import session
+    from sae_train.runs.plan import named
+    from sae_train.runs.runner import Runner
+
+    folder = Path(folder)
+    info = read_json(folder / "run.json")
+    if info.get("status") == "finished":
+        raise UserError(f"the run {str(folder)!r} is finished: sae-train report {folder} shows it")
+    saved = session.newest_state(folder)
+    if saved is None:
+        raise UserError(f"the run {str(folder)!r} has no saved state yet: delete the folder and start it again")
+    if "passes" not in info:
+        raise UserError(f"the run {str(folder)!r} was begun by an earlier version of sae-train: start it again")
+    settings = resolve(info["settings"])
+    opened = session.open_session(settings, named(settings.specs, info["passes"]), folder)
+    session.load(opened, saved)
+    built, _ = _assets(opened)
+    return Run(Runner(opened, folder, built, info.get("notes", []), info["saes"]).go())
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, given: dict[str, Any], out: Path | None = None, folder: str | None = None,
+    allow_pickle: bool = False,
+) -> AbsorptionResult:  # fmt: skip
+    """Run the absorption eval on a saved SAE with its baselines and interventions; print and write what it says.
+
+    The SAE is a local folder's or, with a repo's name and a `folder` in it, the hub's, which needs `out`.
+    `given` holds settings by flag name; the model and the hook default to what the checkpoint says. Written are
+    absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and absorption.html.
+    """
+    from sae_train.evals import absorption, baselines
+    from sae_train.runs.callbacks import build_assets
+    from sae_train.runs.session import open_model
+    from sae_train.runs.summary import absorption_line
+    from sae_train.training.ranks import choose_device, current
+
+    sae = load_sae(checkpoint, folder, allow_pickle=allow_pickle)
+    checkpoint = Path(checkpoint, folder or "")
+    if out is None and not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is on the hub: name by --out a folder for what is written")
+    origin = _with_origin(given, sae, checkpoint)
+    if origin["model"] == "toy":
+        raise UserError(
+            f"the SAE in {str(checkpoint)!r} is of the toy, which has no prompts: its run measured it against the truth"
+        )
+    settings = resolve(origin)
+    device = choose_device(settings.lm.device)
+    if current().size > 1:
+        raise UserError("sae-train eval is the work of one process: start it without torchrun")
+    lm = open_model(settings, device)
+    if lm.d_in != sae.cfg.d_in:
+        raise UserError(
+            f"the SAE in {str(checkpoint)!r} takes {sae.cfg.d_in} values a token and {lm.hook_name} of {lm.name} "
+            f"has {lm.d_in}: name the --model and --hook that it was trained on"
+        )
+    built, notes = build_assets(lm, settings.eval)
+    if built is None:
+        raise UserError(" ".join(notes))
+    sae, built = sae.to(lm.device), built.to(lm.device)
+    result = absorption.evaluate(sae, built, preset=settings.eval.preset, seed=settings.eval.eval_seed, lm=lm)
+    beside = baselines.all_scores(sae, built.x, built, result.preset, result.seed, lm) if result.valid else {}
+    print("\n".join([*notes, absorption_line(result.metrics(), beside.get("random"))]))
+    written = _write_evaluation(result, beside, sae, built, lm, checkpoint, Path(out or checkpoint))
+    print(f"written: {', '.join(map(str, written))}")
+    return result
+
+
+def _write_evaluation(
+    result: AbsorptionResult, beside: dict[str, dict], sae: SAE, built: Assets, lm: LanguageModel, checkpoint: Path,
+    out: Path,
+) -> list[Path]:  # fmt: skip
+    from sae_train.evals.interventions import interventions
+    from sae_train.report import write_eval_page
+
+    out.mkdir(parents=True, exist_ok=True)
+    changes = interventions(sae, lm, built, result, seed=result.seed) if result.valid else None
+    about = {
+        "SAE": str(checkpoint), "model": lm.name, "hook": lm.hook_name, "preset": result.preset,
+        "hierarchy": built.settings["hierarchy"], "seed": str(result.seed), "assets": result.asset_hash,
+    }  # fmt: skip
+    paths = [out / name for name in ("absorption.json", "absorption.parquet", "interventions.parquet")]
+    write_json(paths[0], result.to_saebench_json(beside, sae_cfg_dict=asdict(sae.cfg)))
+    write_parquet(paths[1], result.table(checkpoint.name, step=-1, with_words=True))
+    if changes is not None and len(changes):
+        write_parquet(paths[2], changes)
+    else:
+        paths[2].unlink(missing_ok=True)
+    paths.append(write_eval_page(result, beside, changes, about, out / "absorption.html"))
+    return [path for path in paths if path.exists()]
+
+
+def _with_origin(given: dict[str, Any], sae: SAE, checkpoint: Path) -> dict[str, Any]:
+    """Fill in model and hook from the checkpoint; UserError if neither it nor the caller names them."""
+    known = {"model": sae.cfg.model_name or None, "hook": sae.cfg.hook_name or None}
+    merged = known | {key: value for key, value in given.items() if value is not None}
+    missing = [f"--{key}" for key in known if not merged[key]]
+    if missing:
+        raise UserError(
+            f"the checkpoint {str(checkpoint)!r} does not say what it was trained on: give {', '.join(missing)}"
+        )
+    return merged
+
+
+def default_name(settings: Settings) -> str:
+    """Name a run by model, architectures, widths and targets."""
+    sae = settings.sae
+    widths = "+".join(width_label(width) for width in sae.width)
+    targets = "+".join(f"{l0:g}" for l0 in sae.l0)
+    seeds = f"-seed_{'+'.join(map(str, sae.seed))}" if sae.seed != (0,) else ""
+    return f"{Path(settings.lm.model).name}-{'+'.join(sae.arch)}-{widths}-l0_{targets}{seeds}"
+
+
+def free_folder(settings: Settings) -> Path:
+    """The folder of a new run: an asked name must be free, a derived one gets a number when taken."""
+    out = Path(settings.run.out)
+    if settings.run.name:
+        folder = out / settings.run.name
+        if folder.exists():
+            raise UserError(
+                f"the run folder {str(folder)!r} exists: choose another --name, or go on with it by "
+                f"sae-train resume {folder}"
+            )
+        return folder
+    name = default_name(settings)
+    taken = {path.name for path in out.glob(f"{name}*")} if out.is_dir() else set()
+    numbered = (f"{name}-{i}" for i in range(2, len(taken) + 3))
+    return out / next(free for free in (name, *numbered) if free not in taken)

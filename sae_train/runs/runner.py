@@ -1,0 +1,281 @@
+"""A process at work on a run: joins the session, its callbacks and the run's files.
+
+In: an opened session and the run's folder. Out: that folder, complete. Of several processes the first alone writes and
+speaks for all, but for the SAEs' own files, which their owners write.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_train.config import flat
+from sae_train.data.language_model import LanguageModel
+from sae_train.evals import fidelity
+from sae_train.evals.presets import get_preset
+from sae_train.files import read_metrics
+from sae_train.publishing.card import write_card
+from sae_train.report import write_report
+from sae_train.runs import callbacks, session
+from sae_train.runs.display import Display
+from sae_train.runs.finisher import Finisher
+from sae_train.runs.log import RunLog, provenance
+from sae_train.runs.summary import measured_line, summary_lines
+from sae_train.runs.wandb_mirror import open_mirror
+from sae_train.training import loop
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_train.evals.assets import Assets
+    from sae_train.runs.session import Session
+    from sae_train.training.learner import Learner
+
+N_LOGGED = 100
+N_SAVED = 10
+FIDELITY_TOKENS = 4096
+
+
+class Runner:
+    """Lives as long as one process works on a run."""
+
+    def __init__(
+        self, opened: Session, folder: Path, assets: Assets | None, notes: list[str],
+        known: list[dict[str, Any]] | None = None,
+    ):  # fmt: skip
+        """`known` is what run.json says of the SAEs where the run was interrupted."""
+        self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, notes
+        self.ranks = opened.ranks
+        wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
+        self.log = RunLog(folder, open_mirror(wandb, self.settings, folder))
+        self.display = self._new_display()
+        self.info: dict[str, Any] = {
+            "settings": flat(self.settings),
+            "dataset": self.settings.dataset,
+            "processes": self.ranks.size,
+            "passes": [[spec.name for spec in specs] for specs in opened.passes],
+        } | provenance()
+        self.failed = {sae["name"]: sae["failed"] for sae in known or []}
+        # The baselines of the SAEs that are written: those are not measured and written again.
+        self.written = {sae["name"]: sae["baseline"] for sae in known or [] if sae["written"]}
+        self.finisher = Finisher(opened, folder)
+        self.assets = assets
+        self.absorption: callbacks.Absorption | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
+
+    def _new_display(self) -> Display:
+        """One for the SAEs of the pass."""
+        return Display(
+            {spec.name: spec.l0 for spec in self.session.passes[self.session.number]},
+            self.settings.n_steps,
+            self.settings.train.batch_tokens,
+            quiet=not self.ranks.is_first,
+        )
+
+    def go(self) -> Path:
+        """Train to the end, or until Ctrl-C; raise KeyboardInterrupt then, with everything saved."""
+        opened = self.session
+        self.ranks.first(lambda: self.log.rewind(opened.reached()))
+        self._write_run("running")
+        for note in self.notes:
+            self.display.say(note)
+        with loop.StopRequest() as stop:
+            self._pass(stop)
+            for number in range(opened.number + 1, len(opened.passes)):
+                session.enter(opened, number)
+                session.begin(opened)
+                self.display = self._new_display()
+                self._pass(stop)
+        return self._finish()
+
+    def _pass(self, stop: loop.StopRequest) -> None:
+        """Train the SAEs that are in memory to the end, and write them."""
+        opened, n_steps = self.session, self.settings.n_steps
+        if len(opened.passes) > 1:
+            self.display.say(f"pass {opened.number + 1} of {len(opened.passes)}: {', '.join(self.display.targets)}")
+        with self.display:
+            opened.step = loop.fit(
+                opened.batches(),
+                opened.learners,
+                self._callbacks(),
+                start=opened.step,
+                n_steps=n_steps,
+                log=self._log,
+                before_last_look=lambda learner: learner.calibrate(opened.calibration * opened.scale),
+                save=lambda step: session.save(opened, self.folder, step),
+                save_steps=loop.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps),
+                clock=opened.clock,
+                stop=stop,
+                ranks=self.ranks,
+                owned=opened.owned,
+                hand_in=self._hand_in,
+            )
+        if stop.requested and opened.step < n_steps:
+            self._interrupt()
+        self._write_saes()
+        if opened.cache:
+            self.display.say(f"activations on disk: {opened.cache.said()}")
+
+    def _callbacks(self) -> list[loop.Callback]:
+        """Training figures often; held-out figures, loss recovered and absorption at the same, fewer steps."""
+        opened, settings, n_steps = self.session, self.settings, self.settings.n_steps
+        looks = loop.spread(settings.eval.absorption_evals, n_steps)
+        often = loop.every(settings.run.log_every or -(-n_steps // N_LOGGED), n_steps)
+        if not opened.owned:
+            return [loop.Callback(lambda learner, step: (), often | looks)]
+        figures = callbacks.TrainingFigures(opened.clock, settings.train.batch_tokens, opened.step)
+        made = [
+            loop.Callback(figures, often | looks),
+            loop.Callback(callbacks.HeldOut(opened.held_out * opened.scale), looks),
+            *(loop.Callback(look, looks) for look in self._of_the_model()),
+        ]
+        if self.assets is not None:
+            self.absorption = callbacks.Absorption(
+                opened.model, self.assets, settings.eval, opened.scale, n_steps, self._keep_absorption
+            )
+            # Where too few letters can be read off the model itself, one look records that; more would say the same.
+            readable = int(self.assets.letters_that_count.sum()) >= self.assets.n_needed(
+                get_preset(settings.eval.preset)
+            )
+            made.append(loop.Callback(self.absorption, looks if readable else frozenset({n_steps})))
+        return made
+
+    def _of_the_model(self) -> list[loop.Look]:
+        """What this kind of model can be asked: a language model for its loss, a toy for the truth."""
+        opened, settings = self.session, self.settings
+        if isinstance(opened.model, LanguageModel):
+            return [callbacks.Fidelity(opened.model, self._fidelity_data, opened.scale, opened.own_learners)]
+        if not settings.eval.absorption:
+            return []
+        return [callbacks.Truth(opened.model, opened.scale, settings.data.held_out_tokens)]
+
+    @functools.cached_property
+    def _fidelity_data(self) -> fidelity.FidelityData:
+        """The passes of the language model that all SAEs share."""
+        opened = self.session
+        rows = opened.stream.held_out[: max(1, FIDELITY_TOKENS // opened.stream.context)]
+        return fidelity.FidelityData.build(opened.model, rows, opened.drop_ids)
+
+    def _log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:
+        tokens = step * self.settings.train.batch_tokens
+        row = {
+            "sae": learner.name,
+            "step": step,
+            "tokens": tokens,
+            "seconds": self.session.clock.training,
+        } | values
+        self.rows.append(row)
+        if self.ranks.size == 1:
+            self._hand_in_rows([self.rows])
+
+    def _keep_absorption(self, *tables: pd.DataFrame) -> None:
+        step = self.settings.train.batch_tokens
+        self.tables.append(tuple(table.assign(tokens=table["step"] * step) for table in tables))
+
+    def _hand_in(self) -> None:
+        """Bring what all processes logged at one look to the first one's files and display."""
+        handed = self.ranks.gather((self.rows, self.tables))
+        self.tables = []
+        if not self.ranks.is_first:
+            self.rows = []
+            return
+        kept = [tables for _, theirs in handed for tables in theirs]
+        self.log.absorption.add([letters for letters, _ in kept])
+        self.log.trajectory.add([words for _, words in kept])
+        self._hand_in_rows([rows for rows, _ in handed])
+
+    def _hand_in_rows(self, handed: list[list[dict[str, Any]]]) -> None:
+        """Log and show rows in the grid's order."""
+        self.rows = []
+        order = [spec.name for spec in self.settings.specs]
+        for row in sorted((row for rows in handed for row in rows), key=lambda row: order.index(row["sae"])):
+            self.log.log(row)
+            self.display.row(row)
+
+    def _write_run(self, status: str) -> None:
+        opened = self.session
+        failed, beside = dict(self.failed), {}
+        own = {learner.name: learner.failed for learner in opened.own_learners}
+        for theirs in self.ranks.gather((own, self.written)):
+            failed |= theirs[0]
+            beside |= theirs[1]
+        self.failed = failed
+        if not self.ranks.is_first:
+            return
+        finals = self._finals()
+        self.info |= {
+            "status": status,
+            "notes": self.notes,
+            "model": opened.model.name,
+            "hook_name": opened.model.hook_name,
+            "d_in": opened.model.d_in,
+            "context": opened.stream.context,
+            "scale": opened.scale,
+            "tokens": opened.step * self.settings.train.batch_tokens,
+            "epochs": opened.buffer.epoch,
+            "seconds": opened.clock.training,
+            "eval_seconds": opened.clock.paused_for,
+            "eval_assets": {} if self.assets is None else {"hash": self.assets.hash, **self.assets.settings},
+            "saes": [
+                {
+                    "name": spec.name,
+                    **spec.model_dump(),
+                    "failed": failed.get(spec.name),
+                    "final": finals.get(spec.name, {}),
+                    "written": spec.name in beside,
+                    "baseline": beside.get(spec.name, {}),
+                }
+                for spec in self.settings.specs
+            ],
+        }
+        self.log.write_run(self.info)
+
+    def _finals(self) -> dict[str, dict[str, Any]]:
+        """The newest value of every figure, by SAE."""
+        finals: dict[str, dict[str, Any]] = {}
+        for row in read_metrics(self.folder):
+            finals.setdefault(row["sae"], {}).update(row)
+        return finals
+
+    def _interrupt(self) -> None:
+        session.save(self.session, self.folder, self.session.step)
+        self._write_run("interrupted")
+        self.log.mirror.close()
+        self.display.say(f"interrupted at step {self.session.step}; go on with: sae-train resume {self.folder}")
+        raise KeyboardInterrupt
+
+    def _write_saes(self) -> None:
+        """Write the SAEs in memory and measure their baselines.
+
+        run.json notes each SAE once it is written, so that a run that ends here goes on with the others.
+        """
+        whole = loop.running(self.session.own_learners)
+        finals = self.ranks.first(self._finals)
+        to_write = [learner for learner in whole if learner.name not in self.written]
+        for i in range(max(self.ranks.gather(len(to_write)))):
+            for learner in to_write[i : i + 1]:
+                self.written[learner.name] = self.finisher.write(learner, finals[learner.name], self.absorption)
+            self._write_run("running")
+
+    def _finish(self) -> Path:
+        """Write cards, run.json and the report; say the results."""
+        self._write_run("finished" if any(self.ranks.any(bool(self.written))) else "failed")
+        self.ranks.first(self._present)
+        self.ranks.first(lambda: shutil.rmtree(session.run_cache(self.folder), ignore_errors=True))
+        return self.folder
+
+    def _present(self) -> None:
+        """Write the cards and the report; say the results."""
+        for described in self.info["saes"]:
+            if described["failed"] is None:
+                measured = measured_line(described["final"], described["baseline"].get("random"))
+                write_card(self.folder / "saes" / described["name"], described, self.info, measured)
+        report = write_report(self.folder)
+        self.log.mirror.show()
+        self.log.mirror.close()
+        for line in summary_lines(self.info):
+            self.display.say(line)
+        self.display.say(f"report: {report}")

@@ -1,0 +1,1 @@
+"""The finished SAE: what it computes, and its files in every layout."""

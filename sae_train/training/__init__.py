@@ -1,0 +1,1 @@
+"""How an SAE learns: architectures, losses, L0 control, the loop."""

@@ -1,0 +1,146 @@
+"""What the architectures share in training: the interface that the learner drives, and helpers of several of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae_train.errors import UserError
+from sae_train.kernels import ops
+from sae_train.training import losses
+from sae_train.training.l0 import level_for
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    from sae_train.config import SAESpec, TrainSettings
+    from sae_train.sae.model import SAE
+    from sae_train.training.ranks import Ranks
+
+# λ_P of the pre-activation loss (Anthropic, January 2025 update).
+PRE_ACTIVATION_COEFFICIENT = 3e-6
+# Where L0 starts under a controller, in targets, and how many pre-activations are looked at to find that level.
+START_L0 = 2.0
+QUANTILE_ELEMENTS = 2**24
+
+
+@dataclass
+class Forward:
+    """One forward pass in training: flat latents at a pattern, the reconstruction, and what is to be paid.
+
+    `error` is the squared error to be lowered, `sparsity` is multiplied by `price` and the controller's coefficient,
+    `extra` is what else the architecture's loss has. `level` is where a latent begins to be active, for dead ones to
+    rise to; `state` replaces entries of the architecture's state if the step is taken.
+    """
+
+    recon: Tensor
+    values: Tensor
+    pattern: ops.Pattern
+    error: Tensor
+    sparsity: Tensor | None = None
+    price: Tensor | float = 1.0
+    extra: Tensor | None = None
+    level: Tensor | float = 0.0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def fired(self) -> Tensor:
+        """Return how many tokens of the batch each latent was active on."""
+        active = (self.values > 0).to(self.values.dtype)
+        return active.new_zeros(self.pattern.d_sae).scatter_add_(0, self.pattern.latents.long(), active)
+
+
+class Architecture(ABC):
+    """One kind of SAE in training. An instance belongs to one learner: `sae` is what it trains, `leaves` what the
+    optimiser moves beside the two matrices, and `state` what else a resumed run needs.
+
+    `form` is what the finished SAE is; `base_lr` the learning rate at width 16k; `lr_factors` multiply it for some
+    leaves: with Adam a parameter moves by at most lr a step, and levels, of the size of x, need more than weights do;
+    `first_coefficient` is where the L0 controller's λ starts, None where L0 needs no controller.
+    """
+
+    form: str
+    base_lr: float
+    lr_factors: dict[str, float]
+    first_coefficient: float | None
+    shares_batches = True
+    """whether several processes can each train on their share of a batch"""
+    takes_bfloat16 = False
+    """whether its step may run under autocast to bfloat16"""
+    waits_for_nothing = False
+    """whether nothing on the host depends on what a step finds on the device, so that it can be recorded there"""
+
+    def __init__(self, sae: SAE, spec: SAESpec, settings: TrainSettings, ranks: Ranks):
+        if ranks.size > 1 and not self.shares_batches:
+            raise UserError(
+                f"{spec.arch} selects over whole batches, which {ranks.size} processes cannot share: train at least as "
+                "many SAEs as there are processes, or start one process"
+            )
+        self.sae, self.spec, self.settings, self.ranks = sae, spec, settings, ranks
+        self.state: dict[str, Tensor] = {}
+        self.crossover = ops.Crossover()
+        self.leaves: dict[str, Tensor] = self.make_leaves()
+
+    @abstractmethod
+    def make_leaves(self) -> dict[str, Tensor]:
+        """Return the vectors that are trained, by name."""
+
+    @abstractmethod
+    def start(self, sample: Float[Tensor, "n d_in"]) -> None:
+        """Set the levels before the first step; W_enc, W_dec and b_dec are set already."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Forward:
+        """Run the training forward pass."""
+
+    @abstractmethod
+    def revival(self, run: Forward, x: Tensor, recon: Tensor, dead: Int[Tensor, " n_dead"]) -> Tensor:
+        """Return the weighted loss that brings dead latents back, from some rows of x and x̂."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Bring the SAE in line with leaves and state, after a step and after loading."""
+
+    @abstractmethod
+    def calibrate(self, held_out: Float[Tensor, "n d_in"]) -> None:
+        """Bring the finished SAE's L0 on held-out activations to the target."""
+
+
+def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"], bias: Tensor) -> Float[Tensor, "n d_sae"]:
+    """(x − b_dec)·W_enc + bias."""
+    return torch.addmm(bias, x - sae.b_dec, sae.W_enc)
+
+
+def start_level(sae: SAE, sample: Float[Tensor, "n d_in"], l0: float) -> Float[Tensor, ""]:
+    """Return the positive level that on average l0 (at most half) of a token's (x − b_dec)·W_enc exceed."""
+    pre = (sample[: max(1, QUANTILE_ELEMENTS // sae.cfg.d_sae)] - sae.b_dec) @ sae.W_enc
+    return level_for(pre, min(l0, sae.cfg.d_sae / 2)).clamp_min(1e-3)
+
+
+def fit_scale(sae: SAE, sample: Float[Tensor, "n d_in"], level: Tensor) -> Float[Tensor, ""]:
+    """Multiply W_enc so that the latents above level reconstruct best, and return the factor.
+
+    Encoder rows of norm 1 overshoot many times over where many latents are active; what the first steps then do against
+    it silences them (from L0 240 to 4 within 30 steps at width 16k).
+    """
+    x = sample[: max(1, QUANTILE_ELEMENTS // sae.cfg.d_sae)] - sae.b_dec
+    pre = x @ sae.W_enc
+    recon = (pre * (pre > level)) @ sae.W_dec
+    scale = ((x * recon).sum() / recon.square().sum()).nan_to_num(1.0)
+    sae.W_enc.mul_(scale)
+    return scale
+
+
+def revival_by_aux_k(arch: Architecture, x: Tensor, recon: Tensor, dead: Tensor) -> Tensor:
+    """AuxK with its coefficient (Gao et al. 2024)."""
+    sae, weight = arch.sae, arch.settings.aux_coefficient
+    return weight * losses.aux_k(x, recon, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, arch.ranks.mean)
+
+
+def revival_by_level(sae: SAE, x: Tensor, bias: Tensor, level: Tensor | float, dead: Tensor) -> Tensor:
+    """The pre-activation loss with its coefficient (Anthropic, January 2025 update)."""
+    return PRE_ACTIVATION_COEFFICIENT * losses.pre_activation(x, sae.W_enc, bias, sae.W_dec, sae.b_dec, level, dead)

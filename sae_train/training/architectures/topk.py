@@ -1,0 +1,36 @@
+"""topk: the k largest of relu(pre) of each token, loss ⟨‖e‖²⟩ + α·AuxK (Gao et al. 2024)."""
+
+from __future__ import annotations
+
+from sae_train.kernels import ops
+from sae_train.training.architectures.base import Architecture, Forward, revival_by_aux_k
+
+
+class TopK(Architecture):
+    """L0 is exact by selection: nothing steers it, starts it or calibrates it. lr: Gao et al. 2024."""
+
+    form, base_lr = "topk", 2e-4
+    lr_factors, first_coefficient = {}, None
+    takes_bfloat16 = waits_for_nothing = True
+
+    def make_leaves(self):
+        return {"b_enc": self.sae.b_enc, "b_dec": self.sae.b_dec}
+
+    def start(self, sample):
+        """No level to set."""
+
+    def forward(self, x):
+        sae = self.sae
+        pre, pattern = ops.active_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, sae.cfg.k)
+        values = pre.relu()
+        recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
+        return Forward(recon, values, pattern, error / len(x))
+
+    def revival(self, run, x, recon, dead):
+        return revival_by_aux_k(self, x, recon, dead)
+
+    def settle(self):
+        """The SAE is what is trained: nothing to bring in line."""
+
+    def calibrate(self, held_out):
+        """k is the L0."""

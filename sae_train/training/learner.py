@@ -1,0 +1,315 @@
+"""One SAE in training: batches of scaled activations in, metric tensors out, and a finished SAE for raw activations.
+
+A learner keeps its own optimiser, L0 control, dead-latent counters, random generator and failure flag, so that many can
+train on one stream of batches without touching each other. A step never waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sae_train.errors import UserError
+from sae_train.kernels import ops
+from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm, fold_scale
+from sae_train.training.architectures import TRAINED, Forward
+from sae_train.training.l0 import L0Controller
+from sae_train.training.ranks import Ranks
+from sae_train.training.recording import Recorder
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from sae_train.config import SAESpec, TrainSettings
+
+# The list of dead latents is rebuilt every so many steps: building it is the one place that waits for the device.
+DEAD_REFRESH = 8
+MAX_DEAD_TOKENS = 10_000_000
+DEAD_SHARE = 0.05
+
+# Entries (tokens × dead latents) that the loss on dead latents looks at in one step. Where most latents are dead it
+# would cost more than all the rest (2.5 times, with 60 % of 16k dead), so it then takes every n-th token of the batch.
+MAX_REVIVAL_ENTRIES = 5 * 2**20
+
+
+class Learner:
+    """Train one SAE on x with ⟨‖x‖²⟩ = d_in.
+
+    With `ranks` of several processes each steps on its equal share of a batch; gradients, losses and counts are those
+    of the whole batch, so that all processes hold the same weights.
+    """
+
+    def __init__(
+        self,
+        spec: SAESpec,
+        settings: TrainSettings,
+        d_in: int,
+        n_steps: int,
+        device: str | torch.device = "cpu",
+        ranks: Ranks | None = None,
+    ):
+        self.ranks = ranks or Ranks()
+        self.spec, self.name, self.settings, self.n_steps = spec, spec.name, settings, n_steps
+        self.d_in, self.device = d_in, torch.device(device)
+        self.sae = _new_sae(spec, d_in, device)
+        self.arch = TRAINED[spec.arch](self.sae, spec, settings, self.ranks)
+        self.generator = torch.Generator().manual_seed(spec.seed)
+        self.lr = settings.lr or default_lr(spec, n_steps)
+        share = math.ceil(DEAD_SHARE * settings.tokens)
+        self.bfloat16 = self._takes_bfloat16()
+        self.dead_tokens = settings.dead_tokens or min(MAX_DEAD_TOKENS, share)
+        self.leaves = {"W_enc": self.sae.W_enc, "W_dec": self.sae.W_dec} | self.arch.leaves
+        self.trained = {name: leaf.detach() for name, leaf in self.leaves.items()}
+        # Contiguous, as the optimiser wants it.
+        self.trained["W_enc"] = self.trained["W_enc"].t()
+        self.optimiser = self._optimiser()
+        self.control = None
+        if self.arch.first_coefficient is not None:
+            first = round(settings.lr_warm_up * n_steps)
+            self.control = L0Controller(spec.l0, self.arch.first_coefficient, first, device)
+        self.step_count = 0
+        self.last: dict[str, Tensor] = {}
+        self.failed: str | None = None
+        new = {"device": self.device, "dtype": torch.int64}
+        self.idle_tokens = torch.zeros(spec.width, **new)
+        self.dead = torch.zeros(0, **new)
+        self.failure = torch.full((2,), -1, **new)
+        self.now = torch.zeros((), **new)
+        self.records = self.device.type == "cuda" and self.arch.waits_for_nothing and self.ranks.size == 1
+        self.recorder = Recorder()
+
+    @torch.no_grad()
+    def initialise(self, sample: Float[Tensor, "n d_in"]) -> None:
+        """Set random decoder rows, W_enc to their transpose, b_dec to the geometric median; then the levels."""
+        sae = self.sae
+        rows = torch.randn(sae.W_dec.shape, generator=self.generator)
+        sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+        sae.W_enc.copy_(sae.W_dec.t())
+        sae.b_dec.copy_(geometric_median(sample))
+        self.arch.start(sample)
+
+    def step(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Tensor]:
+        """Take one optimiser step; the returned tensors stay on the device.
+
+        On a GPU the steps of an architecture that never waits for it are recorded, and played while no latent is dead.
+        """
+        self._set_lr()
+        self.now.fill_(self.step_count)
+        if self.step_count % DEAD_REFRESH == 0:
+            self.dead = (self.idle_tokens >= self.dead_tokens).nonzero().view(-1)
+        metrics = self.recorder.make(self._step, x, may_play=self.records and not self._revives())
+        self.step_count += 1
+        return metrics | {"details/lr": torch.tensor(self.lr_now)}
+
+    def _revives(self) -> bool:
+        return bool(self.dead.numel() and self.settings.aux_coefficient)
+
+    def _step(self, x: Tensor) -> dict[str, Tensor]:
+        """What of a step happens on the device."""
+        with self._products():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16 and self.arch.takes_bfloat16):
+                run = self.arch.forward(x)
+            terms = self._terms(x, run)
+            sum(terms.values()).backward()
+        terms = {name: self.ranks.mean(term) for name, term in terms.items()}
+        norms = self._gradients()
+        bad = self._note_failure(torch.stack([x.abs().amax(), *terms.values(), *norms]))
+        self._apply(norms, run, bad)
+        for p in (*self.leaves.values(), *self.trained.values()):
+            p.grad = None
+        fired, n_tokens = self.ranks.sum(run.fired()), len(x) * self.ranks.size
+        l0 = fired.sum() / n_tokens
+        self.idle_tokens.add_(n_tokens).masked_fill_(fired > 0, 0)
+        metrics = self._metrics(run, terms, l0, norms)
+        if self.control:
+            self.control.update(l0, self.step_count, ~bad)
+        return metrics
+
+    def check(self) -> str | None:
+        """Read the failure flag (waits for the device); return and keep in `failed` what happened, or None."""
+        step, what = self.failure.tolist()
+        if step >= 0 and self.failed is None:
+            self.failed = f"step {step}: {self._watched()[what]} is not finite"
+        return self.failed
+
+    @torch.no_grad()
+    def calibrate(self, held_out: Float[Tensor, "n d_in"]) -> None:
+        """Bring L0 on held-out activations to the target, as the architecture does it."""
+        self.arch.calibrate(held_out)
+
+    @torch.no_grad()
+    def export(self, scale: float) -> SAE:
+        """Return the SAE for raw activations, decoder rows of norm 1, of this one trained on scale · raw."""
+        return fold_decoder_norm(fold_scale(self.sae, scale))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a bit-equal resume needs: nested dictionaries of tensors and JSON values."""
+        return {
+            "weights": {name: p.detach() for name, p in self.trained.items()},
+            "adam": {name: dict(self.optimiser.state[p]) for name, p in self.trained.items()},
+            "control": self.control.state_dict() if self.control else {},
+            "architecture": dict(self.arch.state),
+            "crossover": self.arch.crossover.state_dict(),
+            "idle_tokens": self.idle_tokens,
+            "dead": self.dead,
+            "failure": self.failure,
+            "generator": self.generator.get_state(),
+            "step_count": self.step_count,
+            "failed": self.failed,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what state_dict returned."""
+        for name, p in self.trained.items():
+            p.copy_(state["weights"][name])
+            saved = state["adam"].get(name, {})
+            self.optimiser.state[p] = {key: value.to(p.device).clone() for key, value in saved.items()}
+        self.arch.state = {name: value.to(self.device).clone() for name, value in state["architecture"].items()}
+        self.arch.settle()
+        self.arch.crossover.load_state_dict(state["crossover"])
+        if self.control:
+            self.control.load_state_dict(state["control"])
+        for name in ("idle_tokens", "dead", "failure"):
+            setattr(self, name, state[name].to(self.device).clone())
+        self.generator.set_state(state["generator"])
+        self.step_count, self.failed = state["step_count"], state["failed"]
+        self.recorder.forget()
+
+    def _optimiser(self) -> torch.optim.Adam:
+        by_factor: dict[float, list[Tensor]] = {}
+        for name, p in self.trained.items():
+            by_factor.setdefault(self.arch.lr_factors.get(name, 1.0), []).append(p)
+        on_gpu = self.device.type == "cuda"  # there rates are tensors, for recorded steps to read
+        groups = [{"params": params, "factor": factor} for factor, params in by_factor.items()]
+        for group in groups if on_gpu else ():
+            group["lr"] = torch.full((), self.lr, device=self.device)
+        return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True, capturable=on_gpu)
+
+    def _takes_bfloat16(self) -> bool:
+        """Whether products are made in bfloat16: on a GPU that has it, unless float32 was asked for."""
+        asked, fused = self.settings.precision, ops.choose(None, self.device) == "triton"
+        if asked == "bfloat16" and not fused:
+            raise UserError("precision bfloat16 is for GPUs with the package triton: take auto or float32")
+        return fused and (asked == "bfloat16" or (asked == "auto" and torch.cuda.is_bf16_supported()))
+
+    @contextlib.contextmanager
+    def _products(self) -> Iterator[None]:
+        """Let products that are not in bfloat16 be in TF32 where bfloat16 is taken."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.bfloat16 else before)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def _set_lr(self) -> None:
+        s = self.settings
+        self.lr_now = self.lr * lr_factor(self.step_count, self.n_steps, s.lr_warm_up, s.lr_decay)
+        for group in self.optimiser.param_groups:
+            lr = self.lr_now * group["factor"]
+            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+
+    def _terms(self, x: Tensor, run: Forward) -> dict[str, Tensor]:
+        zero = torch.zeros((), device=self.device)
+        terms = {"mse_loss": run.error, "aux_loss": zero, "sparsity_loss": zero}
+        if self._revives():
+            stride = -(-len(x) * self.dead.numel() // MAX_REVIVAL_ENTRIES)
+            terms["aux_loss"] = self.arch.revival(run, x[::stride], run.recon[::stride], self.dead)
+        if run.extra is not None:
+            terms["aux_loss"] = terms["aux_loss"] + run.extra
+        if self.control:
+            terms["sparsity_loss"] = self.control.coefficient * run.price * run.sparsity
+        return terms
+
+    def _watched(self) -> list[str]:
+        gradients = [f"the gradient of {name}" for name in self.trained]
+        return ["the input", "mse_loss", "aux_loss", "sparsity_loss", *gradients]
+
+    @torch.no_grad()
+    def _gradients(self) -> Tensor:
+        """Hand the gradients to the optimiser's views and return their norms.
+
+        Decoder rows have norm 1, so of their gradient only what turns them is kept (Gao et al. 2024).
+        """
+        sae = self.sae
+        ops.remove_parallel(sae.W_dec.grad, sae.W_dec)
+        for name, p in self.trained.items():
+            grad = self.leaves[name].grad
+            p.grad = self.ranks.mean(grad.t() if name == "W_enc" else grad)
+        return torch.stack([p.grad.norm() for p in self.trained.values()])
+
+    @torch.no_grad()
+    def _note_failure(self, watched: Tensor) -> Tensor:
+        """Remember step and tensor of the first value that is not finite; return whether there was one ever."""
+        finite = watched.isfinite()
+        now = torch.stack([self.now, finite.long().argmin()])
+        self.failure.copy_(torch.where((self.failure[0] < 0) & ~finite.all(), now, self.failure))
+        return self.failure[0] >= 0
+
+    @torch.no_grad()
+    def _apply(self, norms: Tensor, run: Forward, bad: Tensor) -> None:
+        """Clip, step and renormalise; a learner that has failed keeps its weights bit for bit."""
+        self.optimiser.grad_scale = (norms.norm() / self.settings.grad_clip).clamp_min(1.0)
+        self.optimiser.found_inf = bad.to(torch.float32)
+        self.optimiser.step()
+        ops.normalise(self.sae.W_dec, unless=bad)
+        for name, value in run.state.items():
+            self.arch.state[name] = torch.where(bad, self.arch.state[name], value)
+        self.arch.settle()
+
+    @torch.no_grad()
+    def _metrics(self, run: Forward, terms: dict[str, Tensor], l0: Tensor, norms: Tensor) -> dict[str, Tensor]:
+        terms = {name: term.detach() for name, term in terms.items()}
+        extra = {}
+        if self.control:
+            dense = torch.tensor(float(self.arch.crossover.dense))
+            extra = {"details/l0_coefficient": self.control.coefficient * run.price, "details/dense_products": dense}
+        if "threshold" in self.sae.form.vectors:
+            extra["details/threshold"] = self.sae.threshold.mean()
+        return {
+            "losses/loss": sum(terms.values()),
+            **{f"losses/{name}": term for name, term in terms.items()},
+            "metrics/l0": l0,
+            "sparsity/dead_features": (self.idle_tokens >= self.dead_tokens).sum(),
+            "details/grad_norm": norms.norm(),
+            **extra,
+        }
+
+
+def _new_sae(spec: SAESpec, d_in: int, device: str | torch.device) -> SAE:
+    """The SAE that will be finished: of its architecture's form, whose name is kept where the form has another."""
+    form = TRAINED[spec.arch].form
+    metadata = {} if form == spec.arch else {"trained_as": spec.arch}
+    k = round(spec.l0) if form == "topk" else None
+    return SAE(SAEConfig(form, d_in, spec.width, k=k, metadata=metadata), device=device)
+
+
+def geometric_median(x: Float[Tensor, "n d_in"], n_steps: int = 30) -> Float[Tensor, " d_in"]:
+    """Return the point with the least summed distance to the rows of x (Weiszfeld's iteration)."""
+    median = x.mean(0)
+    for _ in range(n_steps):
+        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-8)
+        median = (weights[:, None] * x).sum(0) / weights.sum()
+    return median
+
+
+def default_lr(spec: SAESpec, n_steps: int) -> float:
+    """base·√(2^14/width)·min(8, max(1, √(30,000/n_steps))), base by architecture.
+
+    The last factor is for short runs and measured at 500 steps, where it is 7.7.
+    """
+    short = min(8.0, max(1.0, math.sqrt(30_000 / n_steps)))
+    return TRAINED[spec.arch].base_lr * math.sqrt(2**14 / spec.width) * short
+
+
+def lr_factor(step: int, n_steps: int, warm_up: float, decay: float) -> float:
+    """Rise linearly over the first share of the steps, stay at 1, fall linearly to 0 over the last share."""
+    rise = (step + 1) / max(1.0, warm_up * n_steps)
+    fall = (n_steps - step) / max(1.0, decay * n_steps)
+    return min(1.0, rise, fall)
