@@ -9,8 +9,8 @@ import torch
 
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.runs.callbacks import density_histogram
-from sae_train.training.learner import Learner
 from sae_train.training import loop
+from sae_train.training.learner import Learner
 from sae_train.training.loop import Callback, Clock, StopRequest, every, fit, forked_rng, spread
 
 
