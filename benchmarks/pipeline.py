@@ -89,10 +89,10 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     given = {"model": job["model"], "arch": "topk", "width": job["d_sae"], "l0": job["k"], "batch_tokens": job["batch"],
              "tokens": job["tokens"], "device": "cpu", "absorption": False, "dataset": job["dataset"]}  # fmt: skip
     session = open_session(resolve(given))
-    learner, lm = session.learners[0], session.model
+    learner, lm = session.learners[0], session.language.lm
     now = clock(job)
     parts = Parts(now)
-    parts.watch(session.buffer.lm, "activations", "language model")
+    parts.watch(session.source.lm, "activations", "language model")
     for name, part in (("active_topk", "encode"), ("decode_error", "decode")):
         parts.watch(ops, name, part)
     parts.watch(torch.Tensor, "backward", "backward")

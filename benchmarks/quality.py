@@ -162,15 +162,15 @@ def job_for(args: argparse.Namespace, opened: Any, folder: Path) -> dict[str, An
     steps = settings.n_steps
     if not batches.is_file():
         new = batches.with_suffix(".tmp")
-        shape = (steps, settings.train.batch_tokens, opened.model.d_in)
+        shape = (steps, settings.train.batch_tokens, opened.source.d_in)
         file = np.lib.format.open_memmap(new, "w+", np.float32, shape)
         for step in range(steps):
-            file[step] = next(opened.buffer).numpy()
+            file[step] = next(opened.data).numpy()
         file.flush()
         np.save(held_out, opened.held_out.numpy())
         new.rename(batches)
     return {
-        "batches": str(batches), "held_out": str(held_out), "out": str(folder / "peer"), "d_in": opened.model.d_in,
+        "batches": str(batches), "held_out": str(held_out), "out": str(folder / "peer"), "d_in": opened.source.d_in,
         "width": settings.specs[0].width, "threads": args.threads,
         "warm_up": round(settings.train.lr_warm_up * steps), "decay": round(settings.train.lr_decay * steps),
         "window": _last(steps) - 1,  # its latents are dead after more steps than that: then sae-train's are, too
@@ -190,7 +190,8 @@ def _measure(opened: Any, batches: str) -> Any:
     from sae_train.evals import fidelity
     from sae_train.training.metrics import held_out_metrics
 
-    data = fidelity.FidelityData.build(opened.model, opened.stream.held_out[:LOSS_ROWS], opened.drop_ids)
+    language = opened.language
+    data = fidelity.FidelityData.build(language.lm, language.rows[:LOSS_ROWS], language.drop_ids)
     stored = np.load(batches, mmap_mode="r")
     last = torch.from_numpy(np.array(stored[-_last(len(stored)) :])).flatten(0, 1)
 
@@ -205,7 +206,7 @@ def _measure(opened: Any, batches: str) -> Any:
         found = held_out_metrics(sae, opened.held_out)
         figures = {
             "l0": found["metrics/l0"], "ev": found["metrics/explained_variance"],
-            "loss_recovered": fidelity.loss_recovered(opened.model, sae, data)["metrics/ce_loss_score"],
+            "loss_recovered": fidelity.loss_recovered(language.lm, sae, data)["metrics/ce_loss_score"],
             "silent": (found["density"] == 0).float().mean().item(),
             "dead": (held_out_metrics(sae, last)["density"] == 0).float().mean().item(),
         }  # fmt: skip

@@ -89,14 +89,14 @@ def _measure(opened: Any) -> Any:
     from sae_train.evals.truth import truth
     from sae_train.training.metrics import held_out_metrics
 
-    sample = held_out_sample(opened.model, opened.settings.data.held_out_tokens)
+    sample = held_out_sample(opened.source.toy, opened.settings.data.held_out_tokens)
 
     def measure(folder: Path) -> dict[str, float]:
         kept = folder / "figures.json"
         if not kept.is_file():
             sae = load_sae(folder)
             found = held_out_metrics(sae, sample.x)
-            known = truth(sae, opened.model, sample)
+            known = truth(sae, opened.source.toy, sample)
             figures = {"l0": found["metrics/l0"], "ev": found["metrics/explained_variance"]}
             kept.write_text(json.dumps(figures | {name: known[name] for name in ("mcc", "recovered", "f1")}))
         return json.loads(kept.read_text())

@@ -1,7 +1,7 @@
 """Absorption of one SAE: an SAE and a model's eval assets come in, an AbsorptionResult goes out.
 
-The SAE is anything with encode(x) -> (n, d_sae) and W_dec (d_sae, d_in); encode_entries, decode and W_enc are used
-where they exist. It is only read: no gradient mode, weight, dtype or global random state changes.
+The SAE is anything that fits protocols.SAE; the active latents alone are asked for where it fits SparseSAE. It is only
+read: no gradient mode, weight, dtype or global random state changes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sae_train.evals.presets import ASSET_FIELDS, Preset, get_preset
 from sae_train.evals.ranking import rank_latents
 from sae_train.evals.result import AbsorptionResult
 from sae_train.evals.scoring import WordScores, score_entries, score_projections, score_words, unit
+from sae_train.protocols import SparseSAE
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 
     from sae_train.evals.assets import Assets
     from sae_train.evals.causal_rate import CausalRate
+    from sae_train.protocols import SAE, LanguageModel
 
 __all__ = ["AbsorptionResult", "evaluate", "score_projections", "score_words"]
 
 
 @torch.no_grad()
 def evaluate(
-    sae: Any, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, lm: Any = None
+    sae: SAE, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, lm: LanguageModel | None = None
 ) -> AbsorptionResult:
     """Evaluate one SAE; whatever is wrong with it or with the assets ends in valid = False and a reason.
 
@@ -81,7 +83,7 @@ class Scored:
 class Evaluation:
     """The steps of one evaluation, in order, with the time each one took."""
 
-    def __init__(self, sae: Any, assets: Assets, preset: Preset, seed: int, lm: Any):
+    def __init__(self, sae: SAE, assets: Assets, preset: Preset, seed: int, lm: LanguageModel):
         self.sae, self.preset, self.seed, self.lm = sae, preset, seed, lm
         self.device, self.dtype = sae.W_dec.device, sae.W_dec.dtype
         self.assets = assets.to(self.device)
@@ -187,12 +189,10 @@ class Evaluation:
         )  # fmt: skip
 
     def explained_variance(self, test: Latents) -> float:
-        """On at most 1,024 test words; NaN for an SAE without decode."""
-        if not hasattr(self.sae, "decode"):
-            return float("nan")
+        """On at most 1,024 test words."""
         x = self.assets.x[self.assets.is_test][:1024].to(self.dtype)
         active = test.head(len(x))
-        if hasattr(self.sae, "decode_entries"):
+        if isinstance(self.sae, SparseSAE):
             recon = self.sae.decode_entries(active.values.to(self.dtype), active.columns, active.counts)
         else:
             recon = torch.cat([self.sae.decode(part) for part in active.dense().to(self.dtype).split(256)])

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from sae_train.protocols import LanguageModel
+
 _BATCH_TOKENS = 8192
 _N_ACCURACY = 256  # prompts for the model's own accuracy, a sanity figure that takes whole forward passes
 _LOGIT_ELEMENTS = 2**26  # of one (batch, position, vocabulary) block: 256 MB in float32
@@ -95,7 +97,7 @@ class Assets:
 
 
 def build(
-    lm: Any,
+    lm: LanguageModel,
     hook_name: str | None = None,
     *,
     hierarchy: str | Path | Hierarchy = "first-letter",
@@ -126,7 +128,9 @@ def build(
     return assets
 
 
-def _collect(lm: Any, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None, key: dict) -> Assets:
+def _collect(
+    lm: LanguageModel, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None, key: dict
+) -> Assets:
     start = time.perf_counter()
     seconds = {}
 
@@ -158,7 +162,7 @@ def _collect(lm: Any, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: 
 
 
 def _vocabulary(
-    lm: Any, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None
+    lm: LanguageModel, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None
 ) -> tuple[prompts.PromptFormat, Vocabulary, int | None]:
     found, dropped = vocab.entries(lm.tokenizer, lm.special_ids, hierarchy)
     fmt = prompts.fit_format(lm, hierarchy, found, preset)
@@ -173,7 +177,7 @@ def _vocabulary(
     return fmt, vocab.sample(words, n_words, _generator(seed, "sample")), len(words)
 
 
-def _own_split_prompts(lm: Any, fmt: Any, words: Vocabulary, is_test: Tensor, seed: int) -> list[list[int]]:
+def _own_split_prompts(lm: LanguageModel, fmt: Any, words: Vocabulary, is_test: Tensor, seed: int) -> list[list[int]]:
     """A prompt per word, its examples drawn from the word's own side of the split."""
     g = _generator(seed, "prompts")
     examples: list[list[str]] = [[] for _ in words.words]
@@ -185,7 +189,7 @@ def _own_split_prompts(lm: Any, fmt: Any, words: Vocabulary, is_test: Tensor, se
     return _checked(lm, fmt, words, prompts.token_rows(lm, fmt, words.words, examples))
 
 
-def _fresh_prompts(lm: Any, fmt: Any, words: Vocabulary, tp_rows: Tensor, seed: int) -> list[list[int]]:
+def _fresh_prompts(lm: LanguageModel, fmt: Any, words: Vocabulary, tp_rows: Tensor, seed: int) -> list[list[int]]:
     """New prompts for the true positives, with examples from the whole vocabulary."""
     drawn = prompts.draw_examples(tp_rows, len(words), fmt.n_examples, _generator(seed, "true positives"))
     examples = [[words.words[o] for o in others] for others in drawn.tolist()]
@@ -193,7 +197,7 @@ def _fresh_prompts(lm: Any, fmt: Any, words: Vocabulary, tp_rows: Tensor, seed: 
     return _checked(lm, fmt, chosen, prompts.token_rows(lm, fmt, chosen.words, examples))
 
 
-def _checked(lm: Any, fmt: Any, words: Vocabulary, rows: list[list[int]]) -> list[list[int]]:
+def _checked(lm: LanguageModel, fmt: Any, words: Vocabulary, rows: list[list[int]]) -> list[list[int]]:
     for ids, token_id, word in zip(rows, words.token_ids, words.words, strict=True):
         if ids[fmt.word_position] != token_id:
             raise UserError(
@@ -206,7 +210,7 @@ def _checked(lm: Any, fmt: Any, words: Vocabulary, rows: list[list[int]]) -> lis
 
 
 @torch.no_grad()
-def _activations(lm: Any, fmt: Any, rows: list[list[int]]) -> Float[Tensor, "n d_in"]:
+def _activations(lm: LanguageModel, fmt: Any, rows: list[list[int]]) -> Float[Tensor, "n d_in"]:
     out = torch.zeros(len(rows), lm.d_in)
     for numbers, tokens in prompts.batches(rows, _BATCH_TOKENS):
         out[numbers] = lm.activations(tokens.to(lm.device))[:, fmt.word_position].float().cpu()
@@ -214,7 +218,7 @@ def _activations(lm: Any, fmt: Any, rows: list[list[int]]) -> Float[Tensor, "n d
 
 
 @torch.no_grad()
-def _model_accuracy(lm: Any, fmt: Any, rows: list[list[int]], labels: Tensor) -> float | None:
+def _model_accuracy(lm: LanguageModel, fmt: Any, rows: list[list[int]], labels: Tensor) -> float | None:
     if fmt.answer_ids is None or not rows:
         return None
     right, answers = 0, torch.tensor(fmt.answer_ids)[labels]
@@ -249,7 +253,7 @@ def true_positives(probe: Probe, x: Tensor, labels: Tensor, is_test: Tensor) -> 
     return (is_test & right).nonzero().squeeze(1)
 
 
-def _key(lm: Any, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None) -> dict[str, Any]:
+def _key(lm: LanguageModel, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None) -> dict[str, Any]:
     """What decides the assets' content, apart from the model's weights."""
     vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return {
@@ -270,7 +274,7 @@ def _key(lm: Any, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int 
 
 
 @torch.no_grad()
-def _fingerprint(lm: Any) -> Float[Tensor, "16 d_in"]:
+def _fingerprint(lm: LanguageModel) -> Float[Tensor, "16 d_in"]:
     """Activations of 16 entries spread over the vocabulary: they tell when a model's weights changed under its name."""
     tokens = (torch.arange(16) * len(lm.tokenizer) // 16)[None]
     return lm.activations(tokens.to(lm.device))[0].float().cpu()

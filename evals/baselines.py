@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from sae_train.evals.assets import Assets
     from sae_train.evals.result import AbsorptionResult
+    from sae_train.protocols import SAE, LanguageModel
 
 _CHUNK_ELEMENTS = 2**24
 
@@ -62,7 +63,7 @@ class RandomSAE:
 
 
 @torch.no_grad()
-def random_sae(like: Any, x: Float[Tensor, "n d_in"], l0: float | None = None, seed: int = 0) -> RandomSAE:
+def random_sae(like: SAE, x: Float[Tensor, "n d_in"], l0: float | None = None, seed: int = 0) -> RandomSAE:
     """Random SAE as wide as `like`; its L0 on x is l0, or else what `like` has there.
 
     A topk SAE keeps its k; others get the threshold that reaches the L0 on x.
@@ -81,8 +82,8 @@ def random_sae(like: Any, x: Float[Tensor, "n d_in"], l0: float | None = None, s
 
 
 def all_scores(
-    sae: Any, x: Float[Tensor, "n d_in"], assets: Assets, preset: str | Preset = "saebench", seed: int = 0,
-    lm: Any = None,
+    sae: SAE, x: Float[Tensor, "n d_in"], assets: Assets, preset: str | Preset = "saebench", seed: int = 0,
+    lm: LanguageModel | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Figures of every baseline by name; random SAEs have the L0 that `sae` has on x."""
     random = random_sae(sae, x, seed=seed)
@@ -96,8 +97,8 @@ def all_scores(
 
 
 def random_score(
-    like: Any, x: Float[Tensor, "n d_in"], assets: Assets, preset: str | Preset = "saebench", seed: int = 0,
-    draws: int = 3, lm: Any = None,
+    like: SAE, x: Float[Tensor, "n d_in"], assets: Assets, preset: str | Preset = "saebench", seed: int = 0,
+    draws: int = 3, lm: LanguageModel | None = None,
 ) -> AbsorptionResult:  # fmt: skip
     """Score of random SAEs as wide and as sparse as `like`: the mean over several draws, word by word.
 
@@ -122,7 +123,7 @@ def random_score(
 
 @torch.no_grad()
 def shuffled_labels_score(
-    sae: Any, assets: Assets, preset: str | Preset = "saebench", seed: int = 0
+    sae: SAE, assets: Assets, preset: str | Preset = "saebench", seed: int = 0
 ) -> AbsorptionResult:
     """Score of an SAE for labels dealt out at random: what the metric finds where there is no concept.
 
@@ -148,7 +149,7 @@ def shuffled_labels_score(
 
 @torch.no_grad()
 def random_directions_score(
-    sae: Any, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, draws: int = 10
+    sae: SAE, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, draws: int = 10
 ) -> dict[str, float]:
     """Mean scores of an SAE, its main latents as they are, with random directions in the probe's place."""
     e = Evaluation(sae, assets, get_preset(preset), seed, None)
@@ -187,6 +188,13 @@ class ProbeSAE:
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n n_labels"]:
         return (x @ self.weight + self.bias).relu()
 
+    @property
+    def b_dec(self) -> Float[Tensor, " d_in"]:
+        return torch.zeros_like(self.weight[:, 0])
+
+    def decode(self, latents: Float[Tensor, "n n_labels"]) -> Float[Tensor, "n d_in"]:
+        return latents @ self.W_dec
+
 
 def probe_score(assets: Assets, preset: str | Preset = "saebench", seed: int = 0) -> AbsorptionResult:
     """Score of the probe's read-outs as an SAE: what main latents could reach."""
@@ -195,7 +203,7 @@ def probe_score(assets: Assets, preset: str | Preset = "saebench", seed: int = 0
 
 
 @torch.no_grad()
-def explained_variance(sae: Any, x: Float[Tensor, "n d_in"]) -> float:
+def explained_variance(sae: SAE, x: Float[Tensor, "n d_in"]) -> float:
     """1 − Σ‖x − x̂‖² / Σ‖x − x̄‖²."""
     error = sum((part - sae(part)).square().sum() for part in x.split(256))
     return float(1 - error / (x - x.mean(0)).square().sum())
@@ -212,5 +220,5 @@ def _gain(sae: RandomSAE, x: Tensor) -> float:
     return float((recon * centred).sum() / recon.square().sum().clamp(min=1e-12))
 
 
-def _l0(sae: Any, x: Tensor) -> float:
+def _l0(sae: SAE, x: Tensor) -> float:
     return float(sum((sae.encode(part) != 0).sum() for part in x.split(256)) / max(len(x), 1))

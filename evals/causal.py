@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from sae_train.protocols import LanguageModel
+
 _CPU_TOKENS = 1024  # in one forward pass on a CPU: more of them leave its caches
 _BATCH_TOKENS = 8192
 _LOGIT_ELEMENTS = 2**26  # of one (batch, position, vocabulary) block: 256 MB in float32
@@ -81,7 +83,7 @@ def answer_margin(
 
 @torch.no_grad()
 def margins(
-    lm: Any, prompts: Prompts, rows: Int[Tensor, " m"], deltas: Float[Tensor, "m d_in"] | None
+    lm: LanguageModel, prompts: Prompts, rows: Int[Tensor, " m"], deltas: Float[Tensor, "m d_in"] | None
 ) -> Float[Tensor, " m"]:
     """Margins of prompts[rows[i]] once deltas[i] is added to the word's activation; clean ones without deltas."""
     prompts, rows = prompts.to(lm.device), rows.to(lm.device)
@@ -92,7 +94,9 @@ def margins(
     return _assemble(parts, (len(rows),), lm.device)
 
 
-def mean_gradients(lm: Any, prompts: Prompts, bias: Float[Tensor, " d_in"], steps: int = 6) -> Float[Tensor, "n d_in"]:
+def mean_gradients(
+    lm: LanguageModel, prompts: Prompts, bias: Float[Tensor, " d_in"], steps: int = 6
+) -> Float[Tensor, "n d_in"]:
     """Gradient of the margin in the word's activation, averaged over bias + (1 − α)(x − bias), α = 0, 1/steps, ….
 
     The path of the released code of arXiv 2409.14507: α stops one step short of 1, and other positions stay clean.
@@ -120,7 +124,7 @@ def attributions(
 
 @torch.no_grad()
 def exact_attributions(
-    lm: Any, prompts: Prompts, acts: Float[Tensor, "n m"], columns: Int[Tensor, "n m"],
+    lm: LanguageModel, prompts: Prompts, acts: Float[Tensor, "n m"], columns: Int[Tensor, "n m"],
     W_dec: Float[Tensor, "d_sae d_in"], keep: int,
 ) -> Float[Tensor, "n m"]:  # fmt: skip
     """Change of the margin when one latent alone is removed, for the `keep` latents of largest |f_i|·‖W_dec,i‖.
@@ -157,7 +161,7 @@ def absorbed(
 
 @torch.no_grad()
 def intervene(
-    lm: Any, prompts: Prompts, removed: Float[Tensor, "n d_in"], control: Float[Tensor, "n d_in"],
+    lm: LanguageModel, prompts: Prompts, removed: Float[Tensor, "n d_in"], control: Float[Tensor, "n d_in"],
     inserted: Float[Tensor, "n d_in"],
 ) -> Interventions:  # fmt: skip
     """Take the absorber's vector out, or a control's in its place; put the silent parent's in; do both at once."""
@@ -186,7 +190,7 @@ def matched_controls(
     return torch.where(free.any(1, keepdim=True), direction * removed.norm(dim=1, keepdim=True), 0.0)
 
 
-def _batches(lm: Any, prompts: Prompts, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(lm: LanguageModel, prompts: Prompts, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(places in rows, tokens) rectangles of equal-length prompts: no padding, so no mask to get wrong."""
     lengths = (prompts.tokens >= 0).sum(1)[rows]
     for length in lengths.unique().tolist():
@@ -194,7 +198,7 @@ def _batches(lm: Any, prompts: Prompts, rows: Tensor) -> Iterator[tuple[Tensor, 
             yield numbers, prompts.tokens[rows[numbers], -length:]
 
 
-def _batch_rows(lm: Any, length: int) -> int:
+def _batch_rows(lm: LanguageModel, length: int) -> int:
     budget = _CPU_TOKENS if torch.device(lm.device).type == "cpu" else _BATCH_TOKENS
     return max(1, min(budget, _LOGIT_ELEMENTS // len(lm.tokenizer)) // length)
 
@@ -212,7 +216,7 @@ def _adder(delta: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _margin(
-    lm: Any, prompts: Prompts, rows: Tensor, tokens: Tensor, change: Callable[[Tensor], Tensor] | None
+    lm: LanguageModel, prompts: Prompts, rows: Tensor, tokens: Tensor, change: Callable[[Tensor], Tensor] | None
 ) -> Float[Tensor, " batch"]:
     """Margins of one rectangle of prompts, the word's activation passed through `change`."""
 
@@ -225,7 +229,7 @@ def _margin(
     return answer_margin(logits, prompts.labels[rows], prompts.answer_ids, prompts.right_ids)
 
 
-def _gradients(lm: Any, prompts: Prompts, rows: Tensor, bias: Tensor, steps: int) -> Float[Tensor, "m d_in"]:
+def _gradients(lm: LanguageModel, prompts: Prompts, rows: Tensor, bias: Tensor, steps: int) -> Float[Tensor, "m d_in"]:
     """Gradient of each row's margin at the word's activation drawn towards bias, step after step in turn."""
     parts = [
         (numbers, _gradient(lm, prompts, rows[numbers], tokens, bias, (numbers % steps, steps)))
@@ -236,7 +240,7 @@ def _gradients(lm: Any, prompts: Prompts, rows: Tensor, bias: Tensor, steps: int
 
 @torch.enable_grad()
 def _gradient(
-    lm: Any, prompts: Prompts, rows: Tensor, tokens: Tensor, bias: Tensor, alpha: tuple[Tensor, int]
+    lm: LanguageModel, prompts: Prompts, rows: Tensor, tokens: Tensor, bias: Tensor, alpha: tuple[Tensor, int]
 ) -> Float[Tensor, "batch d_in"]:
     """Gradient of the margin at bias + (1 − α)(x − bias), α a fraction (numerators, denominator)."""
     moved: list[Tensor] = []

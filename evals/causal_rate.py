@@ -4,7 +4,7 @@ silent come in; the latent that the model's answer owes most to, and whether it 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sae_train.evals.absorption import Scored
     from sae_train.evals.assets import Assets
     from sae_train.evals.presets import Preset
+    from sae_train.protocols import SAE, LanguageModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,13 @@ class CausalRate:
 
 
 def causal_rate(
-    sae: Any, lm: Any, assets: Assets, scored: Scored, candidates: Bool[Tensor, " t"], preset: Preset, seed: int
+    sae: SAE,
+    lm: LanguageModel,
+    assets: Assets,
+    scored: Scored,
+    candidates: Bool[Tensor, " t"],
+    preset: Preset,
+    seed: int,
 ) -> CausalRate:
     """Attribute the answer's margin to the latents of at most max_candidates words a label."""
     labels, n_labels = assets.tp_labels, len(assets.label_names)
@@ -60,7 +67,7 @@ def causal_rate(
     return out
 
 
-def _prompts(assets: Assets, lm: Any, preset: Preset) -> causal.Prompts:
+def _prompts(assets: Assets, lm: LanguageModel, preset: Preset) -> causal.Prompts:
     made = prompts_of(assets)
     if not preset.lower_case_answer:
         return made
@@ -73,7 +80,9 @@ def prompts_of(assets: Assets) -> causal.Prompts:
     return causal.Prompts(assets.tp_tokens, assets.settings["word_position"], assets.answer_ids, assets.tp_labels)
 
 
-def _effects(sae: Any, lm: Any, prompts: causal.Prompts, acts: Tensor, columns: Tensor, preset: Preset) -> Tensor:
+def _effects(
+    sae: SAE, lm: LanguageModel, prompts: causal.Prompts, acts: Tensor, columns: Tensor, preset: Preset
+) -> Tensor:
     W_dec = sae.W_dec.detach().float()
     if preset.attribution == "ablation":
         return causal.exact_attributions(lm, prompts, acts, columns, W_dec, preset.n_ablated)
@@ -81,10 +90,9 @@ def _effects(sae: Any, lm: Any, prompts: causal.Prompts, acts: Tensor, columns: 
     return causal.attributions(gradients.to(W_dec), acts, columns, W_dec)
 
 
-def bias_of(sae: Any) -> Float[Tensor, " d_in"]:
-    """What an SAE decodes from silence: b_dec, or zero for an SAE that has none."""
-    bias = getattr(sae, "b_dec", None)
-    return torch.zeros_like(sae.W_dec[0]) if bias is None else bias.detach()
+def bias_of(sae: SAE) -> Float[Tensor, " d_in"]:
+    """What an SAE decodes from silence."""
+    return sae.b_dec.detach()
 
 
 def _sample(labels: Tensor, candidates: Tensor, n_labels: int, most: int, seed: int) -> Bool[Tensor, " t"]:

@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sae_train.errors import UserError
+from sae_train.protocols import SparseSAE
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
+
+    from sae_train.protocols import SAE, LanguageModel
 
 _CHUNK_ELEMENTS = 2**24  # of dense latents: 64 MB in float32
 _LOGIT_ELEMENTS = 2**25  # of one (batch, position, vocabulary) block: 128 MB in float32
@@ -45,7 +48,9 @@ class FidelityData:
 
     @classmethod
     @torch.no_grad()
-    def build(cls, lm: Any, tokens: Int[Tensor, "batch position"], drop_ids: Collection[int] = ()) -> FidelityData:
+    def build(
+        cls, lm: LanguageModel, tokens: Int[Tensor, "batch position"], drop_ids: Collection[int] = ()
+    ) -> FidelityData:
         special, kept = tuple(sorted(lm.special_ids)), tuple(sorted({*lm.special_ids, *drop_ids}))
         n_real = int(_scored(tokens, special).sum())
         if not n_real:
@@ -59,7 +64,7 @@ class FidelityData:
 
 
 @torch.no_grad()
-def loss_recovered(lm: Any, sae: Any, tokens: Tensor | FidelityData) -> dict[str, float]:
+def loss_recovered(lm: LanguageModel, sae: SAE, tokens: Tensor | FidelityData) -> dict[str, float]:
     """Cross-entropy with the SAE's reconstruction in place, as a share of what zero-ablation loses.
 
     1 is as good as clean, 0 as bad as zeros; the KL divergence is from clean to spliced, in nats.
@@ -69,7 +74,9 @@ def loss_recovered(lm: Any, sae: Any, tokens: Tensor | FidelityData) -> dict[str
 
 
 @torch.no_grad()
-def losses_recovered(lm: Any, makers: Sequence[Callable[[], Any]], data: FidelityData) -> list[dict[str, float]]:
+def losses_recovered(
+    lm: LanguageModel, makers: Sequence[Callable[[], SAE]], data: FidelityData
+) -> list[dict[str, float]]:
     """loss_recovered of each SAE that a maker returns; a clean pass that was not kept is made once for all of them.
 
     A maker is called for every batch of tokens, so that no two SAEs are in memory at a time.
@@ -97,12 +104,12 @@ def losses_recovered(lm: Any, makers: Sequence[Callable[[], Any]], data: Fidelit
     ]
 
 
-def _batches(lm: Any, tokens: Tensor) -> Iterator[Tensor]:
+def _batches(lm: LanguageModel, tokens: Tensor) -> Iterator[Tensor]:
     per_sequence = tokens.shape[1] * len(lm.tokenizer)
     yield from tokens.split(max(1, _LOGIT_ELEMENTS // per_sequence))
 
 
-def _parts(lm: Any, tokens: Tensor, starts: list[Tensor | None]) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _parts(lm: LanguageModel, tokens: Tensor, starts: list[Tensor | None]) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Batches of tokens, and where the language model's passes over them begin."""
     yield from zip(_batches(lm, tokens), starts, strict=True)
 
@@ -132,7 +139,7 @@ def _edit(kept_ids: tuple[int, ...], replace: Callable[[Tensor], Tensor]) -> _Ed
     return for_tokens
 
 
-def _starts(lm: Any, tokens: Tensor) -> list[Tensor | None]:
+def _starts(lm: LanguageModel, tokens: Tensor) -> list[Tensor | None]:
     """What each pass can start from, if the logits from there have the bits of a whole pass."""
     parts = list(_batches(lm, tokens))
     few = parts[0][:_CHECKED]
@@ -143,7 +150,7 @@ def _starts(lm: Any, tokens: Tensor) -> list[Tensor | None]:
 
 
 def _log_probs(
-    lm: Any, tokens: Tensor, start: Tensor | None, special: tuple[int, ...], edit: _Edit | None = None
+    lm: LanguageModel, tokens: Tensor, start: Tensor | None, special: tuple[int, ...], edit: _Edit | None = None
 ) -> Float[Tensor, "n vocab"]:
     tokens = tokens.to(lm.device)
     logits = lm.logits(tokens, edit and edit(tokens), start)
@@ -151,7 +158,7 @@ def _log_probs(
 
 
 def _mean_loss(
-    lm: Any, tokens: Tensor, special: tuple[int, ...], starts: list[Tensor | None],
+    lm: LanguageModel, tokens: Tensor, special: tuple[int, ...], starts: list[Tensor | None],
     log_probs: list[Tensor] | None = None, edit: _Edit | None = None,
 ) -> float:  # fmt: skip
     total, n = 0.0, 0
@@ -162,8 +169,8 @@ def _mean_loss(
     return total / n
 
 
-def _reconstruct(sae: Any, x: Float[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
+def _reconstruct(sae: SAE, x: Float[Tensor, "batch position d_in"]) -> Float[Tensor, "batch position d_in"]:
     rows = x.flatten(0, 1).to(sae.W_dec.dtype)
     n_rows = max(1, _CHUNK_ELEMENTS // len(sae.W_dec))
-    parts = [sae(part) if callable(sae) else sae.decode(sae.encode(part)) for part in rows.split(n_rows)]
+    parts = [sae(part) if isinstance(sae, SparseSAE) else sae.decode(sae.encode(part)) for part in rows.split(n_rows)]
     return torch.cat(parts).to(x.dtype).view_as(x)

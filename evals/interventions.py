@@ -3,7 +3,7 @@ is taken out, or the silent parent put in, goes out."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
     from sae_train.evals.assets import Assets
     from sae_train.evals.result import AbsorptionResult
+    from sae_train.protocols import SAE, LanguageModel
 
 COLUMNS = ("letter", "word", "absorber", "clean", "absorber_change", "random_change", "parent_change", "swap_change")
 
 
 @torch.no_grad()
 def interventions(
-    sae: Any, lm: Any, assets: Assets, result: AbsorptionResult, most: int = 200, seed: int = 0
+    sae: SAE, lm: LanguageModel, assets: Assets, result: AbsorptionResult, most: int = 200, seed: int = 0
 ) -> pd.DataFrame:
     """Intervene on at most `most` fully absorbed words, drawn at random; margins and changes are in logits.
 
@@ -72,7 +73,7 @@ def _absorbed_rows(assets: Assets, result: AbsorptionResult, most: int, seed: in
     return rows[drawn.to(rows.device)]
 
 
-def _parents(sae: Any, assets: Assets, main: list[Tensor]) -> Float[Tensor, "n_labels d_in"]:
+def _parents(sae: SAE, assets: Assets, main: list[Tensor]) -> Float[Tensor, "n_labels d_in"]:
     """Per label its first main latent's vector at the median of its activations on the label's true positives."""
     table = encode(sae, assets.tp_x.to(sae.W_dec.dtype))
     first = torch.stack([m[0] for m in main])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_train.evals.result import AbsorptionResult
+    from sae_train.protocols import SAE, LanguageModel
 
 MOST_LATENTS = 128
 MAIN_PER_LABEL = 3
@@ -37,7 +38,7 @@ class Sample:
 
 
 @torch.no_grad()
-def sample(lm: Any, tokens: Int[Tensor, "rows position"], left_out: Int[Tensor, " ids"]) -> Sample:
+def sample(lm: LanguageModel, tokens: Int[Tensor, "rows position"], left_out: Int[Tensor, " ids"]) -> Sample:
     """Run the model over the rows; tokens with ids in left_out are shown but not encoded."""
     seen = ~torch.isin(tokens.to(left_out.device), left_out)
     x = torch.cat([lm.activations(part.to(lm.device))[keep.to(lm.device)]
@@ -71,7 +72,7 @@ def choose(result: AbsorptionResult | None) -> dict[int, dict[str, list[str]]]:
 
 
 @torch.no_grad()
-def describe(sae: Any, roles: dict[int, dict[str, list[str]]], text: Sample, lm: Any) -> list[dict[str, Any]]:
+def describe(sae: SAE, roles: dict[int, dict[str, list[str]]], text: Sample, lm: LanguageModel) -> list[dict[str, Any]]:
     """One record a latent: latent, main_of, absorbs, density (share of tokens), max, histogram (counts of N_BINS equal
     bins from 0 to max), examples, and top and bottom next tokens (none where the hook is not as wide as the model)."""
     latents = list(roles)

@@ -4,13 +4,17 @@ goes out; everything later in the eval reads that table instead of encoding agai
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from sae_train.protocols import SparseSAE
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
+
+    from sae_train.protocols import SAE
 
 _CHUNK_ELEMENTS = 2**23  # of a dense (rows, d_sae) block: 32 MB in float32
 
@@ -90,7 +94,7 @@ def from_dense(latents: Float[Tensor, "n_rows d_sae"]) -> Latents:
     return _from_entries(rows, columns, latents.reshape(-1)[flat].float(), latents.shape)
 
 
-def encode(sae: Any, x: Float[Tensor, "n_rows d_in"]) -> Latents:
+def encode(sae: SAE, x: Float[Tensor, "n_rows d_in"]) -> Latents:
     """Encode once, in blocks, keeping what fires; an SAE with `encode_entries` never builds the dense block."""
     d_sae = sae.W_dec.shape[0]
     rows_per_block = max(16, _CHUNK_ELEMENTS // d_sae)
@@ -101,8 +105,8 @@ def encode(sae: Any, x: Float[Tensor, "n_rows d_in"]) -> Latents:
     return Latents(row_ptr, columns, torch.cat([p.values for p in parts]), d_sae)
 
 
-def _encode_block(sae: Any, x: Tensor, d_sae: int) -> Latents:
-    if not hasattr(sae, "encode_entries"):
+def _encode_block(sae: SAE, x: Tensor, d_sae: int) -> Latents:
+    if not isinstance(sae, SparseSAE):
         return from_dense(sae.encode(x))
     values, columns, counts = sae.encode_entries(x)
     return Latents(torch.nn.functional.pad(counts.cumsum(0), (1, 0)), columns.long(), values.float(), d_sae)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sae_train.evals.hierarchy import Hierarchy
     from sae_train.evals.presets import Preset
     from sae_train.evals.vocab import Vocabulary
+    from sae_train.protocols import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def with_template(hierarchy: Hierarchy, template: str | None) -> Hierarchy:
     return replace(hierarchy, template=template)
 
 
-def fit_format(lm: Any, hierarchy: Hierarchy, found: Vocabulary, preset: Preset) -> PromptFormat:
+def fit_format(lm: LanguageModel, hierarchy: Hierarchy, found: Vocabulary, preset: Preset) -> PromptFormat:
     """Find out how a model's tokenizer writes the hierarchy's template; UserError says what does not fit."""
     if not len(found):
         raise UserError(f"every entry in the tokenizer of {lm.name} is {hierarchy.belonging}.")
@@ -73,7 +74,7 @@ def fit_format(lm: Any, hierarchy: Hierarchy, found: Vocabulary, preset: Preset)
     return PromptFormat(hierarchy, prefix, separator, n_examples, position, tail, answers, lm.bos_id)
 
 
-def single_token_words(lm: Any, fmt: PromptFormat, found: Vocabulary) -> list[bool]:
+def single_token_words(lm: LanguageModel, fmt: PromptFormat, found: Vocabulary) -> list[bool]:
     """Which words stand in the prompt as exactly their own token, followed by the usual tail."""
     before = _line(fmt.hierarchy, found.words[len(found) // 2]) + fmt.separator
     rows = _encode(lm.tokenizer, [before + _query(fmt.hierarchy.template, w) for w in found.words])
@@ -100,7 +101,7 @@ def draw_examples(own: Int[Tensor, " n"], pool: int, m: int, g: torch.Generator)
     return taken[:, 1:]
 
 
-def token_rows(lm: Any, fmt: PromptFormat, words: list[str], examples: list[list[str]]) -> list[list[int]]:
+def token_rows(lm: LanguageModel, fmt: PromptFormat, words: list[str], examples: list[list[str]]) -> list[list[int]]:
     """Token ids of every prompt, BOS first."""
     texts = [fmt.text(w, e) for w, e in zip(words, examples, strict=True)]
     bos = [] if fmt.bos_id is None else [fmt.bos_id]
@@ -154,7 +155,7 @@ def _has_newline(tokenizer: Any, word: str) -> bool:
     return line != space and tokenizer.unk_token_id not in line
 
 
-def _check_answerable(lm: Any, hierarchy: Hierarchy, example: str, newline: bool) -> None:
+def _check_answerable(lm: LanguageModel, hierarchy: Hierarchy, example: str, newline: bool) -> None:
     template = hierarchy.template
     texts = [f"{_line(hierarchy, example)} {_query(template, example)} {label}" for label in hierarchy.labels]
     missing = dict.fromkeys(piece for text in texts for piece in _unwritten(lm.tokenizer, text))
@@ -178,7 +179,7 @@ def _unwritten(tokenizer: Any, text: str) -> list[str]:
     return "".join(c if i in lost else " " for i, c in enumerate(text)).split()
 
 
-def _answers(lm: Any, hierarchy: Hierarchy, before: str, example: str) -> tuple[int, ...]:
+def _answers(lm: LanguageModel, hierarchy: Hierarchy, before: str, example: str) -> tuple[int, ...]:
     query = before + _query(hierarchy.template, example)
     stem, *full = _encode(lm.tokenizer, [query, *(f"{query} {label}" for label in hierarchy.labels)])
     answers = tuple(ids[len(stem)] if len(ids) > len(stem) else -1 for ids in full)
@@ -191,7 +192,7 @@ def _answers(lm: Any, hierarchy: Hierarchy, before: str, example: str) -> tuple[
     return answers
 
 
-def _locate(lm: Any, template: str, before: str, found: Vocabulary) -> tuple[int, tuple[int, ...]]:
+def _locate(lm: LanguageModel, template: str, before: str, found: Vocabulary) -> tuple[int, tuple[int, ...]]:
     """Where the word's token stands, from the end, and the tokens after it: what most words agree on."""
     rows = _encode(lm.tokenizer, [before + _query(template, w) for w in found.words])
     seen: Counter = Counter()
@@ -204,7 +205,9 @@ def _locate(lm: Any, template: str, before: str, found: Vocabulary) -> tuple[int
     return seen.most_common(1)[0][0]
 
 
-def _n_examples(lm: Any, hierarchy: Hierarchy, prefix: str, separator: str, found: Vocabulary, wanted: int) -> int:
+def _n_examples(
+    lm: LanguageModel, hierarchy: Hierarchy, prefix: str, separator: str, found: Vocabulary, wanted: int
+) -> int:
     """As many examples as wanted, or as fit the context with the longest line that single-token words make."""
     template, word = hierarchy.template, found.words[len(found) // 2]
     query = _query(template, word)

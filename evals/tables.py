@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sae_train.evals.k_sparse import KSparse
     from sae_train.evals.latents import Latents
     from sae_train.evals.presets import Preset
+    from sae_train.protocols import SAE
 
 OUTCOMES = ("recalled", "carried", "below", "nobody")
 WORD_COLUMNS = (
@@ -104,13 +105,10 @@ def letter_table(assets: Assets, scored: Scored, chosen: KSparse, preset: Preset
     return table
 
 
-def top_latents(sae: Any, assets: Assets, test: Latents, directions: Tensor) -> dict[str, Any]:
+def top_latents(sae: SAE, assets: Assets, test: Latents, directions: Tensor) -> dict[str, Any]:
     """Per label the latent whose encoder column points most along the probe, as a classifier of test words."""
-    W_enc = getattr(sae, "W_enc", None)
-    if W_enc is None:
-        return dict.fromkeys(TOP)
     # In one product: normalising the columns first would copy the whole encoder.
-    W_enc = W_enc.detach().float()
+    W_enc = sae.W_enc.detach().float()
     cos = (directions @ W_enc) / W_enc.norm(dim=0)
     top = cos.nan_to_num(-1).argmax(1)
     truth = assets.labels[assets.is_test][:, None] == torch.arange(len(top), device=top.device)

@@ -6,7 +6,7 @@ The toy knows which features are active, so nothing is estimated here: no probe,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_train.data.toy import Sample, Toy
+    from sae_train.protocols import SAE
 
 RECOVERED = 0.9
 
 
 @torch.no_grad()
-def truth(sae: Any, toy: Toy, sample: Sample, preset: str | Preset = "saebench") -> dict[str, float]:
+def truth(sae: SAE, toy: Toy, sample: Sample, preset: str | Preset = "saebench") -> dict[str, float]:
     """Figures by name: recovery always, absorption where the toy has parents with children.
 
     mcc is the mean cosine of decoder rows and true directions over the pairs of the best one-to-one matching (as in
@@ -54,7 +55,7 @@ def match(cos: Float[Tensor, "d_sae n_features"]) -> tuple[Int[Tensor, " pairs"]
 
 
 def detector_f1(
-    sae: Any, sample: Sample, feature: Int[Tensor, " pairs"], latent: Int[Tensor, " pairs"], n_features: int
+    sae: SAE, sample: Sample, feature: Int[Tensor, " pairs"], latent: Int[Tensor, " pairs"], n_features: int
 ) -> Float[Tensor, " pairs"]:
     """F1 = 2·TP / (2·TP + FP + FN) of 'the latent fires' for 'the feature is active'; 0 where neither ever happens."""
     found = encode(sae, sample.x)
@@ -68,7 +69,7 @@ def detector_f1(
     return 2 * both / (fired + active).clamp(min=1)
 
 
-def _hierarchy(sae: Any, toy: Toy, cos: Float[Tensor, "d_sae n_features"], preset: Preset) -> dict[str, float]:
+def _hierarchy(sae: SAE, toy: Toy, cos: Float[Tensor, "d_sae n_features"], preset: Preset) -> dict[str, float]:
     """Absorption over words: the toy's events, each shown once without noise.
 
     A word asks about each parent in it that has a child in it. The parent's latent is the one whose decoder row is
@@ -115,7 +116,7 @@ def k_sparse_latents(
     return chosen
 
 
-def _components(sae: Any, toy: Toy, cos: Float[Tensor, "d_sae n_features"]) -> dict[str, float]:
+def _components(sae: SAE, toy: Toy, cos: Float[Tensor, "d_sae n_features"]) -> dict[str, float]:
     """What a parent's encoder has of its child, and a child's decoder of its parent: means over parent–child edges.
 
     Both are cosines, after the latent's own feature is taken out of the other one's direction, so that both are 0 for

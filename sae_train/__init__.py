@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
+from importlib import import_module
 from typing import Any
 
-# Read by torch at its first large allocation on a CPU: huge pages for tensors. A training step took 12 % more time
-# without, for page faults.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+PUBLIC = {
+    "train": "sae_train.runs.run",
+    "resume": "sae_train.runs.run",
+    "Run": "sae_train.runs.run",
+    "load_sae": "sae_train.sae.files",
+    "NumberedBatches": "sae_train.data.given",
+    "register_architecture": "sae_train.training.architectures",
+}
 
-__all__ = ["load_sae", "train"]
+__all__ = ["NumberedBatches", "Run", "load_sae", "register_architecture", "resume", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the two public functions on first use, so that the command line answers at once."""
-    if name == "train":
-        from sae_train.runs.run import train
-
-        return train
-    if name == "load_sae":
-        from sae_train.sae.files import load_sae
-
-        return load_sae
-    raise AttributeError(f"module 'sae_train' has no attribute {name!r}")
+    """Import the public names on first use, so that the command line answers at once."""
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'sae_train' has no attribute {name!r}")
+    return getattr(import_module(PUBLIC[name]), name)

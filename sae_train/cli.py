@@ -19,7 +19,6 @@ from cyclopts import App, Group, Parameter
 
 from sae_train.config import groups, resolve
 from sae_train.errors import UserError
-from sae_train.runs.process import keep_freed_memory
 
 OTHERS_WAIT = 10.0  # seconds that other processes leave the first one to say what is wrong
 EPILOGUE = """Examples:
@@ -82,9 +81,10 @@ def _train(*, config: str | None = None, dry_run: bool = False, **given: Any) ->
         if _rank() == 0:
             print(plan.text())
         return
+    from sae_train.publishing.reproduce import shell_call
     from sae_train.runs.run import start
 
-    start(settings)
+    start(settings, command=shell_call(given, config))
 
 
 def _with_flags(function: Any) -> Any:
@@ -279,7 +279,6 @@ def _complain(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code (0 done, 2 a mistake of the caller, 130 interrupted)."""
-    keep_freed_memory()
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.UnusedCliTokensError as error:

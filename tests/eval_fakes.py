@@ -63,3 +63,18 @@ def fake_words(per_letter: int = 10) -> list[str]:
         for c in range(26)
         for i, tail in enumerate(tails)
     ]
+
+
+class Decodes:
+    """What every SAE has beside encode and W_dec, for stand-ins that only say what fires."""
+
+    @property
+    def W_enc(self):
+        return self.W_dec.T
+
+    @property
+    def b_dec(self):
+        return torch.zeros_like(self.W_dec[0])
+
+    def decode(self, latents):
+        return latents @ self.W_dec

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from eval_fakes import D_IN, FakeLM, fake_words, word_tokenizer
+from eval_fakes import D_IN, Decodes, FakeLM, fake_words, word_tokenizer
 
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets
@@ -25,7 +25,7 @@ def built(lm):
     return assets.build(lm)
 
 
-class Planted:
+class Planted(Decodes):
     """Latent c is letter c; latent 26 + w fires on word w alone and, for an absorbed word, carries its letter.
 
     Letter latents are silent on absorbed words. Activations come as a table over the model's words.
@@ -49,9 +49,6 @@ class Planted:
         latents[rows, 26 + word] = 4.0
         latents[rows, self.labels[word]] = torch.where(self.absorbed[word], 0.0, 4.0)
         return latents
-
-    def decode(self, latents):
-        return latents @ self.W_dec
 
 
 @pytest.fixture(scope="module")

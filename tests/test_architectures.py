@@ -8,6 +8,7 @@ import torch
 from sae_train.config import SAESpec, TrainSettings, resolve, units
 from sae_train.errors import UserError
 from sae_train.kernels import ops, reference
+from sae_train.runs.plan import make_plan
 from sae_train.sae.model import SAE, SAEConfig
 from sae_train.training.architectures import TRAINED
 from sae_train.training.ranks import Ranks
@@ -135,7 +136,7 @@ def test_prefix_reconstructions_equal_dense_ones_and_the_last_is_the_whole():
 
 
 def test_the_names_that_the_settings_take_are_those_that_can_be_trained():
-    assert tuple(TRAINED) == units.ARCHITECTURES
+    assert list(TRAINED) == list(units.ARCHITECTURES)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,12 @@ def test_the_names_that_the_settings_take_are_those_that_can_be_trained():
 )
 def test_prefixes_that_cannot_be_are_refused(given, words):
     with pytest.raises(UserError, match=words):
-        resolve({"arch": "matryoshka"} | given)
+        make_plan(resolve({"arch": "matryoshka"} | given))
+
+
+def test_topk_refuses_a_fractional_l0():
+    with pytest.raises(UserError, match="topk keeps a whole number"):
+        make_plan(resolve({"l0": 2.5}))
 
 
 def test_l0_may_be_fractional_where_it_is_a_mean():

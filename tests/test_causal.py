@@ -51,7 +51,13 @@ def sae():
     """Decoder rows have several norms, and the error is far from small."""
     W_enc, W_dec, b_dec = draw(1, (D_IN, D_SAE), (D_SAE, D_IN), (D_IN,))
     W_dec *= torch.tensor([0.1, 1, 4] * 3)[:, None]
-    return SimpleNamespace(W_dec=W_dec, b_dec=b_dec, encode=lambda x: torch.relu((x - b_dec) @ W_enc - 0.5))
+    return SimpleNamespace(
+        W_enc=W_enc,
+        decode=lambda f: f @ W_dec + b_dec,
+        W_dec=W_dec,
+        b_dec=b_dec,
+        encode=lambda x: torch.relu((x - b_dec) @ W_enc - 0.5),
+    )
 
 
 @pytest.fixture

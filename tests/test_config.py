@@ -68,7 +68,6 @@ def test_all_mistakes_are_reported_at_once():
     ("given", "words"),
     [
         ({"width": 64, "l0": 64}, "not below the width"),
-        ({"l0": 2.5}, "topk keeps a whole number"),
         ({"tokens": 1000, "batch_tokens": 1000}, "under 100 steps"),
         ({"name": "a/b"}, "name"),
         ({"dtype": "float8"}, "float32"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from eval_fakes import D_IN, FakeLM, fake_words, word_tokenizer
+from eval_fakes import D_IN, Decodes, FakeLM, fake_words, word_tokenizer
 
 from sae_train.evals import latent_pages
 from sae_train.evals.events import NEVER, event_log, recovered
@@ -47,7 +47,7 @@ def test_sae_s_are_followed_apart_and_words_that_came_back_are_counted():
     assert recovered(both) == {"one": 1, "two": 1}
 
 
-class OneWordEach:
+class OneWordEach(Decodes):
     """Latent i fires on word i alone, as strongly as its row says; decoder rows are unit vectors of the model."""
 
     def __init__(self, lm, ids, strength):

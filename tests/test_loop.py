@@ -11,7 +11,8 @@ from sae_train.config import SAESpec, TrainSettings
 from sae_train.runs.callbacks import density_histogram
 from sae_train.training import loop
 from sae_train.training.learner import Learner
-from sae_train.training.loop import Callback, Clock, StopRequest, every, fit, forked_rng, spread
+from sae_train.training.loop import Clock, Scheduled, StopRequest, every, fit, forked_rng, spread
+from sae_train.training.ranks import Ranks
 
 
 def test_every_has_first_and_last_and_no_double_near_the_end():
@@ -31,22 +32,34 @@ def test_spread_gives_about_as_many_steps_as_asked_crowded_early():
     assert sorted(spread(1, 50)) == [0, 50]
 
 
-def run(learners, batches, n_steps, callbacks=(), **options):
-    rows = []
-    done = fit(
-        iter(batches),
-        learners,
-        list(callbacks),
-        start=0,
-        n_steps=n_steps,
-        log=lambda learner, step, values: rows.append((learner.name, step, values)),
-        before_last_look=lambda learner: None,
-        save=lambda step: None,
-        save_steps=frozenset(),
-        clock=options.get("clock", Clock()),
-        stop=options.get("stop", StopRequest()),
-    )
-    return done, rows
+class Work:
+    """The loop's work without files: what `fit` asks of a session."""
+
+    save_steps = ()
+
+    def __init__(self, learners, batches, n_steps, clock=None, stop=None):
+        self.learners, self._batches, self.n_steps, self.step = learners, batches, n_steps, 0
+        self.owned = {learner.name for learner in learners}
+        self.clock, self.stop, self.ranks = clock or Clock(), stop or StopRequest(), Ranks()
+        self.rows = []
+
+    def batches(self):
+        return iter(self._batches)
+
+    def calibrate(self, learner):
+        pass
+
+    def log(self, learner, step, values):
+        self.rows.append((learner.name, step, values))
+
+    def hand_in(self):
+        pass
+
+
+def run(learners, batches, n_steps, callbacks, **options):
+    work = Work(learners, batches, n_steps, **options)
+    fit(work, callbacks, work)
+    return work.step, work.rows
 
 
 def learner(seed: int, x: torch.Tensor, arch: str = "topk") -> Learner:
@@ -66,7 +79,7 @@ def test_a_nan_planted_in_one_sae_ends_that_one_only():
     batches = data()
     broken, whole, alone = (learner(seed, batches[0]) for seed in (1, 2, 2))
     broken.sae.b_enc.data[3] = float("nan")
-    look = Callback(lambda learner, step: [("step", step)], every(5, 20))
+    look = Scheduled(lambda learner, step: [("step", step)], every(5, 20))
     done, rows = run([broken, whole], batches, 20, [look])
     run([alone], batches, 20, [look])
     assert done == 20
@@ -81,7 +94,7 @@ def test_saes_of_a_grid_take_turns_of_a_few_steps_up_to_what_is_due(monkeypatch)
     learners = [learner(seed, batches[0]) for seed in (1, 2)]
     step = Learner.step
     monkeypatch.setattr(Learner, "step", lambda self, x: seen.append(self) or step(self, x))
-    look = Callback(lambda learner, step: looked.append((learner.step_count, step)) or (), frozenset({0, 6, 20}))
+    look = Scheduled(lambda learner, step: looked.append((learner.step_count, step)) or (), frozenset({0, 6, 20}))
     assert run(learners, batches, 20, [look])[0] == 20
     assert looked == [(0, 0)] * 2 + [(6, 6)] * 2 + [(20, 20)] * 2
     turns = [len(list(group)) for _, group in itertools.groupby(seen, key=id)]
@@ -97,7 +110,7 @@ def test_a_callback_changes_no_random_state_and_stops_the_clock():
         yield "x", 1
 
     before = torch.random.get_rng_state()
-    run([learner(0, data()[0])], data(), 20, [Callback(look, every(10, 20))], clock=clock)
+    run([learner(0, data()[0])], data(), 20, [Scheduled(look, every(10, 20))], clock=clock)
     assert torch.equal(before, torch.random.get_rng_state())
     assert clock.paused_for >= 0.15
     with forked_rng():
@@ -112,7 +125,7 @@ def test_a_stop_request_ends_the_loop_after_its_step():
         stop.requested = step == 10
         return ()
 
-    done, _ = run([learner(0, data()[0])], data(), 20, [Callback(look, every(5, 20))], stop=stop)
+    done, _ = run([learner(0, data()[0])], data(), 20, [Scheduled(look, every(5, 20))], stop=stop)
     assert done == 10
 
 

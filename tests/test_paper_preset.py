@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from eval_fakes import D_IN, FakeLM, fake_words, word_tokenizer
+from eval_fakes import D_IN, Decodes, FakeLM, fake_words, word_tokenizer
 
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, baselines
@@ -33,7 +33,7 @@ class LinearLM(FakeLM):
         return out
 
 
-class Planted:
+class Planted(Decodes):
     """Latent c is letter c, latent 26 + w word w. On absorbed words the letter latent is silent and the word latent, at
     a slant to the letter, carries it."""
 

@@ -19,7 +19,6 @@ from sae_train.config.units import (
     parse_seed,
     parse_share,
     parse_width,
-    prefix_problems,
     read_yaml,
     strings,
     width_label,
@@ -28,12 +27,9 @@ from sae_train.errors import UserError, sentences_of, unknown_setting
 
 DEFAULT_HUB_DATASET = "monology/pile-uncopyrighted"
 MAX_DEFAULT_CONTEXT = 128
-OWN_DATASETS = {"speller": "generated", "toy": "letters"}  # models with a preset of their own, and their data
-TOY_DATASETS = ("letters", "dictionary", "trees", "pairs")
-TEXT_SETTINGS = (  # what a toy, which has no text, cannot be asked
-    "hook", "dtype", "trust_remote_code", "text_column", "context", "buffer_tokens", "drop", "preset", "hierarchy",
-    "template", "eval_words", "eval_seed", "activation_cache",
-)  # fmt: skip
+LOCAL_NAMES = {"speller", "toy", "activations", "generated", "letters", "dictionary", "trees", "pairs"}
+"""models and data sets that are here under these names, not on the hub"""
+PRESETS = ("speller", "toy")  # models with a settings file of their own, configs/NAME.yaml
 CONFIGS = Path(__file__).parents[1] / "configs"
 Count = Annotated[int, BeforeValidator(parse_count)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -205,42 +201,19 @@ class Settings(_Group):
             for l0 in self.sae.l0
             if l0 >= width
         ]
-        fractional = [f"{l0:g}" for l0 in self.sae.l0 if l0 != int(l0)]
-        if "topk" in self.sae.arch and fractional:
-            problems.append(f"l0 {', '.join(fractional)} is not whole: topk keeps a whole number of latents per token")
-        if "matryoshka" in self.sae.arch:
-            problems += prefix_problems(self.train.matryoshka_prefixes, self.sae.width)
         if self.train.tokens < 100 * self.train.batch_tokens:
             problems.append(
                 f"tokens {self.train.tokens} gives under 100 steps of batch_tokens {self.train.batch_tokens}: "
                 "raise tokens or lower batch_tokens"
             )
-        problems += self._of_a_toy() if self.is_toy else []
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
-    def _of_a_toy(self) -> list[str]:
-        """What is asked of a toy and cannot be."""
-        groups = (self.lm, self.data, self.eval)
-        defaults = {name: field.default for group in groups for name, field in type(group).model_fields.items()}
-        values = {name: value for group in groups for name, value in group}
-        asked = [name for name in TEXT_SETTINGS if values[name] != defaults[name]]
-        means = "means" if len(asked) == 1 else "mean"
-        problems = [f"{', '.join(asked)} {means} nothing with the model toy, which has no text"] if asked else []
-        if self.dataset not in TOY_DATASETS:
-            problems.append(f"dataset {self.dataset!r} is none of the toy's: choose from {', '.join(TOY_DATASETS)}")
-        return problems
-
-    @property
-    def is_toy(self) -> bool:
-        """Whether activations come from a planted dictionary, without a language model."""
-        return self.lm.model == "toy"
-
     @property
     def dataset(self) -> str:
-        """As asked, else the model's own (embedded text, letters of the toy) or a public web corpus."""
-        return self.data.dataset or OWN_DATASETS.get(self.lm.model, DEFAULT_HUB_DATASET)
+        """As asked, or in the model's own settings file, else a public web corpus."""
+        return self.data.dataset or DEFAULT_HUB_DATASET
 
     def context(self, positions: int) -> int:
         """Tokens per sequence: as asked, else the model's own up to 128; UserError if it has too few positions."""
@@ -277,15 +250,15 @@ def leaves() -> dict[str, str]:
     return {leaf: group for group, model in groups().items() for leaf in model.model_fields}
 
 
-def resolve(given: dict[str, Any], file: str | Path | None = None) -> Settings:
+def resolve(given: dict[str, Any], file: str | Path | None = None, presets: bool = True) -> Settings:
     """Merge defaults < the model's preset < `file` < `given`, all with flat keys.
 
-    Presets are configs/speller.yaml for the embedded model and configs/toy.yaml for the toy. Raises UserError that
-    names every problem, one line each.
+    Presets (unless they are left out) are configs/speller.yaml for the embedded model and configs/toy.yaml for the toy.
+    Raises UserError that names every problem, one line each.
     """
     flat = (read_yaml(file) if file else {}) | {key: value for key, value in given.items() if value is not None}
     model = flat.get("model", "speller")
-    if model in OWN_DATASETS:
+    if presets and model in PRESETS:
         flat = read_yaml(CONFIGS / f"{model}.yaml") | flat
     known = leaves()
     problems = [unknown_setting(key, known) for key in flat if key not in known]

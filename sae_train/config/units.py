@@ -14,7 +14,17 @@ from pydantic import BeforeValidator
 
 from sae_train.errors import UserError
 
-ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu", "matryoshka", "gated")
+ARCHITECTURES = {  # what --arch takes, and the class that trains it: a new one is a file and a line here
+    name: f"sae_train.training.architectures.{name}:{cls}"
+    for name, cls in {
+        "relu": "ReLU",
+        "topk": "TopK",
+        "batchtopk": "BatchTopK",
+        "jumprelu": "JumpReLU",
+        "matryoshka": "Matryoshka",
+        "gated": "Gated",
+    }.items()
+}
 WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
     "65k": 2**16,
     "131k": 2**17,
@@ -82,18 +92,6 @@ def parse_share(value: object) -> float:
     if not 0 < share <= 1:
         raise ValueError(f"{value!r} is not a share: give a number above 0 and at most 1, such as 1/4 or .25")
     return share
-
-
-def prefix_problems(shares: tuple[float, ...], widths: tuple[int, ...]) -> list[str]:
-    """What is wrong with nested prefixes, given as shares of each width: sentences, none if all is well."""
-    if list(shares) != sorted(shares) or shares[-1] != 1:
-        return [f"matryoshka_prefixes {', '.join(f'{s:g}' for s in shares)}: give rising shares, the last of them 1"]
-    lengths = {width: [0, *(round(share * width) for share in shares)] for width in widths}
-    return [
-        f"matryoshka_prefixes: at width {width} a prefix adds no latent: leave out the narrowest or raise the width"
-        for width, ends in lengths.items()
-        if len(set(ends)) < len(ends)
-    ]
 
 
 def parse_seed(value: object) -> int:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from sae_train.data.activation_cache import ActivationCache
     from sae_train.data.language_model import LanguageModel
     from sae_train.data.tokens import TokenStream
+    from sae_train.protocols import Source
 
 MAX_EMPTY_BATCHES = 100
+LM_BATCH_TOKENS = 4096  # that go through the language model at a time
 
 
 class ActivationBuffer:
@@ -71,6 +73,13 @@ class ActivationBuffer:
     def epoch(self) -> int:
         """How often the data began anew, up to the end of the current block."""
         return self._end["epoch"] if self._end else self.tokens.epoch
+
+    def peek(self, n: int) -> Float[Tensor, "n d_in"]:
+        """Return the first n activations of the text from here on, in order, and stay where it is."""
+        start = self.tokens.state_dict()
+        rows = [next(self.tokens) for _ in range(-(-n // LM_BATCH_TOKENS))]
+        self.tokens.load_state_dict(start)
+        return held_out_activations(self.lm, torch.cat(rows), self._drop.tolist(), n)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain JSON values: where the block starts, how much of it is handed out."""
@@ -186,13 +195,14 @@ def estimate_scale(x: Float[Tensor, "tokens d_in"]) -> float:
     return math.sqrt(x.shape[-1] / x.double().square().sum(-1).mean().item())
 
 
-def check_activations(x: Float[Tensor, "tokens d_in"], lm: LanguageModel) -> None:
+def check_activations(x: Float[Tensor, "tokens d_in"], source: LanguageModel | Source) -> None:
     """Refuse activations from which nothing can be learned."""
+    where = f"{source.name} at {source.hook_name}" if source.hook_name else source.name
     if not torch.isfinite(x).all():
-        raise UserError(f"the activations of {lm.name} at {lm.hook_name} are not finite; try float32, or another hook.")
+        raise UserError(f"the activations of {where} are not finite; try float32, or another hook.")
     if bool((x == x[0]).all()):
         raise UserError(
-            f"the activations of {lm.name} at {lm.hook_name} are the same vector for every token: "
+            f"the activations of {where} are the same vector for every token: "
             "there is nothing to learn; choose another hook."
         )
 

@@ -8,10 +8,10 @@ the one, the other, and both. A sample costs its active features, however many t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -40,10 +40,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Toy:
-    """x = Σ a_f·directions[f] + ε over the active features f; a_f ~ N(1, spread²), ε ~ N(0, noise²) per coordinate.
-
-    Where a run has a language model's name, hook_name, d_in, device and bos_id, it takes these of a toy.
-    """
+    """x = Σ a_f·directions[f] + ε over the active features f; a_f ~ N(1, spread²), ε ~ N(0, noise²) per coordinate."""
 
     hook_name: str
     directions: Float[Tensor, "n_features d_in"]
@@ -58,8 +55,6 @@ class Toy:
     """number of the group plus the shares of its events up to and with this one: where a choice by u ∈ [0, 1) ends"""
     spread: float = 0.1
     noise: float = 0.02
-    name: str = "toy"
-    bos_id: None = None
 
     @property
     def n_features(self) -> int:
@@ -165,43 +160,6 @@ def zipf(n: int, offset: float) -> Float[Tensor, " n"]:
     """Return n shares that sum to 1, the i-th proportional to 1 / (i + offset), i from 0."""
     weights = 1 / (torch.arange(n, dtype=torch.float64) + offset)
     return weights / weights.sum()
-
-
-class ToyStream:
-    """Endless iterator over (batch_tokens, d_in) float32 activations on the toy's device.
-
-    Batch i depends on the seed and i alone, so the position is one number. There are no sequences and no epochs.
-    """
-
-    context = None
-    epoch = 0
-
-    def __init__(self, toy: Toy, batch_tokens: int, seed: int = 0) -> None:
-        self.toy, self.batch_tokens, self.seed, self._batch = toy, batch_tokens, seed, 0
-
-    def __iter__(self) -> Iterator[Float[Tensor, "batch_tokens d_in"]]:
-        return self
-
-    def __next__(self) -> Float[Tensor, "batch_tokens d_in"]:
-        x = self._sample(self._batch).x
-        self._batch += 1
-        return x
-
-    def peek(self, n: int) -> Float[Tensor, "n d_in"]:
-        """Return the next n activations without moving."""
-        batches = range(self._batch, self._batch - (-n // self.batch_tokens))
-        return torch.cat([self._sample(i).x for i in batches])[:n]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position."""
-        return {"batch": self._batch}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position; the next batches are those that followed it."""
-        self._batch = state["batch"]
-
-    def _sample(self, batch: int) -> Sample:
-        return self.toy.sample(self.batch_tokens, seeded(self.seed, batch, self.toy.device))
 
 
 def seeded(seed: int, number: int, device: torch.device) -> torch.Generator:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sae_train.config.settings import OWN_DATASETS
+from sae_train.config.settings import LOCAL_NAMES
 from sae_train.errors import UserError
 from sae_train.files import read_json, read_metrics, write_json
 from sae_train.publishing.card import Origin, card
@@ -160,11 +160,12 @@ def _origin(info: dict[str, Any], repo: str, license: str, base_model: str | Non
     """Where the SAEs came from, in names that mean something elsewhere: local paths keep their last part."""
     model, dataset = _public(info["model"]), _public(info["dataset"])
     settings = info.get("settings")
+    from_text = settings and not info.get("activations")
     return Origin(
         repo=repo, license=license, model=base_model or model, dataset=dataset, info=info,
         base_model=base_model or (model if _on_hub(info["model"]) else None),
         on_hub=dataset if _on_hub(info["dataset"]) else None,
-        command=command(settings | {"model": base_model or model, "dataset": dataset}) if settings else None,
+        command=command(settings | {"model": base_model or model, "dataset": dataset}) if from_text else None,
     )  # fmt: skip
 
 
@@ -173,8 +174,7 @@ def _public(name: str) -> str:
 
 
 def _on_hub(name: str) -> bool:
-    own = {*OWN_DATASETS, *OWN_DATASETS.values(), "dictionary", "trees", "pairs"}
-    return bool(re.fullmatch(HUB_ID, name)) and name not in own and not Path(name).exists()
+    return bool(re.fullmatch(HUB_ID, name)) and name not in LOCAL_NAMES and not Path(name).exists()
 
 
 def _stage(staged: Path, source: Source, origin: Origin) -> None:

@@ -1,9 +1,11 @@
-"""The command that makes a run again: the settings kept in run.json come in, a line for a shell goes out."""
+"""How a run was asked for, and the command that makes it again from the settings that run.json keeps."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 from sae_train.config import LMSettings, flat, groups, leaves, resolve
@@ -36,3 +38,32 @@ def _text(name: str, value: Any) -> str:
     return ",".join(
         f"{part:g}" if isinstance(part, float) and float(f"{part:g}") == part else str(part) for part in parts
     )
+
+
+def shell_call(given: dict[str, Any], config: str | None) -> str:
+    """Write the command line that gave these flags."""
+    words = ["sae-train", *(["--config", config] if config else [])]
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def python_call(settings: dict[str, Any], activations: Any = None, callbacks: Sequence[Any] = ()) -> str:
+    """Write the call of `sae_train.train` that had these arguments."""
+    words = [f"{name}={value!r}" for name, value in settings.items()]
+    if activations is not None:
+        words.append(f"activations={_shown(activations)}")
+    if callbacks:
+        words.append(f"callbacks=[{', '.join(getattr(each, '__name__', type(each).__name__) for each in callbacks)}]")
+    return f"sae_train.train({', '.join(words)})"
+
+
+def _shown(activations: Any) -> str:
+    if isinstance(activations, str | PathLike):
+        return repr(str(activations))
+    shape = getattr(activations, "shape", None)
+    return f"<{type(activations).__name__}{'' if shape is None else f' {tuple(shape)}'}>"

@@ -1,4 +1,4 @@
-"""What happens between steps: training figures, held-out figures, loss recovered, absorption, a toy's truth.
+"""What happens between steps: training figures, held-out figures, loss recovered, absorption, evals of a user's own.
 
 Each class is called with (learner, step) and yields (name, value) pairs for metrics.jsonl; none changes a learner.
 """
@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_train.data.language_model import LanguageModel
-from sae_train.data.toy import held_out_sample
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, fidelity
 from sae_train.evals.events import trace
 from sae_train.evals.hierarchy import PLAIN_TEMPLATE, get_hierarchy
-from sae_train.evals.truth import truth
 from sae_train.training.metrics import held_out_metrics, totals
 
 if TYPE_CHECKING:
@@ -29,13 +26,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_train.config import EvalSettings
-    from sae_train.data.toy import Toy
     from sae_train.evals.absorption import AbsorptionResult
     from sae_train.evals.assets import Assets
+    from sae_train.protocols import Callback, LanguageModel
     from sae_train.training.learner import Learner
     from sae_train.training.loop import Clock
 
 Pairs = Iterable[tuple[str, Any]]
+OUR_PREFIXES = ("losses", "metrics", "sparsity", "details", "absorption", "sae", "step", "tokens", "seconds")
 
 
 class TrainingFigures:
@@ -93,15 +91,34 @@ class Fidelity:
         yield from self._found[learner.name].items()
 
 
-class Truth:
-    """Recovery and absorption against the toy's own dictionary."""
+class Own:
+    """A protocols.Callback of a user's own or of a source: `f(sae, step)` yields (name, value) pairs."""
 
-    def __init__(self, toy: Toy, scale: float, n: int):
-        self.toy, self.scale, self.sample = toy, scale, held_out_sample(toy, n)
+    def __init__(self, callback: Callback, scale: float):
+        self.callback, self.scale = callback, scale
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
-        for name, value in truth(learner.export(self.scale), self.toy, self.sample).items():
-            yield f"toy/{name}", value
+        name = getattr(self.callback, "__name__", type(self.callback).__name__)
+        for pair in self.callback(learner.export(self.scale), step) or ():
+            yield _checked(pair, name)
+
+
+def _checked(pair: Any, callback: str) -> tuple[str, Any]:
+    """A pair whose value JSON can hold; UserError for anything else."""
+    try:
+        name, value = pair
+        value = value if value is None or isinstance(value, str | bool | int | float) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"the callback {callback} yielded {pair!r}: it must yield pairs of a name and a number, such as "
+            "('mine/purity', 0.5)"
+        ) from None
+    if not isinstance(name, str) or not name or name.split("/")[0] in OUR_PREFIXES:
+        raise UserError(
+            f"the callback {callback} yielded the name {name!r}: give a name of its own, such as 'mine/purity'; "
+            f"{', '.join(OUR_PREFIXES)} are sae-train's"
+        )
+    return name, value
 
 
 class Absorption:
@@ -137,14 +154,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae-train"
 
 
-def build_assets(lm: LanguageModel | Toy, settings: EvalSettings) -> tuple[Assets | None, list[str]]:
-    """Make what the eval needs of this model, once; (None, notes) where it is off or the tokenizer rules it out.
+def build_assets(lm: LanguageModel | None, settings: EvalSettings) -> tuple[Assets | None, list[str]]:
+    """Make what the eval needs of this model, once; (None, notes) where it is off, there is no language model, or the
+    tokenizer rules it out.
 
-    A toy needs none: it has its truth.
     A template that the user named must work (UserError); otherwise the hierarchy's own is taken, or else one that asks
     for no answer.
     """
-    if not settings.absorption or not isinstance(lm, LanguageModel):
+    if not settings.absorption or lm is None:
         return None, []
     hierarchy = get_hierarchy(settings.hierarchy)
     problems = []

@@ -29,14 +29,14 @@ class Finisher:
 
     def write(self, learner: Learner, final: dict[str, Any], absorption: Absorption | None) -> dict[str, Any]:
         """Write a finished SAE with where it came from; return its baselines, of which it has none without the eval."""
-        opened, settings = self.session, self.session.settings
+        opened, settings, language = self.session, self.session.settings, self.session.language
         sae = learner.export(opened.scale)
         sae.cfg = replace(
             sae.cfg,
-            hook_name=opened.model.hook_name,
-            model_name=opened.model.name,
-            context_size=opened.stream.context,
-            prepend_bos=opened.model.bos_id is not None,
+            hook_name=opened.source.hook_name,
+            model_name=opened.source.name,
+            context_size=language.context if language else None,
+            prepend_bos=language is not None and language.lm.bos_id is not None,
             dataset_path=settings.dataset,
             l0=final.get("metrics/l0"),
         )
@@ -46,18 +46,18 @@ class Finisher:
         if absorption is None or not final.get("absorption/valid"):
             return {}
         preset, seed = settings.eval.preset, learner.spec.seed
-        return baselines.all_scores(sae, opened.held_out, absorption.assets, preset, seed, opened.model)
+        return baselines.all_scores(sae, opened.held_out, absorption.assets, preset, seed, absorption.lm)
 
     def _describe_latents(self, learner: Learner, sae: SAE, absorption: Absorption) -> None:
         """Look up what the main latents and the absorbers do on held-out text."""
         roles = latent_pages.choose(absorption.result_of(learner))
         if roles:
-            records = latent_pages.describe(sae, roles, self._sample, self.session.model)
+            records = latent_pages.describe(sae, roles, self._sample, absorption.lm)
             write_lines(self.folder / "latents" / f"{learner.name}.jsonl", records)
 
     @functools.cached_property
     def _sample(self) -> latent_pages.Sample:
         """Held-out text with its activations, run through the language model once."""
-        opened = self.session
-        rows = opened.stream.held_out[: max(1, SAMPLE_TOKENS // opened.stream.context)]
-        return latent_pages.sample(opened.model, rows, dropped(opened.model, opened.drop_ids))
+        language = self.session.language
+        rows = language.rows[: max(1, SAMPLE_TOKENS // language.context)]
+        return latent_pages.sample(language.lm, rows, dropped(language.lm, language.drop_ids))

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,6 @@ def provenance() -> dict[str, Any]:
             "gpus": gpus,
         },
         "git_commit": _git_commit(),
-        "command": " ".join(["sae-train", *sys.argv[1:]]) if Path(sys.argv[0]).name != "pytest" else None,
     }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from sae_train.config import SAESpec, Settings
-    from sae_train.data.language_model import ModelFacts
+    from sae_train.data.sources import Facts, Kind
 
 Passes = tuple[tuple["SAESpec", ...], ...]
 """a grid that is too large for memory at once, in the parts that are trained one after the other"""
@@ -28,12 +28,9 @@ GIB = 2**30
 TRAINING_BYTES = 4 * (1 + 1 + 2)  # float32 weights, gradients and Adam's two moments
 SLAB_BYTES = 128 * 2**20  # pre-activations that a step holds at a time, with selection
 ENTRY_BYTES = 64  # what one active latent of one token costs: value, indices, both sort orders, gradients
-PREFIX_COPIES = 4  # what matryoshka holds of a batch for each prefix: block, sum, error, gradient
 HEADROOM = 0.9
 EFFICIENCY = 0.5  # share of that matrix rate which the parts of a step reach
 ENCODER_SHARE = 2.0  # a whole step in encoder products; 1.9 measured at d_in 256, width 16k, L0 50
-TOY_EVAL_SECONDS = 0.4
-EVAL_SECONDS = 3.0  # one look at one SAE: held-out figures, loss recovered, absorption
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Plan:
     """
 
     settings: Settings
-    facts: ModelFacts
+    facts: Facts
     device: str
     memory: dict[str, float]
     available: float
@@ -77,13 +74,12 @@ class Plan:
         """The plan as lines for a person."""
         s, facts = self.settings, self.facts
         lines = [
-            *_source(s, facts, self.device),
+            *facts.lines,
             f"training   {s.n_steps:,} steps × {s.train.batch_tokens:,} tokens = "
             f"{s.n_steps * s.train.batch_tokens:,} tokens for each SAE",
-            *_looks(s),
             *(
                 f"SAE        {spec.name}: {spec.width:,} latents ({width_label(spec.width)}), L0 {spec.l0:g}, "
-                f"{weights_of(spec, facts.d_model) / 1e6:,.1f} M weights"
+                f"{weights_of(spec, facts.d_in) / 1e6:,.1f} M weights"
                 for spec in s.specs
             ),
             *self._passes(),
@@ -102,9 +98,9 @@ class Plan:
     def _cache_bytes(self) -> float:
         """What the run's activations take on disk: nothing where they are not kept."""
         s = self.settings
-        if s.is_toy or (len(self.passes) == 1 and not s.data.activation_cache):
+        if len(self.passes) == 1 and not s.data.activation_cache:
             return 0.0
-        return float(s.n_steps * s.train.batch_tokens * self.facts.d_model * (4 if s.lm.dtype == "float32" else 2))
+        return float(s.n_steps * s.train.batch_tokens * self.facts.kept_bytes)
 
     def _disk(self) -> tuple[Path, int]:
         """The folder that activations are kept under, and the bytes that are free there or theirs already."""
@@ -142,48 +138,21 @@ class Plan:
         return lines
 
 
-def _source(s: Settings, facts: ModelFacts, device: str) -> list[str]:
-    """Where activations come from."""
-    held_out = f"{s.data.held_out_tokens:,} activations held out"
-    if s.is_toy:
-        return [f"toy        {s.dataset} (d_in {facts.d_model}) on {device}, {held_out}"]
-    return [
-        f"model      {s.lm.model}: {facts.architecture}, {facts.n_layers} blocks, d_model {facts.d_model}, "
-        f"{facts.n_parameters / 1e6:,.1f} M weights, {s.lm.dtype} on {device}",
-        f"hook       {facts.hook_name} (d_in {facts.d_model})",
-        f"text       {s.dataset}, sequences of {s.context(facts.context)} tokens, {held_out}",
-    ]
+def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
+    """Resolve a run without loading weights; UserError for whatever cannot work, an unknown model or hook among it.
 
-
-def _looks(s: Settings) -> list[str]:
-    if s.is_toy:
-        return [f"truth      {s.eval.absorption_evals} evaluations" if s.eval.absorption else "truth      off"]
-    evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
-    return [f"absorption {evals}"]
-
-
-def describe_toy(dataset: str) -> ModelFacts:
-    """Return a toy's size."""
-    from sae_train.data.language_model import ModelFacts
-    from sae_train.data.toy import open_toy
-
-    toy = open_toy(dataset)
-    n = toy.directions.numel()
-    return ModelFacts("planted dictionary", 0, toy.d_in, 0, toy.hook_name, n, 0)
-
-
-def make_plan(settings: Settings) -> Plan:
-    """Resolve a run without loading weights; UserError for an unknown model or hook."""
-    from sae_train.data.language_model import describe_language_model
+    `kind` is where the activations come from, by default what the settings name.
+    """
+    from sae_train.data.sources import kind_of
     from sae_train.training.ranks import choose_device
 
     device = choose_device(settings.lm.device)
-    lm = settings.lm
-    if settings.is_toy:
-        facts = describe_toy(settings.dataset)
-    else:
-        facts = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
-        settings.context(facts.context)
+    kind = kind or kind_of(settings)
+    of_architectures = [line for arch in settings.sae.arch for line in TRAINED[arch].problems(settings)]
+    problems = kind.problems(settings) + of_architectures
+    if problems:
+        raise UserError("\n".join(problems))
+    facts = kind.describe(settings, device)
     ranks = current()
     division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
     trained = busiest = busiest_process(settings, division, ranks)
@@ -201,7 +170,9 @@ def make_plan(settings: Settings) -> Plan:
         available=available,
         budget=budget,
         passes=passes,
-        seconds=_seconds(settings, _flops(settings, facts, trained, division, ranks), len(trained), device),
+        seconds=_seconds(
+            settings, _flops(settings, facts, trained, division, ranks), len(trained), device, facts.look_seconds
+        ),
         notes=_notes(settings, facts, passes),
         ranks=ranks,
         division=division,
@@ -224,13 +195,12 @@ def weights_of(spec: SAESpec, d_in: int) -> int:
     return spec.width * (2 * d_in + len(vectors)) + d_in
 
 
-def memory_of(settings: Settings, facts: ModelFacts, specs: list[SAESpec]) -> dict[str, float]:
+def memory_of(settings: Settings, facts: Facts, specs: list[SAESpec]) -> dict[str, float]:
     """Bytes by part at the peak of a process that trains `specs`."""
-    s, d = settings, facts.d_model
+    s, d = settings, facts.d_in
     # Controlled architectures start at twice their target; batchtopk looks at up to four times as many candidates.
     step = SLAB_BYTES + ENTRY_BYTES * 2 * s.train.batch_tokens * max(spec.l0 for spec in specs)
-    if any(spec.arch == "matryoshka" for spec in specs):
-        step += 4.0 * PREFIX_COPIES * s.train.batch_tokens * d * len(s.train.matryoshka_prefixes)
+    step += max(TRAINED[spec.arch].step_bytes(s.train, d) for spec in specs)
     weights = sum(weights_of(spec, d) for spec in specs)
     return {
         "language model": facts.n_parameters * (4 if s.lm.dtype == "float32" else 2) * 1.2,
@@ -240,17 +210,17 @@ def memory_of(settings: Settings, facts: ModelFacts, specs: list[SAESpec]) -> di
     }
 
 
-def _seconds(settings: Settings, flops: float, n_saes: int, device: torch.device) -> float:
+def _seconds(settings: Settings, flops: float, n_saes: int, device: torch.device, look_seconds: float) -> float:
     """Training at the speed of a matrix product measured now, and the looks."""
-    look = TOY_EVAL_SECONDS if settings.is_toy else EVAL_SECONDS
-    return flops / (_matrix_rate(device) * EFFICIENCY) + settings.eval.absorption_evals * n_saes * look
+    looks = settings.eval.absorption_evals * n_saes * look_seconds
+    return flops / (_matrix_rate(device) * EFFICIENCY) + looks
 
 
-def _flops(settings: Settings, facts: ModelFacts, specs: list[SAESpec], division: Division, ranks: Ranks) -> float:
+def _flops(settings: Settings, facts: Facts, specs: list[SAESpec], division: Division, ranks: Ranks) -> float:
     """What the process that trains `specs` computes in the run, looks aside."""
     per_token = 2.0 * facts.n_parameters_to_hook / ranks.size
     for spec in specs:
-        per_token += 2.0 * facts.d_model * spec.width * ENCODER_SHARE / (ranks.size if division.together else 1)
+        per_token += 2.0 * facts.d_in * spec.width * ENCODER_SHARE / (ranks.size if division.together else 1)
     return per_token * settings.n_steps * settings.train.batch_tokens
 
 
@@ -275,13 +245,11 @@ def _available(device) -> float:
     return float(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
-def _notes(settings: Settings, facts: ModelFacts, passes: Passes) -> list[str]:
-    too_many = [f"{l0:g}" for l0 in settings.sae.l0 if l0 > facts.d_model]
-    notes = []
+def _notes(settings: Settings, facts: Facts, passes: Passes) -> list[str]:
+    too_many = [f"{l0:g}" for l0 in settings.sae.l0 if l0 > facts.d_in]
+    notes = list(facts.notes)
     if too_many:
-        notes.append(f"L0 {', '.join(too_many)} is above d_in {facts.d_model}: such a code is not sparse")
-    if settings.lm.hook is None and not settings.is_toy:
-        notes.append(f"no hook was named: {facts.hook_name} was taken")
+        notes.append(f"L0 {', '.join(too_many)} is above d_in {facts.d_in}: such a code is not sparse")
     if len(passes) > 1:
         notes.append(f"the SAEs do not fit into memory together: they are trained in {len(passes)} passes")
     return notes

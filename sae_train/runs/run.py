@@ -6,6 +6,7 @@ In: settings or a folder. Out: a `Run`, the folder that holds metrics, absorptio
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 from sae_train.config import Settings, resolve, width_label
 from sae_train.errors import UserError
 from sae_train.files import read_json, read_metrics, write_json, write_parquet
+from sae_train.publishing.reproduce import python_call
 from sae_train.sae.files import load_sae
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
+    from sae_train.data.given import Given
     from sae_train.data.language_model import LanguageModel
     from sae_train.evals.absorption import AbsorptionResult
     from sae_train.evals.assets import Assets
+    from sae_train.protocols import Callback
     from sae_train.runs.session import Session
     from sae_train.sae.model import SAE
 
@@ -62,27 +68,49 @@ class Run:
         return read_json(self.path / "run.json")
 
 
-def train(config: str | Path | None = None, **settings: Any) -> Run:
-    """Train SAEs with settings named as the flags are: `train(width="16k", l0=50)`. Raises UserError."""
-    return start(resolve(settings, config))
+def train(
+    config: str | Path | None = None, *, activations: Any = None, callbacks: Sequence[Callback] = (), **settings: Any
+) -> Run:
+    """Train SAEs with settings named as the flags are: `train(width="16k", l0=50)`.
+
+    `activations` takes the place of a language model: a tensor or an array (rows, d_in), a .npy or .safetensors file,
+    or an object with the few methods of `protocols.Source`; `model` and `hook` then only say where they come from.
+    `callbacks` are evals of your own, called at every look with (SAE for raw activations, step); the (name, value)
+    pairs that they yield are logged, drawn and reported. Raises UserError.
+    """
+    command = python_call(settings | ({"config": str(config)} if config else {}), activations, callbacks)
+    if activations is None:
+        return start(resolve(settings, config), command=command, callbacks=callbacks)
+    from sae_train.data.given import given_settings
+
+    resolved, given = given_settings(activations, settings, config)
+    return start(resolved, given, command, callbacks)
 
 
-def start(settings: Settings) -> Run:
-    """Check the plan, open everything, make the run's folder and train."""
+def start(
+    settings: Settings, given: Given | None = None, command: str | None = None, callbacks: Sequence[Callback] = ()
+) -> Run:
+    """Check the plan, open everything, make the run's folder and train, on activations that were `given` or else made.
+
+    `command` is how the run was asked for, as run.json keeps it.
+    """
     from sae_train.runs import session
     from sae_train.runs.plan import make_plan
+    from sae_train.runs.process import prepare_process
     from sae_train.runs.runner import Runner
     from sae_train.training.ranks import current
 
+    prepare_process()
     folder = free_folder(settings)
-    plan = make_plan(settings)
+    plan = make_plan(settings, given)
     current().first(plan.check)
-    opened = session.open_session(settings, plan.passes, folder)
+    opened = session.open_session(settings, plan.passes, folder, given)
     built, notes = _assets(opened)
     session.begin(opened)
     opened.ranks.first(lambda: folder.mkdir(parents=True))
-    said = [settings.run.note] if settings.run.note else []
-    return Run(Runner(opened, folder, built, said + plan.notes + notes).go())
+    own_note = [settings.run.note] if settings.run.note else []
+    about = {"notes": own_note + plan.notes + notes, "command": command, "activations": given and given.record}
+    return Run(Runner(opened, folder, built, about, callbacks).go())
 
 
 def _assets(opened: Session) -> tuple[Assets | None, list[str]]:
@@ -90,18 +118,24 @@ def _assets(opened: Session) -> tuple[Assets | None, list[str]]:
     from sae_train.runs.callbacks import build_assets
 
     def build() -> tuple[Assets | None, list[str]]:
-        built, notes = build_assets(opened.model, opened.settings.eval)
+        built, notes = build_assets(opened.language and opened.language.lm, opened.settings.eval)
         return built.to("cpu") if built else None, notes
 
     return opened.ranks.first(build)
 
 
-def resume(folder: str | Path) -> Run:
-    """Go on with an interrupted run from its last saved state; UserError if there is nothing to go on with."""
+def resume(folder: str | Path, *, activations: Any = None, callbacks: Sequence[Callback] = ()) -> Run:
+    """Go on with an interrupted run from its last saved state; UserError if there is nothing to go on with.
+
+    A run on activations of your own needs them again, and one with callbacks of your own goes on without those that are
+    not given again.
+    """
     from sae_train.runs import session
     from sae_train.runs.plan import named
+    from sae_train.runs.process import prepare_process
     from sae_train.runs.runner import Runner
 
+    prepare_process()
     folder = Path(folder)
     info = read_json(folder / "run.json")
     if info.get("status") == "finished":
@@ -111,11 +145,33 @@ def resume(folder: str | Path) -> Run:
         raise UserError(f"the run {str(folder)!r} has no saved state yet: delete the folder and start it again")
     if "passes" not in info:
         raise UserError(f"the run {str(folder)!r} was begun by an earlier version of sae-train: start it again")
-    settings = resolve(info["settings"])
-    opened = session.open_session(settings, named(settings.specs, info["passes"]), folder)
+    settings, given = _as_begun(folder, info, activations)
+    opened = session.open_session(settings, named(settings.specs, info["passes"]), folder, given)
     session.load(opened, saved)
     built, _ = _assets(opened)
-    return Run(Runner(opened, folder, built, info.get("notes", []), info["saes"]).go())
+    about = {name: info.get(name) for name in ("command", "activations", "saes")} | {"notes": info.get("notes", [])}
+    return Run(Runner(opened, folder, built, about, callbacks).go())
+
+
+def _as_begun(folder: Path, info: dict[str, Any], activations: Any) -> tuple[Settings, Given | None]:
+    """The settings of an interrupted run, and its activations where they are a user's own."""
+    from sae_train.data.given import given_settings
+
+    if not info.get("activations"):
+        if activations is not None:
+            raise UserError(f"the run {str(folder)!r} makes its activations itself: leave activations out")
+        return resolve(info["settings"]), None
+    if activations is None:
+        activations = info["activations"].get("file")
+    if activations is None:
+        raise UserError(
+            f"the run {str(folder)!r} was trained on activations given in Python: go on with it there, by "
+            f"sae_train.resume({str(folder)!r}, activations=…)"
+        )
+    settings, given = given_settings(activations, info["settings"])
+    if {**given.record, "file": None} != {**info["activations"], "file": None}:
+        raise UserError(f"the activations are not those that the run {str(folder)!r} began with: give the same ones")
+    return settings, given
 
 
 def evaluate_checkpoint(
@@ -128,26 +184,24 @@ def evaluate_checkpoint(
     `given` holds settings by flag name; the model and the hook default to what the checkpoint says. Written are
     absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and absorption.html.
     """
+    from sae_train.data.sources import kind_of
     from sae_train.evals import absorption, baselines
     from sae_train.runs.callbacks import build_assets
-    from sae_train.runs.session import open_model
+    from sae_train.runs.process import prepare_process
     from sae_train.runs.summary import absorption_line
     from sae_train.training.ranks import choose_device, current
 
+    prepare_process()
     sae = load_sae(checkpoint, folder, allow_pickle=allow_pickle)
     checkpoint = Path(checkpoint, folder or "")
     if out is None and not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is on the hub: name by --out a folder for what is written")
     origin = _with_origin(given, sae, checkpoint)
-    if origin["model"] == "toy":
-        raise UserError(
-            f"the SAE in {str(checkpoint)!r} is of the toy, which has no prompts: its run measured it against the truth"
-        )
     settings = resolve(origin)
     device = choose_device(settings.lm.device)
     if current().size > 1:
         raise UserError("sae-train eval is the work of one process: start it without torchrun")
-    lm = open_model(settings, device)
+    lm = kind_of(settings).language_model(settings, device)
     if lm.d_in != sae.cfg.d_in:
         raise UserError(
             f"the SAE in {str(checkpoint)!r} takes {sae.cfg.d_in} values a token and {lm.hook_name} of {lm.name} "
@@ -207,7 +261,8 @@ def default_name(settings: Settings) -> str:
     widths = "+".join(width_label(width) for width in sae.width)
     targets = "+".join(f"{l0:g}" for l0 in sae.l0)
     seeds = f"-seed_{'+'.join(map(str, sae.seed))}" if sae.seed != (0,) else ""
-    return f"{Path(settings.lm.model).name}-{'+'.join(sae.arch)}-{widths}-l0_{targets}{seeds}"
+    model = re.sub(r"[^\w.+-]+", "_", Path(settings.lm.model).name)
+    return f"{model}-{'+'.join(sae.arch)}-{widths}-l0_{targets}{seeds}"
 
 
 def free_folder(settings: Settings) -> Path:

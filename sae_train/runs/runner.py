@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import flat
-from sae_train.data.language_model import LanguageModel
 from sae_train.evals import fidelity
 from sae_train.evals.presets import get_preset
 from sae_train.files import read_metrics
@@ -27,9 +26,12 @@ from sae_train.runs.wandb_mirror import open_mirror
 from sae_train.training import loop
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
     from sae_train.evals.assets import Assets
+    from sae_train.protocols import Callback
     from sae_train.runs.session import Session
     from sae_train.training.learner import Learner
 
@@ -42,18 +44,24 @@ class Runner:
     """Lives as long as one process works on a run."""
 
     def __init__(
-        self, opened: Session, folder: Path, assets: Assets | None, notes: list[str],
-        known: list[dict[str, Any]] | None = None,
+        self, opened: Session, folder: Path, assets: Assets | None, about: dict[str, Any],
+        own: Sequence[Callback] = (),
     ):  # fmt: skip
-        """`known` is what run.json says of the SAEs where the run was interrupted."""
-        self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, notes
+        """`about` is what run.json says at the start: notes, the command, and, where the run was interrupted, its SAEs.
+
+        `own` are evals of a user's own.
+        """
+        known, self.own = about.get("saes"), [*opened.opened.callbacks, *own]
+        self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, about["notes"]
         self.ranks = opened.ranks
         wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
-        self.log = RunLog(folder, open_mirror(wandb, self.settings, folder))
+        self.files = RunLog(folder, open_mirror(wandb, self.settings, folder))
         self.display = self._new_display()
         self.info: dict[str, Any] = {
             "settings": flat(self.settings),
             "dataset": self.settings.dataset,
+            "command": about["command"],
+            "activations": about.get("activations"),
             "processes": self.ranks.size,
             "passes": [[spec.name for spec in specs] for specs in opened.passes],
         } | provenance()
@@ -78,88 +86,75 @@ class Runner:
     def go(self) -> Path:
         """Train to the end, or until Ctrl-C; raise KeyboardInterrupt then, with everything saved."""
         opened = self.session
-        self.ranks.first(lambda: self.log.rewind(opened.reached()))
+        self.ranks.first(lambda: self.files.rewind(opened.reached()))
         self._write_run("running")
         for note in self.notes:
             self.display.say(note)
-        with loop.StopRequest() as stop:
-            self._pass(stop)
+        with opened.stop:
+            self._pass()
             for number in range(opened.number + 1, len(opened.passes)):
                 session.enter(opened, number)
                 session.begin(opened)
                 self.display = self._new_display()
-                self._pass(stop)
+                self._pass()
         return self._finish()
 
-    def _pass(self, stop: loop.StopRequest) -> None:
+    def _pass(self) -> None:
         """Train the SAEs that are in memory to the end, and write them."""
         opened, n_steps = self.session, self.settings.n_steps
         if len(opened.passes) > 1:
             self.display.say(f"pass {opened.number + 1} of {len(opened.passes)}: {', '.join(self.display.targets)}")
+        opened.save = lambda: session.save(opened, self.folder)
+        opened.save_steps = loop.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps)
         with self.display:
-            opened.step = loop.fit(
-                opened.batches(),
-                opened.learners,
-                self._callbacks(),
-                start=opened.step,
-                n_steps=n_steps,
-                log=self._log,
-                before_last_look=lambda learner: learner.calibrate(opened.calibration * opened.scale),
-                save=lambda step: session.save(opened, self.folder, step),
-                save_steps=loop.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps),
-                clock=opened.clock,
-                stop=stop,
-                ranks=self.ranks,
-                owned=opened.owned,
-                hand_in=self._hand_in,
-            )
-        if stop.requested and opened.step < n_steps:
+            loop.fit(opened, self._callbacks(), self)
+        if opened.stop.requested and opened.step < n_steps:
             self._interrupt()
         self._write_saes()
-        if opened.cache:
-            self.display.say(f"activations on disk: {opened.cache.said()}")
+        if opened.opened.cache:
+            self.display.say(f"activations on disk: {opened.opened.cache.said()}")
 
-    def _callbacks(self) -> list[loop.Callback]:
+    def _callbacks(self) -> list[loop.Scheduled]:
         """Training figures often; held-out figures, loss recovered and absorption at the same, fewer steps."""
         opened, settings, n_steps = self.session, self.settings, self.settings.n_steps
         looks = loop.spread(settings.eval.absorption_evals, n_steps)
         often = loop.every(settings.run.log_every or -(-n_steps // N_LOGGED), n_steps)
         if not opened.owned:
-            return [loop.Callback(lambda learner, step: (), often | looks)]
+            return [loop.Scheduled(lambda learner, step: (), often | looks)]
         figures = callbacks.TrainingFigures(opened.clock, settings.train.batch_tokens, opened.step)
         made = [
-            loop.Callback(figures, often | looks),
-            loop.Callback(callbacks.HeldOut(opened.held_out * opened.scale), looks),
-            *(loop.Callback(look, looks) for look in self._of_the_model()),
+            loop.Scheduled(figures, often | looks),
+            loop.Scheduled(callbacks.HeldOut(opened.held_out * opened.scale), looks),
+            *(loop.Scheduled(look, looks) for look in self._asked()),
         ]
         if self.assets is not None:
             self.absorption = callbacks.Absorption(
-                opened.model, self.assets, settings.eval, opened.scale, n_steps, self._keep_absorption
+                opened.language.lm, self.assets, settings.eval, opened.scale, n_steps, self._keep_absorption
             )
             # Where too few letters can be read off the model itself, one look records that; more would say the same.
             readable = int(self.assets.letters_that_count.sum()) >= self.assets.n_needed(
                 get_preset(settings.eval.preset)
             )
-            made.append(loop.Callback(self.absorption, looks if readable else frozenset({n_steps})))
+            made.append(loop.Scheduled(self.absorption, looks if readable else frozenset({n_steps})))
         return made
 
-    def _of_the_model(self) -> list[loop.Look]:
-        """What this kind of model can be asked: a language model for its loss, a toy for the truth."""
-        opened, settings = self.session, self.settings
-        if isinstance(opened.model, LanguageModel):
-            return [callbacks.Fidelity(opened.model, self._fidelity_data, opened.scale, opened.own_learners)]
-        if not settings.eval.absorption:
-            return []
-        return [callbacks.Truth(opened.model, opened.scale, settings.data.held_out_tokens)]
+    def _asked(self) -> list[loop.Look]:
+        """Loss recovered where there is a language model, what the source can be asked, and evals of a user's own."""
+        opened = self.session
+        asked: list[loop.Look] = [callbacks.Own(each, opened.scale) for each in self.own]
+        if opened.language:
+            lm = opened.language.lm
+            asked.insert(0, callbacks.Fidelity(lm, self._fidelity_data, opened.scale, opened.own_learners))
+        return asked
 
     @functools.cached_property
     def _fidelity_data(self) -> fidelity.FidelityData:
         """The passes of the language model that all SAEs share."""
-        opened = self.session
-        rows = opened.stream.held_out[: max(1, FIDELITY_TOKENS // opened.stream.context)]
-        return fidelity.FidelityData.build(opened.model, rows, opened.drop_ids)
+        language = self.session.language
+        rows = language.rows[: max(1, FIDELITY_TOKENS // language.context)]
+        return fidelity.FidelityData.build(language.lm, rows, language.drop_ids)
 
-    def _log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:
+    def log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:
         tokens = step * self.settings.train.batch_tokens
         row = {
             "sae": learner.name,
@@ -175,7 +170,7 @@ class Runner:
         step = self.settings.train.batch_tokens
         self.tables.append(tuple(table.assign(tokens=table["step"] * step) for table in tables))
 
-    def _hand_in(self) -> None:
+    def hand_in(self) -> None:
         """Bring what all processes logged at one look to the first one's files and display."""
         handed = self.ranks.gather((self.rows, self.tables))
         self.tables = []
@@ -183,8 +178,8 @@ class Runner:
             self.rows = []
             return
         kept = [tables for _, theirs in handed for tables in theirs]
-        self.log.absorption.add([letters for letters, _ in kept])
-        self.log.trajectory.add([words for _, words in kept])
+        self.files.absorption.add([letters for letters, _ in kept])
+        self.files.trajectory.add([words for _, words in kept])
         self._hand_in_rows([rows for rows, _ in handed])
 
     def _hand_in_rows(self, handed: list[list[dict[str, Any]]]) -> None:
@@ -192,7 +187,7 @@ class Runner:
         self.rows = []
         order = [spec.name for spec in self.settings.specs]
         for row in sorted((row for rows in handed for row in rows), key=lambda row: order.index(row["sae"])):
-            self.log.log(row)
+            self.files.log(row)
             self.display.row(row)
 
     def _write_run(self, status: str) -> None:
@@ -209,13 +204,13 @@ class Runner:
         self.info |= {
             "status": status,
             "notes": self.notes,
-            "model": opened.model.name,
-            "hook_name": opened.model.hook_name,
-            "d_in": opened.model.d_in,
-            "context": opened.stream.context,
+            "model": opened.source.name,
+            "hook_name": opened.source.hook_name,
+            "d_in": opened.source.d_in,
+            "context": opened.language.context if opened.language else None,
             "scale": opened.scale,
             "tokens": opened.step * self.settings.train.batch_tokens,
-            "epochs": opened.buffer.epoch,
+            "epochs": opened.data.epoch,
             "seconds": opened.clock.training,
             "eval_seconds": opened.clock.paused_for,
             "eval_assets": {} if self.assets is None else {"hash": self.assets.hash, **self.assets.settings},
@@ -231,7 +226,7 @@ class Runner:
                 for spec in self.settings.specs
             ],
         }
-        self.log.write_run(self.info)
+        self.files.write_run(self.info)
 
     def _finals(self) -> dict[str, dict[str, Any]]:
         """The newest value of every figure, by SAE."""
@@ -241,9 +236,9 @@ class Runner:
         return finals
 
     def _interrupt(self) -> None:
-        session.save(self.session, self.folder, self.session.step)
+        session.save(self.session, self.folder)
         self._write_run("interrupted")
-        self.log.mirror.close()
+        self.files.mirror.close()
         self.display.say(f"interrupted at step {self.session.step}; go on with: sae-train resume {self.folder}")
         raise KeyboardInterrupt
 
@@ -274,8 +269,8 @@ class Runner:
                 measured = measured_line(described["final"], described["baseline"].get("random"))
                 write_card(self.folder / "saes" / described["name"], described, self.info, measured)
         report = write_report(self.folder)
-        self.log.mirror.show()
-        self.log.mirror.close()
+        self.files.mirror.show()
+        self.files.mirror.close()
         for line in summary_lines(self.info):
             self.display.say(line)
         self.display.say(f"report: {report}")

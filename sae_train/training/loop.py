@@ -10,17 +10,16 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-
-from sae_train.training.ranks import Ranks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
     from sae_train.training.learner import Learner
+    from sae_train.training.ranks import Ranks
 
 Look = Callable[["Learner", int], Iterable[tuple[str, Any]]]
 MAX_TURN = 5  # steps that an SAE of a grid takes in a row on a CPU: 3 % faster than one by one; Ctrl-C waits for it
@@ -45,8 +44,8 @@ def spread(times: int, n_steps: int) -> frozenset[int]:
 
 
 @dataclass(frozen=True)
-class Callback:
-    """What to look at (`look(learner, step)` yields (name, value) pairs) and at which steps."""
+class Scheduled:
+    """A look (`look(learner, step)` yields (name, value) pairs) and the steps at which it is taken."""
 
     look: Look
     steps: frozenset[int]
@@ -109,58 +108,75 @@ class StopRequest:
         self.requested = True
 
 
-def fit(
-    batches: Iterator[Float[Tensor, "batch d_in"]],
-    learners: list[Learner],
-    callbacks: list[Callback],
-    *,
-    start: int,
-    n_steps: int,
-    log: Callable[[Learner, int, dict[str, Any]], None],
-    before_last_look: Callable[[Learner], None],
-    save: Callable[[int], None],
-    save_steps: frozenset[int],
-    clock: Clock,
-    stop: StopRequest,
-    ranks: Ranks | None = None,
-    owned: Collection[str] | None = None,
-    hand_in: Callable[[], None] = lambda: None,
-) -> int:
-    """Train all learners on the same scaled batches from step `start` to `n_steps`; return the steps done.
+class Work(Protocol):
+    """What the loop asks of a run in memory: its data, its learners, and how it is looked at, saved and stopped."""
 
-    A learner that failed is left alone while the others go on. `before_last_look` calibrates a finished learner.
-    Of several processes (`ranks`) each looks at the learners it owns, all come to `hand_in` after each look, and all
-    stop after the same step. On a CPU the learners of a grid take turns of up to MAX_TURN steps in one process.
+    learners: list[Learner]
+    ranks: Ranks
+    owned: Collection[str]
+    """names of the learners that this process looks at"""
+    step: int
+    """steps done; the loop counts it up"""
+    n_steps: int
+    clock: Clock
+    stop: StopRequest
+    save_steps: Collection[int]
+
+    def batches(self) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """Return scaled training batches without end."""
+
+    def calibrate(self, learner: Learner) -> None:
+        """Bring a finished learner's L0 to its target."""
+
+    def save(self) -> None:
+        """Write what a resumed run starts from."""
+
+
+class Log(Protocol):
+    """Takes what callbacks yield."""
+
+    def log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:
+        """Take the figures of one learner at one step."""
+
+    def hand_in(self) -> None:
+        """Take note that a look is over; of several processes, all come here after each."""
+
+
+def fit(work: Work, callbacks: list[Scheduled], log: Log) -> None:
+    """Train all learners on the same batches to the last step, or until a stop is requested.
+
+    A learner that failed is left alone while the others go on. Of several processes all stop after the same step. On a
+    CPU the learners of a grid take turns of up to MAX_TURN steps in one process.
     """
-    ranks = ranks or Ranks()
-    clock.start()
-    step, due = start, frozenset({n_steps}).union(save_steps, *(callback.steps for callback in callbacks))
+    work.clock.start()
+    batches, begun = work.batches(), work.step
+    due = frozenset({work.n_steps}).union(work.save_steps, *(callback.steps for callback in callbacks))
     while True:
-        if step > start or start == 0:  # a saved state was calibrated and looked at before it was saved
-            for learner in running(learners) if step == n_steps else ():
-                before_last_look(learner)
-            look_at(learners, callbacks, step, log, clock, owned, hand_in)
-        if step > start and step in save_steps:
-            with clock.paused():
-                save(step)
-        stop.requested, any_left = ranks.any(stop.requested, bool(running(learners)))
-        if step == n_steps or stop.requested or not any_left:
-            return step
-        taken = [next(batches) for _ in range(_turn(step, due, learners, ranks))]
-        for learner in running(learners):
+        if work.step > begun or begun == 0:  # a saved state was calibrated and looked at before it was saved
+            for learner in running(work.learners) if work.step == work.n_steps else ():
+                work.calibrate(learner)
+            look_at(work, callbacks, log)
+        if work.step > begun and work.step in work.save_steps:
+            with work.clock.paused():
+                work.save()
+        work.stop.requested, any_left = work.ranks.any(work.stop.requested, bool(running(work.learners)))
+        if work.step == work.n_steps or work.stop.requested or not any_left:
+            return
+        taken = [next(batches) for _ in range(_turn(work, due))]
+        for learner in running(work.learners):
             for x in taken:
                 learner.last = learner.step(x)
-        step += len(taken)
+        work.step += len(taken)
 
 
-def _turn(step: int, due: Collection[int], learners: list[Learner], ranks: Ranks) -> int:
+def _turn(work: Work, due: Collection[int]) -> int:
     """How many steps each learner takes before the next one does: on a CPU its weights stay in cache meanwhile.
 
     Several processes go step by step, since one may hold a single learner and another two.
     """
-    grid = len(learners) > 1 and ranks.size == 1
-    most = MAX_TURN if grid and learners[0].device.type == "cpu" else 1
-    return next(n for n in range(1, most + 1) if n == most or step + n in due)
+    grid = len(work.learners) > 1 and work.ranks.size == 1
+    most = MAX_TURN if grid and work.learners[0].device.type == "cpu" else 1
+    return next(n for n in range(1, most + 1) if n == most or work.step + n in due)
 
 
 def running(learners: list[Learner]) -> list[Learner]:
@@ -168,29 +184,17 @@ def running(learners: list[Learner]) -> list[Learner]:
     return [learner for learner in learners if learner.failed is None]
 
 
-def look_at(
-    learners: list[Learner],
-    callbacks: list[Callback],
-    step: int,
-    log: Callable[[Learner, int, dict[str, Any]], None],
-    clock: Clock,
-    owned: Collection[str] | None = None,
-    hand_in: Callable[[], None] = lambda: None,
-) -> None:
-    """Run the callbacks that are due at `step` on every learner (that is owned), and log one row for each."""
-    due = [callback for callback in callbacks if step in callback.steps]
+def look_at(work: Work, callbacks: list[Scheduled], log: Log) -> None:
+    """Run the callbacks that are due on every learner that is owned, and log one row for each."""
+    step, due = work.step, [callback for callback in callbacks if work.step in callback.steps]
     if not due:
         return
-    with clock.paused(), forked_rng():
-        for learner in running(learners):
+    with work.clock.paused(), forked_rng():
+        for learner in running(work.learners):
             learner.check()
-            if learner.failed is None and (owned is None or learner.name in owned):
-                log(
-                    learner,
-                    step,
-                    {name: value for callback in due for name, value in callback.look(learner, step)},
-                )
-        hand_in()
+            if learner.failed is None and learner.name in work.owned:
+                log.log(learner, step, {name: value for each in due for name, value in each.look(learner, step)})
+        log.hand_in()
 
 
 @contextlib.contextmanager

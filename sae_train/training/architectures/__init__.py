@@ -1,20 +1,26 @@
-"""The architectures that can be trained, by the name that `--arch` takes; a new one is a file and a line here."""
+"""The architectures that can be trained, by the name that `--arch` takes.
 
+They stand in `config.units.ARCHITECTURES`; `register_architecture` adds one of your own.
+"""
+
+from importlib import import_module
+
+from sae_train.config.units import ARCHITECTURES
 from sae_train.training.architectures.base import Architecture, Forward
-from sae_train.training.architectures.batchtopk import BatchTopK
-from sae_train.training.architectures.gated import Gated
-from sae_train.training.architectures.jumprelu import JumpReLU
-from sae_train.training.architectures.matryoshka import Matryoshka
-from sae_train.training.architectures.relu import ReLU
-from sae_train.training.architectures.topk import TopK
 
-TRAINED: dict[str, type[Architecture]] = {
-    "relu": ReLU,
-    "topk": TopK,
-    "batchtopk": BatchTopK,
-    "jumprelu": JumpReLU,
-    "matryoshka": Matryoshka,
-    "gated": Gated,
-}
 
-__all__ = ["TRAINED", "Architecture", "Forward"]
+def _load(place: str) -> type[Architecture]:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+TRAINED: dict[str, type[Architecture]] = {name: _load(place) for name, place in ARCHITECTURES.items()}
+
+
+def register_architecture(name: str, architecture: type[Architecture]) -> None:
+    """Make an architecture known by a name: `train(arch=name)` takes it from then on, in this process."""
+    TRAINED[name] = architecture
+    ARCHITECTURES[name] = f"{architecture.__module__}:{architecture.__qualname__}"
+
+
+__all__ = ["TRAINED", "Architecture", "Forward", "register_architecture"]

@@ -17,7 +17,7 @@ from sae_train.training.l0 import level_for
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from sae_train.config import SAESpec, TrainSettings
+    from sae_train.config import SAESpec, Settings, TrainSettings
     from sae_train.sae.model import SAE
     from sae_train.training.ranks import Ranks
 
@@ -84,6 +84,16 @@ class Architecture(ABC):
         self.state: dict[str, Tensor] = {}
         self.crossover = ops.Crossover()
         self.leaves: dict[str, Tensor] = self.make_leaves()
+
+    @classmethod
+    def problems(cls, settings: Settings) -> list[str]:
+        """Return a sentence for each setting that this architecture cannot do."""
+        return []
+
+    @classmethod
+    def step_bytes(cls, settings: TrainSettings, d_in: int) -> float:
+        """Return what a step holds beside pre-activations and active latents."""
+        return 0.0
 
     @abstractmethod
     def make_leaves(self) -> dict[str, Tensor]:

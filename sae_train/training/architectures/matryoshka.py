@@ -15,9 +15,28 @@ from sae_train.training import losses
 from sae_train.training.architectures.base import Forward
 from sae_train.training.architectures.batchtopk import BatchSelection
 
+PREFIX_COPIES = 4  # what a step holds of a batch for each prefix: block, sum, error, gradient
+
 
 class Matryoshka(BatchSelection):
     """Prefixes are the first shares of the latents that `matryoshka_prefixes` names."""
+
+    @classmethod
+    def problems(cls, settings):
+        shares = settings.train.matryoshka_prefixes
+        if list(shares) != sorted(shares) or shares[-1] != 1:
+            shown = ", ".join(f"{share:g}" for share in shares)
+            return [f"matryoshka_prefixes {shown}: give rising shares, the last of them 1"]
+        lengths = {width: [0, *(round(share * width) for share in shares)] for width in settings.sae.width}
+        return [
+            f"matryoshka_prefixes: at width {width} a prefix adds no latent: leave out the narrowest or raise the width"
+            for width, ends in lengths.items()
+            if len(set(ends)) < len(ends)
+        ]
+
+    @classmethod
+    def step_bytes(cls, settings, d_in):
+        return 4.0 * PREFIX_COPIES * settings.batch_tokens * d_in * len(settings.matryoshka_prefixes)
 
     @cached_property
     def edges(self) -> Tensor:

@@ -13,6 +13,12 @@ class TopK(Architecture):
     lr_factors, first_coefficient = {}, None
     takes_bfloat16 = waits_for_nothing = True
 
+    @classmethod
+    def problems(cls, settings):
+        fractional = [f"{l0:g}" for l0 in settings.sae.l0 if l0 != int(l0)]
+        what = "topk keeps a whole number of latents per token"
+        return [f"l0 {', '.join(fractional)} is not whole: {what}"] if fractional else []
+
     def make_leaves(self):
         return {"b_enc": self.sae.b_enc, "b_dec": self.sae.b_dec}
 

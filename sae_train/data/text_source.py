@@ -1,0 +1,130 @@
+"""A language model as a source: the activations at one hook of a model that reads a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_train.data.activation_cache import ActivationCache, files_of, key_of
+from sae_train.data.buffer import LM_BATCH_TOKENS, ActivationBuffer, held_out_activations
+from sae_train.data.language_model import LanguageModel, describe_language_model, load_language_model
+from sae_train.data.sources import Facts, Language, Opened
+from sae_train.data.tokens import open_tokens
+from sae_train.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from sae_train.config import Settings
+    from sae_train.data.tokens import TokenStream
+    from sae_train.training.ranks import Ranks
+
+
+class HookedText:
+    """The activations of the tokens of a text; special and dropped tokens are left out.
+
+    `lm` may be one that several processes compute together.
+    """
+
+    def __init__(self, lm: LanguageModel, stream: TokenStream, drop: set[int], settings: Settings) -> None:
+        self.name, self.hook_name, self.d_in = lm.name, lm.hook_name, lm.d_in
+        self.lm, self.stream, self.drop_ids, self.settings = lm, stream, drop, settings
+        self.cache: ActivationCache | None = None
+        self._held_out: Tensor | None = None
+
+    def held_out(self, n_tokens: int) -> Float[Tensor, "n d_in"]:
+        """Return the first n activations of the held-out rows."""
+        if self._held_out is None or len(self._held_out) < n_tokens:
+            self._held_out = held_out_activations(self.lm, self.stream.held_out, self.drop_ids, n_tokens)
+        return self._held_out[:n_tokens]
+
+    def batches(self, batch_tokens: int) -> ActivationBuffer:
+        """Return shuffled batches; the text is read once for all."""
+        return ActivationBuffer(
+            self.lm,
+            self.stream,
+            batch_tokens=batch_tokens,
+            buffer_tokens=self.settings.data.buffer_tokens,
+            drop_ids=self.drop_ids,
+            seed=0,
+            cache=self.cache,
+        )
+
+
+class TextSource:
+    """`--model` with a language model: embedded, a local Hugging Face folder, or a hub id."""
+
+    def problems(self, settings: Settings) -> list[str]:
+        """Whatever is wrong with the model or its text shows when they are described or opened."""
+        return []
+
+    def describe(self, settings: Settings, device: torch.device) -> Facts:
+        """Sizes from the model's configuration alone; UserError for an unknown model or hook."""
+        s, lm = settings, settings.lm
+        model = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
+        evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
+        lines = (
+            f"model      {lm.model}: {model.architecture}, {model.n_layers} blocks, d_model {model.d_model}, "
+            f"{model.n_parameters / 1e6:,.1f} M weights, {lm.dtype} on {device}",
+            f"hook       {model.hook_name} (d_in {model.d_model})",
+            f"text       {s.dataset}, sequences of {s.context(model.context)} tokens, "
+            f"{s.data.held_out_tokens:,} activations held out",
+            f"absorption {evals}",
+        )
+        notes = () if lm.hook else (f"no hook was named: {model.hook_name} was taken",)
+        return Facts(
+            model.d_model, model.hook_name, lines, notes, model.n_parameters, model.n_parameters_to_hook,
+            kept_bytes=model.d_model * (4 if lm.dtype == "float32" else 2),
+        )  # fmt: skip
+
+    def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:
+        """Load the model and open the text; UserError for whatever cannot work."""
+        lm = self.language_model(settings, device)
+        context = settings.context(lm.context)
+        stream = open_tokens(
+            settings.dataset,
+            lm.tokenizer,
+            context=context,
+            sequences=max(1, LM_BATCH_TOKENS // context),
+            bos_id=lm.bos_id,
+            text_column=settings.data.text_column,
+            held_out_tokens=settings.data.held_out_tokens,
+        )
+        drop = drop_ids(lm, settings.data.drop)
+        source = HookedText(lm.shared_by(ranks), stream, drop, settings)
+        asked = settings.data.activation_cache
+        if asked or folder:
+            source.cache = open_cache(source, Path(asked).expanduser() if asked else folder, ranks)
+        return Opened(source, Language(lm, stream.held_out, drop), cache=source.cache)
+
+    def language_model(self, settings: Settings, device: torch.device) -> LanguageModel:
+        """Load the language model that the settings name."""
+        lm = settings.lm
+        return load_language_model(lm.model, lm.hook, device, lm.dtype, lm.trust_remote_code)
+
+
+def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCache:
+    """Name what the activations are made from: settings, text files, the first tokens, the held-out activations."""
+    if ranks.size > 1:
+        raise UserError("activations are kept on disk by one process only: leave --activation-cache out")
+    settings, stream = source.settings, source.stream
+    start = stream.state_dict()
+    first = next(stream)
+    stream.load_state_dict(start)
+    made_from = {
+        "data": settings.data.model_dump(mode="json", exclude={"activation_cache"}), "hook": source.hook_name,
+        "batch_tokens": settings.train.batch_tokens, "files": files_of(settings.dataset),
+    }  # fmt: skip
+    key = key_of(made_from, first, source.held_out(settings.data.held_out_tokens))
+    return ActivationCache(folder, key, source.lm.dtype)
+
+
+def drop_ids(lm: LanguageModel, strings: tuple[str, ...]) -> set[int]:
+    """Token ids of the strings left out of SAE training; UserError for a string that is not one token."""
+    ids = {string: lm.tokenizer(string, add_special_tokens=False)["input_ids"] for string in strings}
+    wrong = [repr(string) for string, tokens in ids.items() if len(tokens) != 1]
+    if wrong:
+        raise UserError(f"drop: {', '.join(wrong)} is not a single token of {lm.name}: name whole tokens")
+    return {tokens[0] for tokens in ids.values()}
