@@ -19,6 +19,9 @@ from sae_train.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+# What rows of metrics.jsonl hold of ours: the first part of each name.
+OUR_FIGURES = ("losses", "metrics", "sparsity", "details", "absorption", "toy", "sae", "step", "tokens", "seconds")
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -89,6 +92,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def own_figures(row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a row of metrics.jsonl that a user's callback gave: those with a name that is not ours."""
+    return {name: value for name, value in row.items() if name and name.split("/")[0] not in OUR_FIGURES}
 
 
 def finite(value: Any) -> Any:

@@ -18,6 +18,7 @@ from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, fidelity
 from sae_train.evals.events import trace
 from sae_train.evals.hierarchy import PLAIN_TEMPLATE, get_hierarchy
+from sae_train.files import OUR_FIGURES, own_figures
 from sae_train.training.metrics import held_out_metrics, totals
 
 if TYPE_CHECKING:
@@ -28,12 +29,11 @@ if TYPE_CHECKING:
     from sae_train.config import EvalSettings
     from sae_train.evals.absorption import AbsorptionResult
     from sae_train.evals.assets import Assets
-    from sae_train.protocols import Callback, LanguageModel
+    from sae_train.protocols import SAE, Callback, LanguageModel
     from sae_train.training.learner import Learner
     from sae_train.training.loop import Clock
 
 Pairs = Iterable[tuple[str, Any]]
-OUR_PREFIXES = ("losses", "metrics", "sparsity", "details", "absorption", "sae", "step", "tokens", "seconds")
 
 
 class TrainingFigures:
@@ -98,27 +98,30 @@ class Own:
         self.callback, self.scale = callback, scale
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
-        name = getattr(self.callback, "__name__", type(self.callback).__name__)
-        for pair in self.callback(learner.export(self.scale), step) or ():
-            yield _checked(pair, name)
+        return self.callback(learner.export(self.scale), step) or ()
 
 
-def _checked(pair: Any, callback: str) -> tuple[str, Any]:
-    """A pair whose value JSON can hold; UserError for anything else."""
-    try:
-        name, value = pair
-        value = value if value is None or isinstance(value, str | bool | int | float) else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise UserError(
-            f"the callback {callback} yielded {pair!r}: it must yield pairs of a name and a number, such as "
-            "('mine/purity', 0.5)"
-        ) from None
-    if not isinstance(name, str) or not name or name.split("/")[0] in OUR_PREFIXES:
-        raise UserError(
-            f"the callback {callback} yielded the name {name!r}: give a name of its own, such as 'mine/purity'; "
-            f"{', '.join(OUR_PREFIXES)} are sae-train's"
-        )
-    return name, value
+def checked(callback: Callback) -> Callback:
+    """Return a user's callback that yields only what JSON can hold, under names of its own; UserError for the rest."""
+    who = f"the callback {getattr(callback, '__name__', type(callback).__name__)}"
+
+    def yield_checked(sae: SAE, step: int) -> Pairs:
+        for pair in callback(sae, step) or ():
+            try:
+                name, value = pair
+                value = value if value is None or isinstance(value, str | bool | int | float) else float(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise UserError(
+                    f"{who} yielded {pair!r}: it must yield pairs of a name and a number, such as ('mine/purity', 0.5)"
+                ) from None
+            if not isinstance(name, str) or not own_figures({name: value}):
+                raise UserError(
+                    f"{who} yielded the name {name!r}: give a name of its own, such as 'mine/purity', that begins with "
+                    f"none of {', '.join(OUR_FIGURES)}"
+                )
+            yield name, value
+
+    return yield_checked
 
 
 class Absorption:

@@ -51,7 +51,7 @@ class Runner:
 
         `own` are evals of a user's own.
         """
-        known, self.own = about.get("saes"), [*opened.opened.callbacks, *own]
+        known, self.own = about.get("saes"), [*opened.opened.callbacks, *map(callbacks.checked, own)]
         self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, about["notes"]
         self.ranks = opened.ranks
         wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sae_train.files import own_figures
+
 
 def summary_lines(info: dict[str, Any]) -> list[str]:
     """For each SAE: L0 asked and reached, EV, loss recovered, dead, absorption with intervals, F1."""
@@ -24,10 +26,9 @@ def _one(sae: dict[str, Any]) -> list[str]:
         *([f"loss recovered {final['metrics/ce_loss_score']:.4f}"] if final.get("metrics/ce_loss_score") else []),
         f"dead {_number(final, 'sparsity/dead_fraction', '.1%')}",
     ]
-    return [
-        f"{sae['name']}: " + ", ".join(figures),
-        "  " + measured_line(final, sae["baseline"].get("random")),
-    ]
+    lines = [f"{sae['name']}: " + ", ".join(figures), "  " + measured_line(final, sae["baseline"].get("random"))]
+    own = [f"{name} {value:.4g}" for name, value in own_figures(final).items() if isinstance(value, int | float)]
+    return [*lines, "  " + ", ".join(own)] if own else lines
 
 
 def _random_ev(sae: dict[str, Any]) -> str:
