@@ -1,6 +1,7 @@
 """Data flows one way: a package imports only from those before it, and heavy packages enter through known doors."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def package_of(name: str) -> str:
     return name.split("/")[0].removesuffix(".py")
 
 
+@functools.cache
 def imports(file: Path) -> set[str]:
     """Dotted names imported at run time anywhere in a file (imports for type checking only are left out)."""
     names = set()
