@@ -12,7 +12,7 @@ setup: .venv/.done
 	touch $@
 
 train: setup
-	$(BIN)/sae-train --width 16k --l0 50,8 --note $(WHY)
+	$(BIN)/sae-train --width 16k --l0 8,50 --note $(WHY)
 
 test: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope

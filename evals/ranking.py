@@ -3,7 +3,7 @@ go out.
 
 Both ways rank by the signed weights of one L1-penalised probe on all latents. `optimum` solves its objective, which is
 strictly convex, so the ranking has no seed; `adam` stops where SAEBench 0.6.0 stops, some 1,500 steps from the start,
-where two seeds still disagree about the first latents of a letter in five (README).
+where two seeds still disagree about the first latents of a letter in five (docs/absorption.md).
 """
 
 from __future__ import annotations
