@@ -36,16 +36,22 @@ from sae_train.report.gallery import gallery
 from sae_train.runs import run as runs
 from sae_train.runs.summary import summary_lines
 
-SMALL_RUN = {"tokens": 13_000, "batch_tokens": 128, "buffer_tokens": 2048, "held_out_tokens": 1024, "eval_words": 600,
-             "absorption_evals": 1, "device": "cpu"}  # fmt: skip
+SMALL_RUN = {"tokens": 13_000, "batch_tokens": 128, "held_out_tokens": 1024, "absorption_evals": 1, "device": "cpu"}
+SMALL_TEXT = {"buffer_tokens": 2048, "eval_words": 600}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Few figures of an export, few tokens of a run that is started in Python."""
     train = runs.train
+
+    def quick_train(*given, activations=None, **settings):
+        has_text = activations is None and settings.get("model") != "toy"
+        small = SMALL_RUN | (SMALL_TEXT if has_text else {})
+        return train(*given, activations=activations, **settings | small)
+
     monkeypatch.setattr(export, "gallery", lambda runs: gallery(runs)[:3])
-    monkeypatch.setattr(runs, "train", lambda *given, **settings: train(*given, **settings | SMALL_RUN))
+    monkeypatch.setattr(runs, "train", quick_train)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +146,7 @@ def test_every_block_says_what_it_is_and_commands_stand_in_none_but_those_of_com
                 assert words_of(line)[0] in (*PROGRAMS, "pip"), line
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_that_is_not_run_has_a_program_options_and_values_that_exist(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
