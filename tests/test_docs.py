@@ -20,13 +20,14 @@ from doc_pages import (
     README,
     ROOT,
     TUTORIALS,
+    anchors,
     blocks,
     check,
     commands_in_text,
     is_run,
     run,
     words_of,
-)  # fmt: skip
+)
 from hub_fixture import hub  # noqa: F401
 
 from sae_train.config import CONFIGS
@@ -183,6 +184,6 @@ def test_links_between_pages_lead_somewhere():
     for path in PAGES:
         for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8")):
             if "://" not in target:
-                page = path.parent / target if target else path
-                assert page.exists(), f"{path.name} links to {target}"
-                assert not anchor or anchor in anchors(page), f"{path.name} links to {target}#{anchor}"
+                there = path.parent / target if target else path
+                assert there.exists(), f"{path.name} links to {target}"
+                assert not anchor or anchor in anchors(there), f"{path.name} links to {target}#{anchor}"
