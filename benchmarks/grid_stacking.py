@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from sae_train.config import SAESpec, TrainSettings
-from sae_train.kernels import reference
+from sae_train.kernels import patterns
 from sae_train.training.learner import Learner
 
 N_SAES, BATCH, D_IN, K, REPEATS = 4, 2048, 256, 32, 20
@@ -55,8 +55,8 @@ def measure(width: int) -> dict[str, float]:
         "one by one": milliseconds(one_by_one),
         "side by side": milliseconds(lambda: torch.addmm(b_enc.view(-1), x, side_by_side, out=out)),
         "batched": milliseconds(lambda: torch.bmm(x.expand(N_SAES, BATCH, D_IN), stacked, out=outs)),
-        "selection": milliseconds(lambda: [reference.top_k(pre, K) for pre in outs]),
-        "selection of slices": milliseconds(lambda: [reference.top_k(pre, K) for pre in slices]),
+        "selection": milliseconds(lambda: [patterns.top_k(pre, K) for pre in outs]),
+        "selection of slices": milliseconds(lambda: [patterns.top_k(pre, K) for pre in slices]),
         "whole steps": milliseconds(lambda: [learner.step(x) for learner in learners]),
     }
 

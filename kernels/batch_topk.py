@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from sae_train.kernels.reference import Pattern, _Encode, _slabs
+from sae_train.kernels.cpu import Pattern, _Encode, _slabs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """The one public door to the kernels: encoders and decoder, all differentiable, with a choice of implementation.
 
-In: activations x (batch, d_in) and weights in the public orientation. Out: values and indices of the active latents
-(topk), dense latents (relu, jumprelu), or reconstructions.
+What they compute is written down in naive.py. "reference" is the way that needs no Triton (cpu.py), "triton" the fused
+kernels (fused.py). Other packages import this module alone.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from sae_train.errors import UserError
-from sae_train.kernels import batch_topk, reference
+from sae_train.kernels import batch_topk, cpu
 from sae_train.kernels.crossover import Crossover
-from sae_train.kernels.patterns import Pattern
+from sae_train.kernels.patterns import Pattern, kth_largest, row_pattern, sum_at
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["Crossover", "Pattern"]  # handed through; the rest is below
+__all__ = ["Crossover", "Pattern", "kth_largest", "sum_at"]  # handed through; the rest is below
 IMPLEMENTATIONS = ("triton", "reference")
 
 
@@ -46,9 +46,9 @@ def choose(impl: str | None, device: torch.device | str) -> str:
 
 
 def _twin(impl: str | None, x: Tensor) -> ModuleType:
-    """Return the module that runs: kernels/reference.py or kernels/fused.py, which have the same functions."""
+    """Return the module that runs: kernels/cpu.py or kernels/fused.py, which have the same functions."""
     if choose(impl, x.device) == "reference" or (impl is None and x.dtype == torch.float64):
-        return reference
+        return cpu
     from sae_train.kernels import fused
 
     return fused
@@ -75,7 +75,7 @@ def encode_relu(
     impl: str | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
     """Return relu((x − b_dec)·W_enc + b_enc)."""
-    if _twin(impl, x) is reference:
+    if _twin(impl, x) is cpu:
         return torch.addmm(b_enc, x - b_dec, W_enc).relu()
     return _dense(*active_above(x, W_enc, b_enc, b_dec, 0.0, impl))
 
@@ -90,8 +90,8 @@ def encode_jumprelu(
     impl: str | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
     """Return pre·1[pre > threshold]; the threshold's gradient is the straight-through one of that bandwidth."""
-    if _twin(impl, x) is reference:
-        return reference.JumpReLU.apply(torch.addmm(b_enc, x - b_dec, W_enc), threshold, bandwidth)
+    if _twin(impl, x) is cpu:
+        return cpu.JumpReLU.apply(torch.addmm(b_enc, x - b_dec, W_enc), threshold, bandwidth)
     pre, pattern = active_above(x, W_enc, b_enc, b_dec, threshold.detach() - bandwidth / 2, impl)
     return _dense(jumprelu_active(pre, pattern, threshold, bandwidth, impl)[0], pattern)
 
@@ -104,7 +104,7 @@ def decode(
     impl: str | None = None,
 ) -> Float[Tensor, "batch d_in"]:
     """Return Σ_j values[:, j]·W_dec[indices[:, j]] + b_dec."""
-    pattern = reference.row_pattern(indices, W_dec.shape[0])
+    pattern = row_pattern(indices, W_dec.shape[0])
     return _twin(impl, values).decode_pattern(values.reshape(-1), pattern, W_dec, b_dec)
 
 
@@ -149,7 +149,7 @@ def _dense(values: Tensor, pattern: Pattern) -> Tensor:
 
 def jumprelu(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """Return pre·1[pre > threshold], elementwise, with the straight-through gradient to the threshold."""
-    return reference.JumpReLU.apply(pre, threshold, bandwidth)
+    return cpu.JumpReLU.apply(pre, threshold, bandwidth)
 
 
 def remove_parallel(grad: Tensor, rows: Tensor, impl: str | None = None) -> None:
@@ -181,7 +181,7 @@ def decode_blocks(values, pattern: Pattern, edges: Tensor, W_dec, impl: str | No
     """
     _plain_only(impl, "decode_blocks")
     n_blocks, zero = edges.numel() - 1, W_dec.new_zeros(W_dec.shape[1])
-    flat = reference.decode_pattern(values, batch_topk.blocks_of(pattern, edges), W_dec, zero)
+    flat = cpu.decode_pattern(values, batch_topk.blocks_of(pattern, edges), W_dec, zero)
     return flat.view(-1, n_blocks, W_dec.shape[1])
 
 

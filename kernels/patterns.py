@@ -129,14 +129,9 @@ def dots(pattern: Pattern, a: Tensor, b: Tensor) -> Tensor:
 def sum_at(places: Int[Tensor, " n"], values: Float[Tensor, " n"], size: int) -> Float[Tensor, " size"]:
     """Return a vector with the values added up at their places, the same bits each time, on a GPU too."""
     zeros = values.new_zeros(size)
-    if not values.is_cuda:
-        return zeros.index_add(0, places, values)
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        return zeros.index_add(0, places, values)
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    if values.is_cuda:  # there index_add adds in any order, while index_put sorts first
+        return zeros.index_put((places.long(),), values, accumulate=True)
+    return zeros.index_add(0, places, values)
 
 
 def _bag(rows: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

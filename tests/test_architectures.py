@@ -7,7 +7,7 @@ import torch
 
 from sae_train.config import SAESpec, TrainSettings, resolve, units
 from sae_train.errors import UserError
-from sae_train.kernels import ops, reference
+from sae_train.kernels import cpu, ops
 from sae_train.runs.plan import make_plan
 from sae_train.sae.model import SAE, SAEConfig
 from sae_train.training.architectures import TRAINED
@@ -66,7 +66,7 @@ def dense_loss(arch: str, sae: SAE, x: torch.Tensor, l0: float) -> tuple[torch.T
 @pytest.mark.parametrize("arch", ["batchtopk", "matryoshka", "gated"])
 @pytest.mark.parametrize("slab", [2**20, 3 * F])
 def test_the_loss_has_the_value_and_gradients_of_the_dense_formula(arch, slab, monkeypatch):
-    monkeypatch.setattr(reference, "SLAB_ELEMENTS", slab)
+    monkeypatch.setattr(cpu, "SLAB_ELEMENTS", slab)
     kind, x = made(arch)
     run = kind.forward(x)
     zero = torch.zeros((), dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_gated_s_auxiliary_term_gives_no_gradient_to_the_decoder():
 @pytest.mark.parametrize("slab", [2**20, 2 * F])
 @pytest.mark.parametrize("count", [1, 18, 30])
 def test_batchtopk_keeps_exactly_the_largest_of_the_batch_whatever_the_floor(floor, slab, count, monkeypatch):
-    monkeypatch.setattr(reference, "SLAB_ELEMENTS", slab)
+    monkeypatch.setattr(cpu, "SLAB_ELEMENTS", slab)
     kind, x = made("batchtopk")
     weights = kind.sae.W_enc, kind.sae.b_enc, kind.sae.b_dec
     found, pattern, smallest = ops.active_batch_topk(x, *weights, count, torch.tensor(floor, dtype=torch.float64))
@@ -107,7 +107,7 @@ def test_batchtopk_keeps_exactly_the_largest_of_the_batch_whatever_the_floor(flo
 
 @pytest.mark.parametrize("slab", [2**20, 2 * F])
 def test_equal_pre_activations_are_kept_in_the_order_of_token_and_latent(slab, monkeypatch):
-    monkeypatch.setattr(reference, "SLAB_ELEMENTS", slab)
+    monkeypatch.setattr(cpu, "SLAB_ELEMENTS", slab)
     x, W_enc, zero = torch.ones(B, D), torch.ones(D, F) / D, torch.zeros(F)
     found, pattern, _ = ops.active_batch_topk(x, W_enc, zero, torch.zeros(D), F + 3, torch.tensor(0.0))
     assert found.numel() == F + 3

@@ -13,7 +13,7 @@ import torch
 from benchmarks.kernels import bench, bench_worker, checks
 from benchmarks.kernels.bench_problem import Problem, batches, decoder_rows, level
 from benchmarks.kernels.bench_sides import CUDA_ONLY, SIDES
-from sae_train.kernels import ops, reference
+from sae_train.kernels import cpu, ops
 
 SIZES = ["--d-in", "16", "--d-sae", "256", "--batch", "64", "--k", "4", "--threads", "1"]
 FEW = ["--rounds", "2", "--part-rounds", "1", "--seconds", "0"]
@@ -27,8 +27,8 @@ def few_checks(monkeypatch):
 
 
 def test_a_red_check_ends_the_benchmark_before_anything_is_timed(monkeypatch, capsys):
-    encode = reference.pre_topk
-    monkeypatch.setattr(ops.reference, "pre_topk", lambda *args: (-encode(*args)[0], encode(*args)[1]))
+    encode = cpu.pre_topk
+    monkeypatch.setattr(ops.cpu, "pre_topk", lambda *args: (-encode(*args)[0], encode(*args)[1]))
     monkeypatch.setattr(sys, "argv", ["bench", "--quick", "--threads", "1"])
     with pytest.raises(SystemExit, match="nothing is timed"):
         bench.main()

@@ -1,6 +1,8 @@
-"""The sparse kernels against dense autograd in float64, where both differ by rounding only (1e-12 relative)."""
+"""The way that needs no Triton against kernels/naive.py in float64, where both differ by rounding only (1e-12)."""
 
 from __future__ import annotations
+
+import inspect
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from benchmarks.kernels import checks
 from benchmarks.kernels.bench_problem import Problem, batches, decoder_rows, level
 from benchmarks.kernels.bench_sides import Ours
 from sae_train.errors import UserError
-from sae_train.kernels import ops, patterns, reference, screen
+from sae_train.kernels import cpu, naive, ops, patterns, screen
 
 SHAPES = [(7, 5, 64, 1), (9, 8, 1024, 8), (5, 3, 16, 16), (1, 2, 3, 2), (6, 4, 40, 40)]
 
@@ -20,44 +22,75 @@ def weights(batch: int, d_in: int, d_sae: int, seed: int = 0) -> list[torch.Tens
     return [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
 
 
-def dense_topk(x, W_enc, b_enc, b_dec, W_dec, k):
-    pre = torch.relu((x - b_dec) @ W_enc + b_enc)
-    values, indices = pre.topk(k, dim=-1)
-    return torch.zeros_like(pre).scatter(1, indices, values) @ W_dec + b_dec
-
-
-def sparse_topk(x, W_enc, b_enc, b_dec, W_dec, k):
-    return ops.decode(*ops.encode_topk(x, W_enc, b_enc, b_dec, k), W_dec, b_dec)
+def topk(kernels, x, W_enc, b_enc, b_dec, W_dec, k):
+    return kernels.decode(*kernels.encode_topk(x, W_enc, b_enc, b_dec, k), W_dec, b_dec)
 
 
 def assert_same(ours, theirs, inputs):
     probe = torch.linspace(-1, 1, ours.numel(), dtype=ours.dtype).view(ours.shape)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for a, b in zip(
-        torch.autograd.grad((ours * probe).sum(), inputs),
-        torch.autograd.grad((theirs * probe).sum(), inputs),
+        torch.autograd.grad((ours * probe).sum(), inputs, materialize_grads=True),
+        torch.autograd.grad((theirs * probe).sum(), inputs, materialize_grads=True),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["encode_topk", "encode_relu", "encode_jumprelu", "decode"])
+def test_the_truth_has_the_public_names_and_arguments(name):
+    assert [*inspect.signature(getattr(naive, name)).parameters, "impl"] == [
+        *inspect.signature(getattr(ops, name)).parameters
+    ]
+
+
+def test_the_truth_has_the_values_of_a_calculation_by_hand():
+    x, b_dec = torch.tensor([[3.0, 1.0]]), torch.tensor([1.0, 0.0])
+    W_enc, b_enc = torch.tensor([[1.0, -1.0, 0.5], [0.0, 1.0, 1.0]]), torch.tensor([0.0, 0.5, 1.0])
+    encoder = x, W_enc, b_enc, b_dec
+    assert naive.pre_activations(*encoder).tolist() == [[2.0, -0.5, 3.0]]
+    assert naive.encode_relu(*encoder).tolist() == [[2.0, 0.0, 3.0]]
+    assert naive.encode_jumprelu(*encoder, torch.tensor([2.5, 2.5, 2.5]), 0.1).tolist() == [[0.0, 0.0, 3.0]]
+    assert [t.tolist() for t in naive.encode_topk(*encoder, 2)] == [[[3.0, 2.0]], [[2, 0]]]
+    W_dec = torch.tensor([[1.0, 0.0], [5.0, 5.0], [0.0, 2.0]])
+    assert naive.decode(torch.tensor([[3.0, 2.0]]), torch.tensor([[2, 0]]), W_dec, b_dec).tolist() == [[3.0, 6.0]]
+
+
 @pytest.mark.parametrize(("batch", "d_in", "d_sae", "k"), SHAPES)
-def test_topk_and_decode_have_the_gradients_of_dense_autograd(batch, d_in, d_sae, k):
+def test_topk_and_decode_have_the_values_and_gradients_of_the_truth(batch, d_in, d_sae, k):
     inputs = weights(batch, d_in, d_sae)
-    assert_same(sparse_topk(*inputs, k), dense_topk(*inputs, k), inputs)
+    assert_same(topk(ops, *inputs, k), topk(naive, *inputs, k), inputs)
+
+
+@pytest.mark.parametrize(("batch", "d_in", "d_sae", "k"), SHAPES)
+def test_relu_and_jumprelu_have_the_values_and_gradients_of_the_truth(batch, d_in, d_sae, k):
+    encoder = weights(batch, d_in, d_sae)[:4]
+    assert_same(ops.encode_relu(*encoder), naive.encode_relu(*encoder), encoder)
+    theta = torch.rand(d_sae, dtype=torch.float64).requires_grad_()
+    assert_same(
+        ops.encode_jumprelu(*encoder, theta, 0.5), naive.encode_jumprelu(*encoder, theta, 0.5), [*encoder, theta]
+    )
+
+
+def test_a_latent_named_twice_is_decoded_twice():
+    *_, b_dec, W_dec = weights(3, 4, 8)
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([[5, 5], [0, 7]])
+    ours, theirs = (kernels.decode(values, indices, W_dec, b_dec) for kernels in (ops, naive))
+    assert_same(ours, theirs, [values, W_dec, b_dec])
 
 
 def test_gradients_survive_several_slabs(monkeypatch):
-    monkeypatch.setattr(reference, "SLAB_ELEMENTS", 3 * 64)
+    monkeypatch.setattr(cpu, "SLAB_ELEMENTS", 3 * 64)
     inputs = weights(10, 4, 64)
-    assert_same(sparse_topk(*inputs, 5), dense_topk(*inputs, 5), inputs)
+    assert_same(topk(ops, *inputs, 5), topk(naive, *inputs, 5), inputs)
 
 
 def test_all_negative_pre_activations_give_zero_values_and_zero_encoder_gradient():
     inputs = weights(6, 4, 32)
     with torch.no_grad():
         inputs[2].fill_(-1e3)
-    recon = sparse_topk(*inputs, 3)
+    recon = topk(ops, *inputs, 3)
     torch.testing.assert_close(recon, inputs[3].expand_as(recon))
     grads = torch.autograd.grad(recon.sum(), inputs)
     assert not grads[0].any() and not grads[1].any() and not grads[2].any() and not grads[4].any()
@@ -69,15 +102,14 @@ def test_duplicate_columns_and_ties_keep_exactly_the_k_largest_values():
         W_enc[:, 64:] = W_enc[:, :64]
         b_enc[64:] = b_enc[:64]
     values, indices = ops.encode_topk(x, W_enc, b_enc, b_dec, 7)
-    pre = torch.relu((x - b_dec) @ W_enc + b_enc)
-    torch.testing.assert_close(values.sort(1).values, pre.topk(7).values.sort(1).values)
-    torch.testing.assert_close(pre.gather(1, indices), values)
+    torch.testing.assert_close(values.sort(1, descending=True).values, naive.encode_topk(x, W_enc, b_enc, b_dec, 7)[0])
+    torch.testing.assert_close(naive.encode_relu(x, W_enc, b_enc, b_dec).gather(1, indices), values)
     assert all(len(set(row.tolist())) == 7 for row in indices)
 
 
 def test_two_stage_top_k_equals_the_plain_one():
     pre = torch.randn(33, 4096, generator=torch.Generator().manual_seed(1))
-    values, indices = reference.top_k(pre, 50)
+    values, indices = patterns.top_k(pre, 50)
     assert torch.equal(values.sort(1).values, pre.topk(50).values.sort(1).values)
     assert torch.equal(pre.gather(1, indices), values)
 
@@ -105,11 +137,11 @@ def test_entries_by_latent_keep_the_order_of_tokens_whatever_integers_sort_them(
     assert of == (expected if d_sae > 2 else {0: [0, 2], 1: [0, 1, 1, 2]}) and len(offsets) == d_sae + 1
 
 
-def test_entries_above_a_floor_have_the_gradients_of_dense_relu():
+def test_entries_above_a_floor_have_the_gradients_of_the_true_relu():
     x, W_enc, b_enc, b_dec, W_dec = inputs = weights(9, 5, 48)
     pre, pattern = ops.active_above(x, W_enc, b_enc, b_dec, 0.0)
     ours = ops.decode_active(pre.square(), pattern, W_dec, b_dec)
-    assert_same(ours, ops.encode_relu(x, W_enc, b_enc, b_dec).square() @ W_dec + b_dec, inputs)
+    assert_same(ours, naive.encode_relu(x, W_enc, b_enc, b_dec).square() @ W_dec + b_dec, inputs)
 
 
 def test_a_batch_without_active_latents_reconstructs_the_bias_and_has_finite_gradients():
@@ -120,10 +152,11 @@ def test_a_batch_without_active_latents_reconstructs_the_bias_and_has_finite_gra
     assert all(g.isfinite().all() for g in torch.autograd.grad(recon.sum(), inputs, allow_unused=True) if g is not None)
 
 
-def test_jumprelu_gradients_equal_the_hand_formula():
+@pytest.mark.parametrize("kernels", [ops, naive])
+def test_jumprelu_gradients_equal_the_hand_formula(kernels):
     pre = torch.tensor([[0.2, 0.45, 0.55, 0.9]], dtype=torch.float64, requires_grad=True)
     theta = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
-    out = ops.jumprelu(pre, theta, 0.2)
+    out = kernels.jumprelu(pre, theta, 0.2)
     assert out.tolist() == [[0.0, 0.0, 0.55, 0.9]]
     d_pre, d_theta = torch.autograd.grad(out.sum(), (pre, theta))
     assert d_pre.tolist() == [[0.0, 0.0, 1.0, 1.0]]
@@ -144,6 +177,16 @@ def test_active_jumprelu_counts_with_the_rectangle_as_the_threshold_s_gradient()
     torch.testing.assert_close(d_theta, torch.tensor([0.0, -2.5, -2.5, 0.0], dtype=torch.float64))
 
 
+def test_the_true_count_has_the_rectangle_as_the_threshold_s_gradient():
+    pre = torch.tensor([0.2, 0.45, 0.55, 0.9], dtype=torch.float64, requires_grad=True)
+    theta = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
+    out = naive.step(pre, theta, 0.2)
+    assert out.tolist() == [0.0, 0.0, 1.0, 1.0]
+    d_pre, d_theta = torch.autograd.grad(out.sum(), (pre, theta), materialize_grads=True)
+    assert not d_pre.any()
+    torch.testing.assert_close(d_theta, torch.tensor([0.0, -5.0, -5.0, 0.0], dtype=torch.float64))
+
+
 def test_each_latent_can_have_a_rectangle_of_its_own():
     pattern = ops.Pattern(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 4]), 4)
     pre = torch.tensor([0.2, 0.45, 0.55, 0.9], dtype=torch.float64)
@@ -158,7 +201,7 @@ def test_each_latent_can_have_a_rectangle_of_its_own():
 def test_a_training_step_makes_no_tensor_of_the_size_of_batch_times_d_sae(arch, screened, monkeypatch):
     monkeypatch.setattr(screen, "_multiplies_bfloat16", lambda: screened)
     monkeypatch.setattr(screen, "SLAB_ELEMENTS", 32 * 2048)
-    monkeypatch.setattr(reference, "SLAB_ELEMENTS", 32 * 2048)
+    monkeypatch.setattr(cpu, "SLAB_ELEMENTS", 32 * 2048)
     p = Problem(arch, 128, 2048, 256, 4)
     rows = decoder_rows(p)
     x = batches(p, rows)[0]

@@ -99,6 +99,13 @@ def test_a_heavy_package_enters_through_its_doors(package):
     assert all(name in DOORS[package] or package_of(name) in DOORS[package] for name in users), users
 
 
+def test_the_kernels_are_used_through_ops_alone():
+    """Outside kernels/ and benchmarks/; tests import what they like."""
+    used = {name for file, at in modules().items() if package_of(at) != "kernels" for name in imports(file)}
+    used = {name for name in used if f"{name}.".startswith("sae_train.kernels.")}
+    assert used and all(f"{name}.".startswith("sae_train.kernels.ops.") for name in used), used
+
+
 def test_the_root_holds_packages_and_few_modules():
     there = {path.name for path in PACKAGE.iterdir() if not path.name.startswith((".", "__pycache__"))}
     modules = {name for name in there if name.endswith(".py")}

@@ -73,6 +73,16 @@ def test_a_nan_ends_its_learner_before_the_optimiser_step_and_no_other(arch):
     assert_bit_equal(control, clean)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_step_changes_no_setting_of_the_process(arch, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a setting of the whole process")
+
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", refuse)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", refuse)
+    learner(arch).step(batches()[0])
+
+
 def test_a_weight_that_overflows_is_named():
     hit = learner("topk")
     with torch.no_grad():

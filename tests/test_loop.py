@@ -101,6 +101,20 @@ def test_saes_of_a_grid_take_turns_of_a_few_steps_up_to_what_is_due(monkeypatch)
     assert turns == [5, 5, 1, 1, 5, 5, 5, 5, 4, 4]
 
 
+@pytest.mark.parametrize(("takes_bfloat16", "inside"), [(True, "high"), (False, "highest")])
+def test_products_are_in_tf32_where_bfloat16_is_taken_and_only_during_steps(takes_bfloat16, inside, monkeypatch):
+    seen, made = set(), learner(0, data()[0])
+    made.bfloat16 = takes_bfloat16
+
+    def note(what):
+        seen.add((what, torch.get_float32_matmul_precision()))
+        return {}
+
+    monkeypatch.setattr(Learner, "step", lambda self, x: note("step"))
+    run([made], (note("batch") or x for x in data()), 20, [Scheduled(lambda *_: note("look").items(), every(5, 20))])
+    assert seen == {("step", inside), ("batch", "highest"), ("look", "highest")}
+
+
 def test_a_callback_changes_no_random_state_and_stops_the_clock():
     clock = Clock()
 

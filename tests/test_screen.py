@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sae_train.kernels import ops, reference, screen
+from sae_train.kernels import cpu, naive, ops, screen
 
 N, D, F, K = 40, 48, 1024, 8
 
@@ -33,6 +33,11 @@ def problem(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x, W.contiguous(), b
 
 
+def truth(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Pre-activations in float64."""
+    return naive.pre_activations(x.double(), W.double().t(), b.double(), 0.0)
+
+
 KINDS = ("plain", "uneven norms", "close together", "cancelling bias", "duplicates", "all negative", "zeros",
          "one group holds the top")  # fmt: skip
 
@@ -40,7 +45,7 @@ KINDS = ("plain", "uneven norms", "close together", "cancelling bias", "duplicat
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_holds_for_every_entry(kind):
     x, W, b = problem(kind)
-    pre = x.double() @ W.double().t() + b.double()
+    pre = truth(x, W, b)
     u, slack = next(screen.Screen.of(x, W, b).slabs())
     assert ((pre - u).abs() <= slack[:, None] + 2 * screen.ROUNDING * u.abs()).all()
 
@@ -58,7 +63,7 @@ def test_the_k_largest_are_those_of_float32(kind, slab, monkeypatch):
     monkeypatch.setattr(screen, "SLAB_ELEMENTS", slab)
     x, W, b = problem(kind)
     values, latents = screen.topk(x, W, b, K)
-    pre = (x.double() @ W.double().t() + b.double()).float()
+    pre = truth(x, W, b).float()
     scale = x.norm(dim=1, keepdim=True) * W.norm(dim=1).max() + b.abs().max()
     assert all(len(set(row)) == K for row in latents.tolist())
     assert ((values - pre.gather(1, latents)).abs() <= 3e-6 * scale).all()
@@ -83,7 +88,7 @@ def test_candidates_are_all_that_can_reach_the_level_token_by_token_and_group_by
 def test_one_latent_and_one_for_each_group_are_selected_exactly(kind, k):
     x, W, b = problem(kind)
     values, latents = screen.topk(x, W, b, k)
-    pre = x.double() @ W.double().t() + b.double()
+    pre = truth(x, W, b)
     assert all(len(set(row)) == k for row in latents.tolist())
     torch.testing.assert_close(values.double().sort(1).values, pre.topk(k).values.sort(1).values, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(values.double(), pre.gather(1, latents), rtol=1e-5, atol=1e-4)
@@ -93,7 +98,7 @@ def test_one_latent_and_one_for_each_group_are_selected_exactly(kind, k):
 @pytest.mark.parametrize("kind", KINDS)
 def test_entries_above_a_floor_are_those_of_float32(kind, per_latent):
     x, W, b = problem(kind)
-    pre = x.double() @ W.double().t() + b.double()
+    pre = truth(x, W, b)
     floor = pre.quantile(0.98, dim=0).float() if per_latent else float(pre.flatten().topk(F).values[-1])
     values, pattern = screen.above(x, W, b, floor)
     dense = torch.zeros(N, F).index_put((pattern.tokens, pattern.latents), values)
@@ -144,4 +149,4 @@ def test_small_wide_and_odd_problems_are_left_to_the_plain_way(monkeypatch):
     assert not screen.pays(x.double(), 16_384, 50) and not screen.pays(x, 1024, 1)
     monkeypatch.setattr(screen, "_multiplies_bfloat16", lambda: False)
     assert not screen.pays(x, 16_384, 50)
-    assert reference.screen is screen
+    assert cpu.screen is screen

@@ -14,7 +14,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from benchmarks.kernels.bench_problem import BANDWIDTH, LR, Problem, on_gpu
-from sae_train.kernels import ops, reference
+from sae_train.kernels import cpu, ops
 
 CLIP = 1.0
 # Long enough that no latent counts as dead: no side pays for reviving any.
@@ -57,12 +57,15 @@ class Ours:
         return TrainSettings(**{name: v for name, v in values.items() if name not in ("lr_warm_up", "lr_decay")})
 
     def step(self, x: Tensor) -> None:
-        self.learner.step(x)
+        from sae_train.training.loop import tf32_products
+
+        with tf32_products([self.learner]):
+            self.learner.step(x)
 
     def unrecorded_step(self, x: Tensor) -> None:
         """A step launched kernel by kernel, also on a GPU: what is to be looked at from within."""
         records, self.learner.records = self.learner.records, False
-        self.learner.step(x)
+        self.step(x)
         self.learner.records = records
 
     def reconstruct(self, x: Tensor) -> Tensor:
@@ -142,8 +145,8 @@ class StrongDense(Baseline):
             latents = pre.relu()
             sparsity = (latents * self.W_dec.norm(dim=1)).sum() / len(x)
         else:
-            latents = reference.JumpReLU.apply(pre, self.threshold, BANDWIDTH)
-            sparsity = reference.Step.apply(pre, self.threshold, BANDWIDTH).sum() / len(x)
+            latents = cpu.JumpReLU.apply(pre, self.threshold, BANDWIDTH)
+            sparsity = cpu.Step.apply(pre, self.threshold, BANDWIDTH).sum() / len(x)
         return latents @ self.W_dec + self.b_dec, sparsity
 
 

@@ -1,6 +1,6 @@
-"""Are the kernels right, before anybody times them: a device in; relative RMS differences from dense autograd out.
+"""Are the kernels right, before anybody times them: relative RMS differences from kernels/naive.py.
 
-The truth is dense autograd in float64 on the same weights: selected values, reconstruction, error, and every gradient.
+That truth is taken in float64 on the same weights: selected values, reconstruction, error, and every gradient.
 Memory that an op does not write holds NaN meanwhile, so that a forgotten element is seen.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_train.kernels import ops
+from sae_train.kernels import naive, ops
 from sae_train.kernels.crossover import Crossover
 
 # (batch, d_in, d_sae, k): group-friendly, dividing by nothing, k = 1, k = d_sae, one token, screened where that pays.
@@ -181,21 +181,19 @@ def _public(way: str, leaves: list[Tensor], k: int, impl: str | None) -> Tensor 
 
 
 def _truth(way: str, tensors: list[Tensor], k: int, mask: Tensor) -> dict[str, Tensor]:
-    """Return the same by dense float64; among equal values the selection is ours, which `selected, sorted` judges."""
+    """Return the same by kernels/naive.py; among equal values the selection is ours: `selected, sorted` judges it."""
     leaves = _leaves(tensors)
-    x, W_enc, b_enc, b_dec, W_dec, threshold = leaves
-    pre = (x - b_dec) @ W_enc + b_enc
-    latents, out = pre.relu(), {}
-    if way in ("topk", "public topk", "batchtopk"):
-        latents = latents * mask
+    *encoder, W_dec, threshold = leaves
+    x, _, _, b_dec = encoder
     if way.endswith("jumprelu"):
-        # Both straight-through terms by their formulas, as functions of θ whose derivative they are.
-        near = ((pre - threshold).abs() < BANDWIDTH / 2).to(pre.dtype).detach()
-        active = (pre > threshold).to(pre.dtype)
-        ramp = near * (threshold.detach() - threshold) / BANDWIDTH
-        latents = pre * active + ramp * threshold.detach()
+        latents = naive.encode_jumprelu(*encoder, threshold, BANDWIDTH)
+    else:
+        latents = naive.encode_relu(*encoder)
+    dense, out = latents.detach(), {}
+    if way.endswith("topk"):
+        latents = latents * mask
     if way == "jumprelu":
-        out["count"] = (active + ramp).sum()
+        out["count"] = naive.step(naive.pre_activations(*encoder), threshold, BANDWIDTH).sum()
     out["reconstruction"] = latents @ W_dec + b_dec
     if not way.startswith("public"):
         out["error"] = (out["reconstruction"] - x).square().sum()
@@ -204,9 +202,9 @@ def _truth(way: str, tensors: list[Tensor], k: int, mask: Tensor) -> dict[str, T
         out["blocks"] = torch.stack([latents[:, :first] @ W_dec[:first], latents[:, first:] @ W_dec[first:]], 1)
     truth = _with_gradients(out, leaves)
     if way == "topk":
-        truth["selected, sorted"] = pre.detach().relu().topk(k).values.flatten().sort().values
+        truth["selected, sorted"] = naive.encode_topk(*encoder, k)[0].detach().flatten().sort().values
     if way == "batchtopk":
-        best = pre.detach().relu().flatten().topk(k * len(x)).values
+        best = dense.flatten().topk(k * len(x)).values
         truth["selected, sorted"] = best[best > 0].sort().values
     return truth
 

@@ -6,9 +6,7 @@ train on one stream of batches without touching each other. A step never waits f
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,6 +95,7 @@ class Learner:
         """Take one optimiser step; the returned tensors stay on the device.
 
         On a GPU the steps of an architecture that never waits for it are recorded, and played while no latent is dead.
+        Products that are not in bfloat16 are as precise as the process has it (`loop.tf32_products`).
         """
         self._set_lr()
         self.now.fill_(self.step_count)
@@ -111,11 +110,10 @@ class Learner:
 
     def _step(self, x: Tensor) -> dict[str, Tensor]:
         """What of a step happens on the device."""
-        with self._products():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16 and self.arch.takes_bfloat16):
-                run = self.arch.forward(x)
-            terms = self._terms(x, run)
-            sum(terms.values()).backward()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16 and self.arch.takes_bfloat16):
+            run = self.arch.forward(x)
+        terms = self._terms(x, run)
+        sum(terms.values()).backward()
         terms = {name: self.ranks.mean(term) for name, term in terms.items()}
         norms = self._gradients()
         bad = self._note_failure(torch.stack([x.abs().amax(), *terms.values(), *norms]))
@@ -197,16 +195,6 @@ class Learner:
         if asked == "bfloat16" and not fused:
             raise UserError("precision bfloat16 is for GPUs with the package triton: take auto or float32")
         return fused and (asked == "bfloat16" or (asked == "auto" and torch.cuda.is_bf16_supported()))
-
-    @contextlib.contextmanager
-    def _products(self) -> Iterator[None]:
-        """Let products that are not in bfloat16 be in TF32 where bfloat16 is taken."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if self.bfloat16 else before)
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
 
     def _set_lr(self) -> None:
         s = self.settings

@@ -163,9 +163,10 @@ def fit(work: Work, callbacks: list[Scheduled], log: Log) -> None:
         if work.step == work.n_steps or work.stop.requested or not any_left:
             return
         taken = [next(batches) for _ in range(_turn(work, due))]
-        for learner in running(work.learners):
-            for x in taken:
-                learner.last = learner.step(x)
+        with tf32_products(work.learners):
+            for learner in running(work.learners):
+                for x in taken:
+                    learner.last = learner.step(x)
         work.step += len(taken)
 
 
@@ -177,6 +178,24 @@ def _turn(work: Work, due: Collection[int]) -> int:
     grid = len(work.learners) > 1 and work.ranks.size == 1
     most = MAX_TURN if grid and work.learners[0].device.type == "cpu" else 1
     return next(n for n in range(1, most + 1) if n == most or work.step + n in due)
+
+
+@contextlib.contextmanager
+def tf32_products(learners: Iterable[Learner]) -> Iterator[None]:
+    """Let float32 products be in TF32 while learners step that take bfloat16, and as they were before and after.
+
+    PyTorch knows one precision for a whole process, and the language model and the evals, which have their turn between
+    steps, are not to lose theirs.
+    """
+    if not any(learner.bfloat16 for learner in learners):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def running(learners: list[Learner]) -> list[Learner]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_train.kernels.patterns import kth_largest, sum_at
+from sae_train.kernels import ops
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -31,7 +31,7 @@ def nested_mse(x: Float[Tensor, "batch d_in"], prefixes: Float[Tensor, "batch n_
 
 def l1(values: Tensor, latents: Tensor, W_dec: Tensor, batch: int) -> Float[Tensor, ""]:
     """⟨Σ_i f_i·‖W_dec,i‖⟩ over the active latents (Anthropic, April 2024 update)."""
-    return (sum_at(latents, values, len(W_dec)) * W_dec.norm(dim=1)).sum() / batch
+    return (ops.sum_at(latents, values, len(W_dec)) * W_dec.norm(dim=1)).sum() / batch
 
 
 def aux_k(
@@ -66,7 +66,7 @@ class _DeadError(torch.autograd.Function):
         acts = torch.addmm(b, centred, W.t()).relu_()
         k = nearest_power_of_two(error.shape[1] / 2)
         if k < len(W):
-            acts.masked_fill_(acts < kth_largest(acts, k)[:, None], 0)
+            acts.masked_fill_(acts < ops.kth_largest(acts, k)[:, None], 0)
         residual = torch.addmm(error, acts, V, beta=-1)
         ctx.save_for_backward(centred, W, V, acts, residual)
         return residual.square().sum()

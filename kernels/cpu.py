@@ -1,8 +1,7 @@
-"""Plain PyTorch encoders and decoder of a sparse autoencoder, with gradients computed on the active latents only.
+"""The way that needs no Triton: fast on a CPU, right on any device, gradients computed on the active latents only.
 
-In: activations and weights in the public orientation (W_enc (d_in, d_sae), W_dec (d_sae, d_in)). Out: the active
-pre-activations with their Pattern (which token, which latent), and reconstructions; no (batch, d_sae) tensor outlives
-the selection. Derivations: kernels/README.md.
+No (batch, d_sae) tensor outlives the selection. `impl="reference"` asks for it. What it has to equal is in naive.py;
+derivations are in README.md.
 """
 
 from __future__ import annotations
