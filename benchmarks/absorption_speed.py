@@ -27,6 +27,8 @@ from typing import Any
 
 from csv_rows import append, cpu
 
+from sae_train.files import read_metrics
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "absorption_speed.csv"
 COLUMNS = ("date", "machine", "load", "versions", "threads", "model", "sae", "what", "n", "p20", "p50", "p80")
@@ -164,7 +166,7 @@ def _ratios(seconds: dict[str, list[float]], common: dict[str, Any]) -> list[dic
 
 def callback_share(run: Path) -> list[dict[str, Any]]:
     """How much of a finished run the absorption looks took."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(run)
     looks = [row["absorption/seconds"] for row in rows if "absorption/seconds" in row]
     info = json.loads((run / "run.json").read_text())
     total = info["seconds"] + info["eval_seconds"]

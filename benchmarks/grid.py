@@ -35,6 +35,8 @@ from typing import Any
 
 from csv_rows import append, cpu
 
+from sae_train.files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "grid.csv"
 COLUMNS = (
@@ -169,7 +171,7 @@ def _saelens(args: argparse.Namespace, as_shipped: bool) -> tuple[float, float, 
         if args.model == "speller":
             job["model"] = str(ROOT / "checkpoints" / "speller")
         save_file({"rows": torch.cat(rows)}, job["rows"])
-        (Path(folder) / "job.json").write_text(json.dumps(job))
+        write_json(Path(folder) / "job.json", job)
         command = [args.peer_python, __file__, "--saelens-job", f"{folder}/job.json"]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 import pandas as pd
 
-from sae_train.files import read_json
+from sae_train.files import read_json, whole
 from sae_train.runs.run import Run, train
 from sae_train.training.architectures import TRAINED
 from sae_train.training.l0 import L0Controller
@@ -209,9 +209,8 @@ def _figure(table: pd.DataFrame, path: Path) -> None:
         axis.set_xticks(TARGETS, TARGETS)
         axis.minorticks_off()
     axes[-1].legend(fontsize=7)
-    temporary = path.with_suffix(".tmp.svg")
-    fig.savefig(temporary, metadata={"Date": None})
-    temporary.replace(path)
+    with whole(path) as temporary:
+        fig.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def _arguments() -> argparse.Namespace:

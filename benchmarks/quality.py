@@ -28,6 +28,8 @@ from typing import Any
 from csv_rows import append, cpu
 from quality_table import CONFIGURATION, FIGURES, at, table
 
+from sae_train.files import whole, write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.csv"
 ARCHITECTURES = ("relu", "topk", "jumprelu")
@@ -122,7 +124,7 @@ class Peer:
     def train(self, searches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """A row for each SAE that these searches need."""
         path = self.folder / "job.json"
-        path.write_text(json.dumps({**self.job, "searches": searches}))
+        write_json(path, {**self.job, "searches": searches})
         command = [self.python, str(ROOT / "benchmarks" / "quality_peer.py"), str(path)]
         with (self.folder / "peer.log").open("a") as log:
             done = subprocess.run(command, stdout=log, stderr=log)
@@ -161,14 +163,13 @@ def job_for(args: argparse.Namespace, opened: Any, folder: Path) -> dict[str, An
     settings, batches, held_out = opened.settings, folder / "batches.npy", folder / "held_out.npy"
     steps = settings.n_steps
     if not batches.is_file():
-        new = batches.with_suffix(".tmp")
         shape = (steps, settings.train.batch_tokens, opened.source.d_in)
-        file = np.lib.format.open_memmap(new, "w+", np.float32, shape)
-        for step in range(steps):
-            file[step] = next(opened.data).numpy()
-        file.flush()
-        np.save(held_out, opened.held_out.numpy())
-        new.rename(batches)
+        with whole(batches) as new:
+            file = np.lib.format.open_memmap(new, "w+", np.float32, shape)
+            for step in range(steps):
+                file[step] = next(opened.data).numpy()
+            file.flush()
+            np.save(held_out, opened.held_out.numpy())
     return {
         "batches": str(batches), "held_out": str(held_out), "out": str(folder / "peer"), "d_in": opened.source.d_in,
         "width": settings.specs[0].width, "threads": args.threads,
@@ -210,7 +211,7 @@ def _measure(opened: Any, batches: str) -> Any:
             "silent": (found["density"] == 0).float().mean().item(),
             "dead": (held_out_metrics(sae, last)["density"] == 0).float().mean().item(),
         }  # fmt: skip
-        kept.write_text(json.dumps(figures))
+        write_json(kept, figures)
         return figures
 
     return measure

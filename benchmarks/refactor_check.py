@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sae_train.files import read_metrics
+
 ROOT = Path(__file__).resolve().parents[1]
 ALL = "relu,topk,batchtopk,jumprelu,matryoshka,gated"
 RUNS = {
@@ -94,7 +96,7 @@ def left_by(folder: Path) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for path in sorted(folder.glob("saes/*/sae_weights.safetensors")):
         made[f"{folder.name}: weights of {path.parent.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(folder)
     for name in dict.fromkeys(row["sae"] for row in rows):
         own = [{k: v for k, v in row.items() if "second" not in k} for row in rows if row["sae"] == name]
         made[f"{folder.name}: {len(own)} logged rows of {name}"] = own

@@ -23,6 +23,8 @@ from csv_rows import append, cpu
 from quality import ANTHROPIC, Peer, check, job_for, short
 from quality_table import at
 
+from sae_train.files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "toy_peers.csv"
 DATASETS = ("dictionary", "trees", "pairs")
@@ -98,7 +100,7 @@ def _measure(opened: Any) -> Any:
             found = held_out_metrics(sae, sample.x)
             known = truth(sae, opened.source.toy, sample)
             figures = {"l0": found["metrics/l0"], "ev": found["metrics/explained_variance"]}
-            kept.write_text(json.dumps(figures | {name: known[name] for name in ("mcc", "recovered", "f1")}))
+            write_json(kept, figures | {name: known[name] for name in ("mcc", "recovered", "f1")})
         return json.loads(kept.read_text())
 
     return measure

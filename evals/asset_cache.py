@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from sae_train.files import whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,27 +48,18 @@ def read(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor) -> dict[str,
 
 
 def write(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor, assets: Assets) -> None:
-    """Write to a folder beside the final one, then rename: readers see all or nothing."""
+    """Write them into the folder of their key: readers see all or nothing."""
     import pandas as pd
     from safetensors.torch import save_file
 
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    folder = folder_of(cache_dir, key)
-    temporary = Path(tempfile.mkdtemp(prefix=".assets-", dir=cache_dir))
     tensors = {name: value.contiguous() for name, value in vars(assets).items() if isinstance(value, torch.Tensor)}
-    save_file({**tensors, "fingerprint": fingerprint.contiguous()}, temporary / "assets.safetensors")
     columns = {name: getattr(assets, name).numpy() for name in ("token_ids", "labels", "is_test")}
-    pd.DataFrame({"word": assets.words, **columns}).to_parquet(temporary / "words.parquet", index=False)
     plain = {name: getattr(assets, name) for name in _PLAIN}
-    plain["digests"] = {name: _digest(temporary / name) for name in _FILES}
-    (temporary / "assets.json").write_text(json.dumps(plain, indent=2))
-    temporary.chmod(0o755)  # mkdtemp makes it private
-    if folder.exists():
-        shutil.rmtree(folder)
-    try:
-        temporary.replace(folder)
-    except OSError:  # another process put the same assets there first
-        shutil.rmtree(temporary)
+    with whole_folder(folder_of(cache_dir, key)) as folder:
+        save_file({**tensors, "fingerprint": fingerprint.contiguous()}, folder / "assets.safetensors")
+        pd.DataFrame({"word": assets.words, **columns}).to_parquet(folder / "words.parquet", index=False)
+        plain["digests"] = {name: _digest(folder / name) for name in _FILES}
+        (folder / "assets.json").write_text(json.dumps(plain, indent=2))
 
 
 def _digest(path: Path) -> str:

@@ -6,12 +6,33 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 class UserError(Exception):
     """Say in one sentence what was wrong, what is allowed, and how to mend it."""
+
+
+@contextmanager
+def explaining(sentence: Callable[[Any], str], *kinds: type[Exception]) -> Iterator[None]:
+    """Turn what a library raises into a UserError with `sentence(error)`; a UserError passes as it is.
+
+    Without `kinds` every exception counts: some libraries' errors share no base.
+    """
+    kinds = kinds or (Exception,)
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(sentence(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, at most 300 characters of it; its type where it says nothing."""
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
 def unknown_setting(key: str, known: Iterable[str]) -> str:

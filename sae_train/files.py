@@ -1,6 +1,7 @@
-"""A run's small files: plain values and tables come in, files that are whole at any moment go out, and the way back.
+"""Files that are whole at any moment, and readers of a run's own.
 
-`whole` is the one way in which sae-train writes a file: under a temporary name, renamed once it is on the disk.
+`whole` is the one way in which sae-train writes a file, and `whole_folder` a folder whose files belong together: under
+a temporary name, renamed once everything is written.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_train.errors import UserError
+from sae_train.errors import UserError, explaining
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,13 +37,32 @@ def whole(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        temporary.chmod(0o666 & ~_umask())
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's file is private, and so are those of safetensors
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path` to fill; afterwards it takes the place of what has that name.
+
+    An error leaves the old folder and no temporary one. Where another process puts its own there first, that stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            shutil.rmtree(path)
+        with suppress(OSError):
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -74,24 +95,34 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file of a run; UserError when it is absent or not JSON."""
-    try:
+    with explaining(lambda error: f"{str(path)!r} cannot be read as JSON: {error}", OSError, ValueError):
+        if not path.exists():
+            raise UserError(f"{str(path)!r} does not exist: give the folder of a run, such as checkpoints/NAME")
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{str(path)!r} does not exist: give the folder of a run, such as checkpoints/NAME") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read as JSON: {error}") from None
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Records of a JSON-lines file, none where there is no file, and how many of its lines are no records.
+
+    A kill may cut the last line off.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [line for line in text.split("\n") if line.strip()]
+    records = [record for record in map(_record, lines) if record is not None]
+    return records, len(lines) - len(records)
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last line cut off by a kill is left out."""
-    path = folder / "metrics.jsonl"
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """Rows of a run's metrics.jsonl that can be read."""
+    return read_lines(folder / "metrics.jsonl")[0]
 
 
 def own_figures(row: dict[str, Any]) -> dict[str, Any]:

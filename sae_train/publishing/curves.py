@@ -6,6 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from sae_train.files import whole
+
 PANELS = (
     ("metrics/explained_variance", "explained variance, held out"),
     ("metrics/l0", "L0, held out"),
@@ -40,10 +42,9 @@ def curves(rows: list[dict[str, Any]]) -> bytes:
 
 
 def write_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the picture under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(curves(rows))
-    temporary.replace(path)
+    """Write the picture whole."""
+    with whole(path) as temporary:
+        temporary.write_bytes(curves(rows))
 
 
 def _panel(axes: Any, key: str, title: str, looks: list[dict[str, Any]], names: list[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from sae_train.config.settings import LOCAL_NAMES
 from sae_train.errors import UserError
-from sae_train.files import read_json, read_metrics, write_json
+from sae_train.files import read_json, read_metrics, write_json, write_text
 from sae_train.publishing.card import Origin, card
 from sae_train.publishing.curves import write_curves
 from sae_train.publishing.hub import check_card, check_repo_id, upload
@@ -191,7 +191,7 @@ def _stage(staged: Path, source: Source, origin: Origin) -> None:
         write_curves(rows, staged / "curves.png")
     text = card(origin, entries, with_curves=bool(rows))
     check_card(text)
-    (staged / "README.md").write_text(text, encoding="utf-8")
+    write_text(staged / "README.md", text)
 
 
 def _named(sae: SAE, origin: Origin) -> SAE:

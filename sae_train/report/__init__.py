@@ -4,13 +4,12 @@ HTML file that needs no server goes out.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_train.errors import UserError
+from sae_train.errors import UserError, explaining
+from sae_train.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,13 +61,6 @@ def write_eval_page(
 
 
 def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"the report cannot be written to {str(path)!r}: {error.strerror}") from None
+    with explaining(lambda error: f"the report cannot be written to {str(path)!r}: {error.strerror}", OSError):
+        write_text(path, text)
     return path

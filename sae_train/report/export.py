@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sae_train.errors import UserError
+from sae_train.errors import explaining
+from sae_train.files import whole
 from sae_train.report.data import Run, load_runs
 from sae_train.report.gallery import gallery
 from sae_train.report.plates import plate
@@ -23,10 +24,8 @@ def export(folders: list[Path], out: Path) -> list[Path]:
     Raises UserError for folders that are no runs and for an `out` that cannot be written.
     """
     runs = load_runs(folders)
-    try:
+    with explaining(lambda error: f"the figures cannot be written to {str(out)!r}: {error.strerror}", OSError):
         return [*_tables(runs, out), *_charts(runs, out)]
-    except OSError as error:
-        raise UserError(f"the figures cannot be written to {str(out)!r}: {error.strerror}") from None
 
 
 def _charts(runs: list[Run], out: Path) -> Iterator[Path]:
@@ -36,18 +35,17 @@ def _charts(runs: list[Run], out: Path) -> Iterator[Path]:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sae-train"}):
         for name, chart in gallery(runs):
             path = out / name
-            path.parent.mkdir(parents=True, exist_ok=True)
             yield _csv(path.with_name(f"{path.name}.csv"), *chart.table())
             figure = plate(chart)
             for kind in ("svg", "png"):
                 file = path.with_name(f"{path.name}.{kind}")
-                figure.savefig(file, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
+                with whole(file) as temporary:
+                    figure.savefig(temporary, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else None)
                 yield file
 
 
 def _tables(runs: list[Run], out: Path) -> Iterator[Path]:
     """SAEs with all their last figures, letters at every evaluation, absorbed words and the event log."""
-    out.mkdir(parents=True, exist_ok=True)
     saes = [sae for run in runs for sae in run.saes]
     figures = [
         {name: getattr(sae, name) for name in PLAIN} | {k: v for k, v in sae.final.items() if number(v) is not None}
@@ -70,10 +68,8 @@ def _cell(value: Any) -> Any:
 
 
 def _csv(path: Path, head: list[str], rows: list[list[Any]]) -> Path:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         writer.writerows([["" if value is None or value != value else value for value in row] for row in rows])
-    temporary.replace(path)
     return path

@@ -5,11 +5,11 @@ Files that older runs lack, trajectory.parquet and latents/, are silently empty.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sae_train.errors import UserError
+from sae_train.files import read_json, read_lines
 
 LISTS = ("main_latents", "absorbers", "absorber_cos", "absorber_proj")
 
@@ -18,12 +18,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """run.json; UserError if the folder is no run's."""
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is not a folder: give the folder of a run, such as checkpoints/NAME")
-    try:
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{str(folder)!r} is not the folder of a run: it holds no run.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(folder / 'run.json')!r} cannot be read ({error}): is this a run's folder?") from None
+    if not (folder / "run.json").exists():
+        raise UserError(f"{str(folder)!r} is not the folder of a run: it holds no run.json")
+    facts = read_json(folder / "run.json")
     if not isinstance(facts, dict) or not ({"settings", "saes"} & facts.keys()):
         raise UserError(f"{str(folder / 'run.json')!r} was not written by sae-train: it has no settings and no saes")
     return facts
@@ -31,17 +28,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def read_history(path: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Rows of metrics.jsonl by SAE."""
-    history: dict[str, list[dict[str, Any]]] = {}
     if not path.is_file():
         gaps.append("No metrics were logged (metrics.jsonl is absent), so there are no curves.")
-        return history
-    broken = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
+    rows, broken = read_lines(path)
+    history: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "sae" in row:
             history.setdefault(str(row["sae"]), []).append(row)
-        except (ValueError, KeyError, TypeError):
-            broken += bool(line.strip())
+    broken += sum("sae" not in row for row in rows)
     if broken:
         gaps.append(f"{broken} unreadable row(s) of metrics.jsonl were left out.")
     return history
@@ -98,10 +92,9 @@ def read_latents(folder: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]
     """Records of latents/<sae>.jsonl by SAE."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        try:
-            found[path.stem] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            gaps.append(f"latents/{path.name} cannot be read: {error}.")
+        found[path.stem], broken = read_lines(path)
+        if broken:
+            gaps.append(f"{broken} unreadable record(s) of latents/{path.name} were left out.")
     return found
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from sae_train.errors import UserError
+from sae_train.errors import explaining
 from sae_train.report.data import load_runs
 from sae_train.report.page import page
 
@@ -73,7 +73,6 @@ def serve(folder: Path, port: int) -> ThreadingHTTPServer:
     """Return a server that is ready to serve_forever; UserError for a folder that is no run or a port that is taken."""
     live = LivePage(folder)
     live.text()
-    try:
+    taken = f"port {port} cannot be used"
+    with explaining(lambda error: f"{taken} ({error}): choose another --port", OSError, OverflowError):
         return ThreadingHTTPServer((HOST, port), partial(_Handler, live))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"port {port} cannot be used ({error}): choose another --port") from None

@@ -8,10 +8,10 @@ import errno
 import glob
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from sae_train.errors import UserError
+from sae_train.errors import UserError, explaining
 
 BY_STATUS = {
     401: "the hub does not accept the token: log in by `hf auth login` or set HF_TOKEN to one that may write",
@@ -58,15 +58,9 @@ def quiet_client() -> Iterator[None]:
             enable_progress_bars()
 
 
-@contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one sentence that starts with `what`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # the client's, the network's and the disk's errors share no base
-        raise UserError(f"{what}: {_reason(error)}.") from error
+def hub_errors(what: str) -> AbstractContextManager[None]:
+    """Turn what the hub's client, the network or the disk raises into one sentence that starts with `what`."""
+    return explaining(lambda error: f"{what}: {_reason(error)}.")
 
 
 def _reason(error: Exception) -> str:

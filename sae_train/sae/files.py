@@ -1,7 +1,4 @@
-"""SAEs and training states on disk: SAELens' layout is written, every known layout is read, states are safetensors.
-
-Every file appears under a temporary name and is renamed when complete, so that a killed run leaves no half file.
-"""
+"""SAEs and training states on disk: SAELens' layout is written, every known layout is read, states are safetensors."""
 
 from __future__ import annotations
 
@@ -14,11 +11,12 @@ import torch
 from torch import Tensor
 
 from sae_train.errors import UserError
+from sae_train.files import write_json
 from sae_train.sae.fetch import fetch
 from sae_train.sae.forms import FORMS
 from sae_train.sae.layouts import PROVENANCE, WEIGHTS, files_of_layouts, read_sae
 from sae_train.sae.model import SAE, SAEConfig
-from sae_train.sae.tensor_files import read_tensors, write_bytes, write_tensors
+from sae_train.sae.tensor_files import read_tensors, write_tensors
 
 SAE_LENS_VERSION = "6.54.12"
 REPO_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -28,9 +26,8 @@ STATE, STATE_VALUES = "state.safetensors", "values"
 def save_sae(sae: SAE, folder: str | Path) -> None:
     """Write cfg.json and sae_weights.safetensors as SAELens reads them; other files of the folder stay."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(dict(sae.state_dict()), folder / WEIGHTS)
-    write_bytes(json.dumps(_sae_lens_cfg(sae.cfg), indent=2).encode(), folder / "cfg.json")
+    write_json(folder / "cfg.json", _sae_lens_cfg(sae.cfg))
 
 
 def load_sae(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_train.errors import UserError
+from sae_train.errors import UserError, explaining
 from sae_train.sae.forms import FORMS
 from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm
 from sae_train.sae.tensor_files import read_tensors
@@ -79,13 +79,8 @@ def _nothing(folder: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: the checkpoint is incomplete; copy it again.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not readable JSON: the checkpoint is damaged; copy it again.")
-    return content
+    with explaining(lambda _: f"{path} is not readable JSON: the checkpoint is damaged; copy it again."):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _sae_lens(folder: Path, weights: str) -> Parts:
@@ -210,23 +205,22 @@ def _from_npz(path: Path) -> dict[str, Tensor]:
 
     import numpy as np
 
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays}
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is truncated or no archive of arrays ({error}): copy it again.") from None
+    bad = (OSError, ValueError, TypeError, zipfile.BadZipFile)
+    explained = explaining(lambda error: f"{path} is truncated or no archive of arrays ({error}): copy it again.", *bad)
+    with explained, np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     """Tensors of a state dict; torch's restricted reader runs none of the file's code and refuses anything else."""
     import pickle
 
-    try:
+    refused = f"{path} is damaged or holds something beside tensors: it is not read."
+    bad = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError)
+    with explaining(lambda _: refused, *bad):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError):
-        content = None
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise UserError(f"{path} is damaged or holds something beside tensors: it is not read.")
+        raise UserError(refused)
     return content
 
 

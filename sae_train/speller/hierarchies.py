@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from sae_train.files import write_json
 from sae_train.speller.language import CLASS_NAMES, PUNCTUATION, Language
 
 if TYPE_CHECKING:
@@ -13,12 +14,10 @@ if TYPE_CHECKING:
 
 def write(language: Language, folder: Path) -> None:
     """Write word-class.json, {"word class": {class: [words]}}, to `folder`/hierarchies."""
-    folder = folder / "hierarchies"
-    folder.mkdir(parents=True, exist_ok=True)
     words: dict[str, list[str]] = {name: [] for name in CLASS_NAMES}
     for word, number in zip(language.words, language.classes.tolist(), strict=True):
         words[CLASS_NAMES[number]].append(word)
-    (folder / "word-class.json").write_text(json.dumps({"word class": words}, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "hierarchies" / "word-class.json", {"word class": words})
 
 
 def language_of(folder: Path) -> Language:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import width_label
-from sae_train.files import read_json
+from sae_train.files import read_json, whole
 from sae_train.runs.run import Run, train
 
 if TYPE_CHECKING:
@@ -108,6 +108,6 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     axes[0].set_ylabel("absorption, mean over letters")
     axes[0].set_ylim(bottom=0)
     axes[0].legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, metadata={"Date": None})
+    with whole(path) as temporary:
+        fig.savefig(temporary, format="svg", metadata={"Date": None})
     plt.close(fig)

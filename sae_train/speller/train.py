@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from sae_train.files import write_json
 from sae_train.speller import hierarchies, text
 from sae_train.speller.corpus import SHARES, Corpus
 from sae_train.speller.language import Language
@@ -115,4 +115,4 @@ def save(model: SmolLM3ForCausalLM, language: Language, out: Path, settings: Set
     model.float()
     build_tokenizer(language.vocabulary).save_pretrained(out)
     provenance = {**asdict(settings), "shares": SHARES, "seconds": round(seconds), "torch": torch.__version__}
-    (out / "training.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "training.json", provenance)
