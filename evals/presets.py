@@ -1,4 +1,4 @@
-"""Every threshold of the absorption eval, by name: a preset name comes in, a frozen set of numbers goes out.
+"""Every threshold of the absorption eval, by the preset's name.
 
 - `saebench` follows SAEBench 0.6.0 (arXiv 2503.09532), with the ranking of latents solved instead of stopped early.
 - `saebench-adam` stops the ranking where SAEBench does; it depends on a seed.
@@ -11,11 +11,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, replace
 
-from sae_train.errors import UserError
+from sae_train import config
+from sae_train.config.units import parse_preset
+from sae_train.errors import explaining
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ PRESETS = {
         replace(PAPER, name="paper-released", letters_without_candidates="drop", lower_case_answer=True),
     )
 }
+assert tuple(PRESETS) == config.EVAL_PRESETS, "the settings tree knows the presets by other names"
 
 
 # What a preset decides about the assets; presets that only score otherwise share them.
@@ -127,8 +129,5 @@ def get_preset(preset: str | Preset) -> Preset:
     """Look a preset up by name; an unknown name raises UserError with the names that exist."""
     if isinstance(preset, Preset):
         return preset
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, 1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise UserError(f"unknown absorption preset '{preset}'{hint}; the presets are {', '.join(PRESETS)}")
-    return PRESETS[preset]
+    with explaining(str, ValueError):
+        return PRESETS[parse_preset(preset)]

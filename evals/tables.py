@@ -1,9 +1,4 @@
-"""Tables of an evaluation: scores of the true positives come in, one row per word and one row per label go out.
-
-Outcomes of a true positive are four, and add up to 1 over a label: recalled (a main latent fires), carried (main
-latents are silent and one other latent carries the word: absorption), below (absorbers fire, none carries enough),
-nobody (no absorber fires).
-"""
+"""Tables of an evaluation: one row per word (a true positive) and one row per label."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ import torch
 
 from sae_train.evals.figures import auroc, f1_precision_recall
 from sae_train.evals.intervals import bootstrap
+from sae_train.evals.outcomes import OUTCOMES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +21,6 @@ if TYPE_CHECKING:
     from sae_train.evals.presets import Preset
     from sae_train.protocols import SAE
 
-OUTCOMES = ("recalled", "carried", "below", "nobody")
 WORD_COLUMNS = (
     "letter", "word", "token_id", "fraction", "full", "fraction_family", "full_family", "outcome", "main_act", "a",
     "main_latents", "absorbers", "absorber_cos", "absorber_proj",

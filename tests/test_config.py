@@ -3,7 +3,8 @@
 import pytest
 
 from sae_train.config import CONFIGS, SAESpec, flat, leaves, resolve
-from sae_train.config.units import parse_count, parse_width, read_yaml, width_label
+from sae_train.config.merge import read_yaml
+from sae_train.config.units import parse_count, parse_width, width_label
 from sae_train.errors import UserError
 
 N_CONFIGS = 7

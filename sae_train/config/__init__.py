@@ -1,5 +1,6 @@
 """Every setting of sae-train, once, and the readers of what people type."""
 
+from sae_train.config.merge import flat, groups, leaves, resolve
 from sae_train.config.settings import (
     CONFIGS,
     DEFAULT_HUB_DATASET,
@@ -8,16 +9,13 @@ from sae_train.config.settings import (
     SAESpec,
     Settings,
     TrainSettings,
-    flat,
-    groups,
-    leaves,
-    resolve,
 )
-from sae_train.config.units import width_label
+from sae_train.config.units import EVAL_PRESETS, width_label
 
 __all__ = [
     "CONFIGS",
     "DEFAULT_HUB_DATASET",
+    "EVAL_PRESETS",
     "EvalSettings",
     "LMSettings",
     "SAESpec",

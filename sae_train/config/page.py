@@ -1,4 +1,4 @@
-"""The page docs/settings.md: the settings tree comes in, a Markdown table a group goes out.
+"""The page docs/settings.md, made from the settings tree: a Markdown table a group.
 
 `python -m sae_train.config.page` prints it; the test suite compares it with the file.
 """

@@ -1,29 +1,27 @@
-"""Every setting of sae-train, once: the command line, YAML files, help and run.json are all made from this tree.
-
-In: plain dictionaries with flat keys (from flags, files or `train(**settings)`). Out: one frozen `Settings`.
-"""
+"""Every setting of sae-train, once: the command line, YAML files, help and run.json are all made from this tree."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sae_train.config.units import (
     ARCHITECTURES,
+    EVAL_PRESETS,
     listed,
     parse_arch,
     parse_count,
     parse_l0,
+    parse_preset,
     parse_seed,
     parse_share,
     parse_width,
-    read_yaml,
     strings,
     width_label,
 )
-from sae_train.errors import UserError, sentences_of, unknown_setting
+from sae_train.errors import UserError
 
 DEFAULT_HUB_DATASET = "monology/pile-uncopyrighted"
 MAX_DEFAULT_CONTEXT = 128
@@ -35,11 +33,13 @@ Count = Annotated[int, BeforeValidator(parse_count)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Group(BaseModel):
+class SettingsGroup(BaseModel):
+    """Settings that belong together."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SAESettings(_Group):
+class SAESettings(SettingsGroup):
     """Sparse autoencoders (comma lists make a grid, trained in one pass)"""
 
     width: Annotated[tuple[int, ...], listed(parse_width)] = Field(
@@ -54,7 +54,7 @@ class SAESettings(_Group):
     seed: Annotated[tuple[int, ...], listed(parse_seed)] = Field((0,), description="training seed of the SAE")
 
 
-class LMSettings(_Group):
+class LMSettings(SettingsGroup):
     """Language model"""
 
     model: str = Field(
@@ -68,7 +68,7 @@ class LMSettings(_Group):
     trust_remote_code: bool = Field(False, description="run model code from the hub (off: such models are refused)")
 
 
-class DataSettings(_Group):
+class DataSettings(SettingsGroup):
     """Text"""
 
     dataset: str | None = Field(
@@ -93,7 +93,7 @@ class DataSettings(_Group):
     )
 
 
-class TrainSettings(_Group):
+class TrainSettings(SettingsGroup):
     """Training"""
 
     tokens: Count = Field(100_000_000, description="activations each SAE is trained on")
@@ -120,15 +120,15 @@ class TrainSettings(_Group):
     )
 
 
-class EvalSettings(_Group):
+class EvalSettings(SettingsGroup):
     """Evaluation while training"""
 
     absorption: bool = Field(True, description="run the absorption eval; of a toy: measure it against its truth")
     absorption_evals: Annotated[int, Field(ge=1)] = Field(
         12, description="how many times along the run, early ones closer together"
     )
-    preset: Literal["saebench", "saebench-adam", "saebench-0.3", "paper", "paper-exact", "paper-released"] = Field(
-        "saebench", description="definition of the scores"
+    preset: Annotated[str, BeforeValidator(parse_preset)] = Field(
+        EVAL_PRESETS[0], description=f"definition of the scores: {', '.join(EVAL_PRESETS)}"
     )
     hierarchy: str = Field(
         "first-letter",
@@ -144,7 +144,7 @@ class EvalSettings(_Group):
     eval_seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the split, prompts and probes")
 
 
-class RunSettings(_Group):
+class RunSettings(SettingsGroup):
     """Run folder"""
 
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None = Field(
@@ -168,7 +168,7 @@ class RunSettings(_Group):
     )
 
 
-class SAESpec(_Group):
+class SAESpec(SettingsGroup):
     """One SAE of a grid: what is asked for."""
 
     arch: str
@@ -183,7 +183,7 @@ class SAESpec(_Group):
         return f"{self.arch}-{width_label(self.width)}-l0_{self.l0:g}{seed}"
 
 
-class Settings(_Group):
+class Settings(SettingsGroup):
     """The whole tree. Leaf names are unique, so flags and files use them flat."""
 
     sae: SAESettings = SAESettings()
@@ -238,42 +238,3 @@ class Settings(_Group):
             for l0 in self.sae.l0
             for seed in self.sae.seed
         ]
-
-
-def groups() -> dict[str, type[_Group]]:
-    """Settings groups by name, in the order of the tree."""
-    return {name: field.annotation for name, field in Settings.model_fields.items()}
-
-
-def leaves() -> dict[str, str]:
-    """Every setting's name with its group's name."""
-    return {leaf: group for group, model in groups().items() for leaf in model.model_fields}
-
-
-def resolve(given: dict[str, Any], file: str | Path | None = None, presets: bool = True) -> Settings:
-    """Merge defaults < the model's preset < `file` < `given`, all with flat keys.
-
-    Presets (unless they are left out) are configs/speller.yaml for the embedded model and configs/toy.yaml for the toy.
-    Raises UserError that names every problem, one line each.
-    """
-    flat = (read_yaml(file) if file else {}) | {key: value for key, value in given.items() if value is not None}
-    model = flat.get("model", "speller")
-    if presets and model in PRESETS:
-        flat = read_yaml(CONFIGS / f"{model}.yaml") | flat
-    known = leaves()
-    problems = [unknown_setting(key, known) for key in flat if key not in known]
-    tree: dict[str, dict[str, Any]] = {group: {} for group in groups()}
-    for key in flat.keys() & known.keys():
-        tree[known[key]][key] = flat[key]
-    try:
-        settings = Settings.model_validate(tree)
-    except ValidationError as error:
-        problems += [line for item in error.errors() for line in sentences_of(item)]
-    if problems:
-        raise UserError("\n".join(problems))
-    return settings
-
-
-def flat(settings: Settings) -> dict[str, Any]:
-    """The tree as one flat dictionary of JSON values, as `resolve` takes it."""
-    return {key: value for group in settings.model_dump(mode="json").values() for key, value in group.items()}

@@ -1,18 +1,17 @@
-"""Readers of what people type: a string in, a number out, or a ValueError that says what may be; settings files."""
+"""Readers of what people type or hold in Python; a ValueError says what may be."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
-from pathlib import Path
+from numbers import Real
 from typing import Any
 
 from pydantic import BeforeValidator
-
-from sae_train.errors import UserError
 
 ARCHITECTURES = {  # what --arch takes, and the class that trains it: a new one is a file and a line here
     name: f"sae_train.training.architectures.{name}:{cls}"
@@ -25,6 +24,7 @@ ARCHITECTURES = {  # what --arch takes, and the class that trains it: a new one 
         "gated": "Gated",
     }.items()
 }
+EVAL_PRESETS = ("saebench", "saebench-adam", "saebench-0.3", "paper", "paper-exact", "paper-released")
 WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
     "65k": 2**16,
     "131k": 2**17,
@@ -75,11 +75,20 @@ def parse_l0(value: object) -> float:
 
 
 def parse_arch(value: object) -> str:
-    text = str(value).strip().lower()
-    if text not in ARCHITECTURES:
-        near = difflib.get_close_matches(text, ARCHITECTURES, n=1, cutoff=0.5)
+    return choose(value, ARCHITECTURES, "an architecture")
+
+
+def parse_preset(value: object) -> str:
+    return choose(value, EVAL_PRESETS, "a preset")
+
+
+def choose(value: object, names: Iterable[str], kind: str) -> str:
+    """Read one of some names; raise ValueError that says which is near otherwise."""
+    text, names = str(value).strip().lower(), list(names)
+    if text not in names:
+        near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"{value!r} is not an architecture{hint}: choose from {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"{value!r} is not {kind}{hint}: choose from {', '.join(names)}")
     return text
 
 
@@ -101,12 +110,25 @@ def parse_seed(value: object) -> int:
     return int(text)
 
 
+def plain(value: Any) -> Any:
+    """Text, a number, or a list of such, of what people hold: paths, ranges, tuples, arrays and their numbers."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # of numpy, torch and pandas
+        value = value.tolist()
+    if isinstance(value, list | tuple | range):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, str | Real):
+        return value
+    raise ValueError(f"text, numbers and lists of them are taken, not a {type(value).__name__}")
+
+
 def listed(parse: Callable[[object], Any]) -> BeforeValidator:
     """Make a validator that turns '1k,4k', ['1k', 4096] or a lone value into a tuple without repeats."""
 
     def read(value: object) -> tuple:
         items = value.split(",") if isinstance(value, str) else value
-        items = list(items) if isinstance(items, (list, tuple)) else [items]
+        items = items if isinstance(items, list | tuple) else [items]
         parsed = [parse(item) for item in items if str(item).strip() != ""]
         if not parsed:
             raise ValueError("the list is empty: give at least one value")
@@ -117,19 +139,3 @@ def listed(parse: Callable[[object], Any]) -> BeforeValidator:
 
 def strings(value: object) -> tuple:
     return tuple(str(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a settings file: a YAML mapping with flat keys; UserError if absent, unreadable or of another shape."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"the settings file {str(path)!r} does not exist: give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the settings file {str(path)!r} cannot be read as YAML: {reason}") from None
-    if not isinstance(content or {}, dict) or not all(isinstance(key, str) for key in content or {}):
-        raise UserError(f"the settings file {str(path)!r} must be a mapping such as 'width: 16k', one setting a line")
-    return content or {}

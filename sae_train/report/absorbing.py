@@ -9,7 +9,8 @@ from collections import Counter
 from statistics import median_low
 from typing import Any
 
-from sae_train.report.data import OUTCOMES, TrainedSAE
+from sae_train.evals.outcomes import OUTCOMES
+from sae_train.report.data import TrainedSAE
 from sae_train.report.findings import outcome_key
 from sae_train.report.marks import key
 from sae_train.report.shapes import Bars, Chart, Curves, Line

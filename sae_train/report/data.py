@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sae_train.evals.outcomes import OUTCOMES
 from sae_train.report.readers import read_absorption, read_events, read_facts, read_history, read_latents
 from sae_train.report.text import noun_of, number
 
 SILENT = 1e-8  # an activation below this counts as none
-OUTCOMES = ("recalled", "carried", "below", "nobody")
 
 
 @dataclass(frozen=True)

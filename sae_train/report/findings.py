@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_train.report.data import OUTCOMES, SILENT, TrainedSAE, carried
+from sae_train.evals.outcomes import OUTCOMES
+from sae_train.report.data import SILENT, TrainedSAE, carried
 from sae_train.report.text import escape, fixed, interval, label_name, listed, nouns, number, percent
 
 WEAK_F1 = 0.5

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_train.report.data import OUTCOMES, TrainedSAE, outcomes_of
+from sae_train.evals.outcomes import OUTCOMES
+from sae_train.report.data import TrainedSAE, outcomes_of
 from sae_train.report.findings import MEASURES, family_name, measure_name, outcome_key
 from sae_train.report.marks import key
 from sae_train.report.shapes import Chart, Dots, Mark, Row, Stacked

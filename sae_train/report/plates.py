@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DASHES = ("-", "--", ":", "-.")
-OUTCOMES = {"out0": "c2", "out1": "c1", "out2": "c4", "out3": "c7"}  # as in style.css
 STRENGTHS = (1.0, 0.7, 0.5, 0.35)
 MOST_NAMED = 12  # series in a legend
 
@@ -136,11 +135,12 @@ def _rows(axes: Any, labels: list[str]) -> None:
 
 @functools.cache
 def palette() -> dict[str, str]:
-    """The page's light colours by class."""
+    """The page's light colours by class, those of outcomes (out0, …) included."""
     style = resources.files("sae_train.report").joinpath("style.css").read_text(encoding="utf-8")
     light = style[: style.index("@media")]
     colours = dict(re.findall(r"--(c\d): (#[0-9a-f]{6})", light))
-    return colours | {name: colours[colour] for name, colour in OUTCOMES.items()}
+    outcomes = dict(re.findall(r"\.(out\d) { --c: var\(--(c\d)\); }", style))
+    return colours | {name: colours[colour] for name, colour in outcomes.items()}
 
 
 def _look(css: str) -> tuple[str, str, float]:
