@@ -5,19 +5,18 @@ Flags and their help are made from the settings tree; nothing heavy is imported 
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 import time
-import types
-import typing
+from collections.abc import Iterable
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, Group, Parameter
 
-from sae_train.config import groups, resolve
+from sae_train.config import groups, leaves, resolve
 from sae_train.errors import UserError
 
 OTHERS_WAIT = 10.0  # seconds that other processes leave the first one to say what is wrong
@@ -40,25 +39,28 @@ app = App(
 )
 
 
-def _flag_type(annotation: Any) -> type:
-    """Booleans are switches; everything else arrives as text and is read by the settings tree."""
-    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return bool if bool in kinds else str
+SESSION = Group("Session", sort_key=-1)
+BRANCHES = {
+    name: Group((model.__doc__ or name).strip(), sort_key=order) for order, (name, model) in enumerate(groups().items())
+}
+FLAT = Parameter(name="*")  # a dataclass whose fields are flags of the command's own
 
 
-def _flags() -> list[inspect.Parameter]:
-    """One keyword parameter for every leaf of the settings tree, in help groups by branch."""
-    made = []
-    for order, (name, model) in enumerate(groups().items()):
-        group = Group((model.__doc__ or name).strip(), sort_key=order)
-        for leaf, field in model.model_fields.items():
-            kind = _flag_type(field.annotation)
-            negative = f"--no-{leaf.replace('_', '-')}" if kind is bool and field.default else ()
-            text = field.description + _default_text(field.default)
-            parameter = Parameter(name=f"--{leaf.replace('_', '-')}", group=group, help=text, negative=negative)
-            annotation = Annotated[kind | None, parameter]
-            made.append(inspect.Parameter(leaf, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    return made
+def _flags(names: Iterable[str], titled: bool = False, **texts: str) -> type:
+    """A dataclass of settings as flags, where None is not given; `texts` replace help that means training alone."""
+    made = [(name, _flag(name, titled, texts.get(name)), None) for name in names]
+    return make_dataclass("Flags", made, frozen=True)
+
+
+def _flag(name: str, titled: bool, text: str | None) -> Any:
+    """A setting's flag: booleans are switches; everything else arrives as text and is read by the settings tree."""
+    branch = leaves()[name]
+    field, dashed = groups()[branch].model_fields[name], name.replace("_", "-")
+    kind = bool if field.annotation is bool else str
+    negative = f"--no-{dashed}" if kind is bool and field.default else ()
+    text = text or f"{field.description}{_default_text(field.default)}"
+    group = BRANCHES[branch] if titled else "Parameters"
+    return Annotated[kind | None, Parameter(name=f"--{dashed}", group=group, help=text, negative=negative)]
 
 
 def _default_text(default: Any) -> str:
@@ -68,12 +70,36 @@ def _default_text(default: Any) -> str:
     return f" [default: {shown}]"
 
 
-def _train(*, config: str | None = None, dry_run: bool = False, **given: Any) -> None:
+class TrainFlags(_flags(leaves(), titled=True)):
+    """Every setting."""
+
+
+class EvalFlags(
+    _flags(
+        ("model", "hook", "device", "dtype", "trust_remote_code", "preset", "hierarchy", "template", "eval_words",
+         "eval_seed"),
+        model="hub id, local Hugging Face folder or speller (embedded); default: the one named in the checkpoint",
+        hook="TransformerLens hook name; default: the one named in the checkpoint",
+    )
+):  # fmt: skip
+    """The settings that an evaluation of a finished SAE uses."""
+
+
+@app.default
+def train(
+    *,
+    config: Annotated[str | None, Parameter(group=SESSION, help="YAML file with settings; flags win over it")] = None,
+    dry_run: Annotated[
+        bool,
+        Parameter(group=SESSION, help="print the resolved plan (derived values, memory, time) and stop"),
+    ] = False,
+    flags: Annotated[TrainFlags | None, FLAT] = None,
+) -> None:
     """Train the SAEs of the grid on one stream of activations.
 
     The embedded model (the default) brings its own preset, configs/speller.yaml.
     """
-    settings = resolve(given, config)
+    settings = resolve(vars(flags or TrainFlags()), config)
     if dry_run:
         from sae_train.runs.plan import make_plan
 
@@ -85,23 +111,6 @@ def _train(*, config: str | None = None, dry_run: bool = False, **given: Any) ->
     from sae_train.runs.run import start
 
     start(settings, command=shell_call(given, config))
-
-
-def _with_flags(function: Any) -> Any:
-    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    kinds = {"config": str | None, "dry_run": bool}
-    helps = {
-        "config": "YAML file with settings; flags win over it",
-        "dry_run": "print the resolved plan (derived values, memory, time) and stop",
-    }
-    session = Group("Session", sort_key=-1)
-    own = [p.replace(annotation=Annotated[kinds[p.name], Parameter(group=session, help=helps[p.name])]) for p in own]
-    function.__signature__ = inspect.Signature(own + _flags())
-    function.__annotations__ = {p.name: p.annotation for p in function.__signature__.parameters.values()}
-    return function
-
-
-app.default(_with_flags(_train))
 
 
 @app.command
@@ -122,14 +131,7 @@ def resume(run: Path) -> None:
 def evaluate(
     checkpoint: Path,
     *,
-    model: str | None = None,
-    hook: str | None = None,
-    hierarchy: str | None = None,
-    template: str | None = None,
-    preset: str | None = None,
-    eval_words: str | None = None,
-    eval_seed: str | None = None,
-    device: str | None = None,
+    flags: Annotated[EvalFlags | None, FLAT] = None,
     out: Path | None = None,
     folder: str | None = None,
     allow_pickle: bool = False,
@@ -141,44 +143,17 @@ def evaluate(
     Parameters
     ----------
     checkpoint:
-        Folder with cfg.json and the weights, or a repo on the hub, such as you/name.
-    model:
-        Language model; default: the one named in the checkpoint.
-    hook:
-        Hook name; default: the one named in the checkpoint.
-    hierarchy:
-        What is asked of each word: first-letter, last-letter, first-vowel, word-length, word-class (of the embedded
-        model) or a JSON file {parent: {label: [words]}}; default: first-letter.
-    template:
-        Prompt line of the eval; default: the hierarchy's own.
-    preset:
-        Definition of the scores: saebench (default), saebench-adam, saebench-0.3, paper, paper-exact, paper-released.
-    eval_words:
-        Words in the eval, a stratified sample; default: all.
-    eval_seed:
-        Seed of the split, prompts and probes.
-    device:
-        cpu, cuda, …; default: a GPU if there is one.
+        folder with cfg.json and the weights, or a repo on the hub, such as you/name
     out:
-        Folder for what is written; default: the checkpoint's folder.
+        folder for what is written; default: the checkpoint's folder
     folder:
-        The SAE's folder in a repo that holds several.
+        the SAE's folder in a repo that holds several
     allow_pickle:
-        Read dictionary_learning's pickled weights (tensors alone are taken from them).
+        read dictionary_learning's pickled weights (tensors alone are taken from them)
     """
     from sae_train.runs.run import evaluate_checkpoint
 
-    given = {
-        "model": model,
-        "hook": hook,
-        "hierarchy": hierarchy,
-        "template": template,
-        "preset": preset,
-        "eval_words": eval_words,
-        "eval_seed": eval_seed,
-        "device": device,
-    }
-    evaluate_checkpoint(checkpoint, given, out, folder, allow_pickle)
+    evaluate_checkpoint(checkpoint, vars(flags or EvalFlags()), out, folder, allow_pickle)
 
 
 @app.command

@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
-from sae_train.cli import main
+from sae_train.cli import EvalFlags, TrainFlags, main
+from sae_train.config import EvalSettings, LMSettings, leaves
+from sae_train.sae.files import save_sae
+from sae_train.sae.model import SAE, SAEConfig
 
 HEAVY = ("torch", "transformers", "transformer_lens", "datasets", "accelerate", "pandas", "wandb", "matplotlib")
 
@@ -63,6 +67,26 @@ def test_a_mistake_is_one_sentence_and_exit_2(arguments, words, capsys, tmp_path
     assert "Traceback" not in said
     assert len(said.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == [], "a refused run leaves nothing behind"
+
+
+def test_flags_are_the_settings_of_the_tree_and_an_eval_takes_those_that_it_uses():
+    training, evaluation = ({field.name for field in fields(kind)} for kind in (TrainFlags, EvalFlags))
+    assert training == set(leaves())
+    used = LMSettings.model_fields.keys() | EvalSettings.model_fields.keys()
+    assert evaluation == used - {"absorption", "absorption_evals"}  # whether and how often along a run
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [("--preset", "papr", "did you mean paper?"), ("--eval-words", "few", "not a count"),
+     ("--eval-seed", "-1", "greater than or equal to 0"), ("--dtype", "float8", "float32")],
+)  # fmt: skip
+def test_an_evals_settings_are_read_as_those_of_a_training(flag, value, words, capsys, tmp_path):
+    save_sae(SAE(SAEConfig("relu", 2, 4, model_name="speller", hook_name="blocks.1.hook_resid_post")), tmp_path)
+    for command in ([], ["eval", str(tmp_path)]):
+        assert main([*command, flag, value]) == 2
+        told = capsys.readouterr().err
+        assert words in told and len(told.strip().splitlines()) == 1
 
 
 def test_an_existing_run_folder_is_not_touched(capsys, tmp_path):

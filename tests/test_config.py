@@ -1,6 +1,14 @@
 """The settings tree: how values are read, how mistakes are told, and that every shipped file parses."""
 
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from sae_train.config import CONFIGS, SAESpec, flat, leaves, resolve
 from sae_train.config.merge import read_yaml
@@ -84,6 +92,67 @@ def test_flags_win_over_a_file_and_the_file_over_defaults(tmp_path):
     file.write_text("width: 4k\nl0: 20\nbatch_tokens: 512\n")
     settings = resolve({"l0": "30"}, file)
     assert (settings.sae.width, settings.sae.l0, settings.train.batch_tokens) == ((4096,), (30.0,), 512)
+
+
+HELD = [
+    ("out", Path("x") / "y", "x/y"),
+    ("model", Path("models") / "lm", "models/lm"),
+    ("dataset", np.str_("text.txt"), "text.txt"),
+    ("l0", np.array([8, 16]), (8.0, 16.0)),
+    ("l0", np.float32(12), (12.0,)),
+    ("l0", torch.tensor([8.0, 16.0]), (8.0, 16.0)),
+    ("seed", range(3), (0, 1, 2)),
+    ("seed", np.arange(2), (0, 1)),
+    ("width", [1024, "4k", np.int64(77)], (1024, 4096, 77)),
+    ("width", (np.array(2048), "4k"), (2048, 4096)),
+    ("arch", pd.Series(["topk", "relu"]), ("topk", "relu")),
+    ("arch", np.array(["topk"]), ("topk",)),
+    ("matryoshka_prefixes", (Fraction(1, 4), 0.5, 1), (0.25, 0.5, 1.0)),
+    ("tokens", np.float64(1e6), 1_000_000),
+    ("lr", np.float64(1e-3), 1e-3),
+    ("absorption", np.bool_(False), False),
+    ("drop", ("a", "b"), ("a", "b")),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"), HELD)
+)
+def test_python_users_give_what_they_hold(name, value, read):
+    settings = resolve({"dataset": "text.txt", "context": 64, name: value})
+    found = getattr(getattr(settings, leaves()[name]), name)
+    assert found == read and type(found) is type(read)
+    assert resolve(flat(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("width", {1024, 2048}, "width: text, numbers and lists of them are taken, not a set"),
+        ("width", (w for w in (1024, 2048)), "not a generator"),
+        ("width", pd.DataFrame({"width": [1024]}), "not a DataFrame"),
+        ("width", {"width": 1024}, "not a dict"),
+        ("width", [1024, b"4k"], "not a bytes"),
+        ("width", np.array([1024.5]), "1024.5 is not a width"),
+        ("width", np.nan, "nan is not a width"),
+        ("l0", np.array([]), "the list is empty"),
+        ("l0", np.array([8, np.inf]), "inf is not an L0"),
+        ("seed", np.array([[0, 1]]), r"\[0, 1\] is not a seed"),
+        ("seed", range(-1, 1), "-1 is not a seed"),
+        ("lr", np.array([1e-3]), "lr"),
+        ("model", [Path("a"), Path("b")], "model"),
+        ("out", 5, "out 5"),
+    ],
+)
+def test_what_is_none_of_these_is_refused_in_one_sentence(name, value, words):
+    with pytest.raises(UserError, match=words) as caught:
+        resolve({name: value})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_settings_import_no_numpy():
+    code = "import sys, sae_train.config; print('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_the_embedded_preset_applies_to_the_embedded_model_only():

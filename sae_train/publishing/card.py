@@ -1,4 +1,4 @@
-"""Model cards: entries of run.json come in, the README.md of a saved SAE and that of a published repo go out."""
+"""Model cards: the README.md of a saved SAE and that of a published repo, from entries of run.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.files import write_text
+from sae_train.publishing.hub import front_matter
 
 SAE_CARD = """---
 library_name: saelens
@@ -36,16 +37,7 @@ latents = sae.encode(x)  # x: activations (n, {d_in}) of {hook_name}, raw
 SAELens loads the same folder: `SAE.load_from_disk("path/to/{name}")`.
 """
 
-TAGS = ["saelens", "sparse-autoencoder", "mechanistic-interpretability"]
 NAN = "not measured"
-FIGURES = (
-    ("metrics/l0", "l0", "L0, mean active latents a token"),
-    ("metrics/explained_variance", "explained_variance", "explained variance"),
-    ("metrics/ce_loss_score", "ce_loss_score", "loss recovered"),
-    ("sparsity/dead_fraction", "dead_fraction", "share of dead latents"),
-    ("absorption/mean_fraction", "absorption_fraction", "absorption, mean fraction"),
-    ("absorption/mean_full", "full_absorption", "full absorption, mean rate"),
-)
 
 
 @dataclass(frozen=True)
@@ -64,11 +56,8 @@ class Origin:
 
 def card(origin: Origin, saes: list[dict[str, Any]], with_curves: bool) -> str:
     """Return the whole README.md."""
-    import yaml
-
-    front = yaml.safe_dump(_front_matter(origin, saes), sort_keys=False, allow_unicode=True)
     parts = [
-        f"---\n{front}---",
+        f"---\n{front_matter(origin, saes)}\n---",
         f"# {origin.repo.split('/')[-1]}",
         _opening(origin, saes),
         "## Load",
@@ -82,38 +71,6 @@ def card(origin: Origin, saes: list[dict[str, Any]], with_curves: bool) -> str:
         _licence(origin),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _front_matter(origin: Origin, saes: list[dict[str, Any]]) -> dict[str, Any]:
-    results = [_result(origin, sae) for sae in saes]
-    known = {
-        "library_name": "saelens",
-        "license": origin.license,
-        "base_model": origin.base_model,
-        "datasets": [origin.on_hub] if origin.on_hub else None,
-        "tags": TAGS,
-        "model-index": [{"name": origin.repo.split("/")[-1], "results": [r for r in results if r["metrics"]]}],
-    }
-    if not known["model-index"][0]["results"]:
-        del known["model-index"]
-    return {name: value for name, value in known.items() if value}
-
-
-def _result(origin: Origin, sae: dict[str, Any]) -> dict[str, Any]:
-    """One SAE's figures in the hub's model index; the ends of an interval go with the metric."""
-    metrics = []
-    for key, kind, name in FIGURES:
-        value = sae["final"].get(key)
-        if value is None:
-            continue
-        ends = [sae["final"].get(f"{key}_{end}") for end in ("low", "high")]
-        interval = {"args": {"ci95_low": _short(ends[0]), "ci95_high": _short(ends[1])}} if None not in ends else {}
-        metrics.append({"type": kind, "value": _short(value), "name": name, **interval})
-    return {
-        "task": {"type": "feature-extraction", "name": f"sparse autoencoder {sae['name']}"},
-        "dataset": {"type": origin.on_hub or "text", "name": f"{origin.dataset}, held out"},
-        "metrics": metrics,
-    }
 
 
 def _opening(origin: Origin, saes: list[dict[str, Any]]) -> str:
@@ -197,10 +154,6 @@ def _estimate(values: dict[str, Any], key: str) -> str:
     low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
     interval = f" [{low:.4f}, {high:.4f}]" if low is not None and high is not None else ""
     return _number(values.get(key), ".4f") + interval
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def _number(value: float | None, form: str) -> str:

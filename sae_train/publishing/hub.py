@@ -1,9 +1,9 @@
-"""Uploads to the hub: a local folder comes in and goes out as one commit. Whatever goes wrong becomes one sentence."""
+"""What the hub's client does for publishing: a folder's upload in one commit, and the metadata of its card."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae_train.errors import UserError
 from sae_train.sae.fetch import hub_errors, quiet_client, some
@@ -11,6 +11,17 @@ from sae_train.sae.fetch import hub_errors, quiet_client, some
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+    from sae_train.publishing.card import Origin
+
+TAGS = ["saelens", "sparse-autoencoder", "mechanistic-interpretability"]
+FIGURES = (
+    ("metrics/l0", "l0", "L0, mean active latents a token"),
+    ("metrics/explained_variance", "explained_variance", "explained variance"),
+    ("metrics/ce_loss_score", "ce_loss_score", "loss recovered"),
+    ("sparsity/dead_fraction", "dead_fraction", "share of dead latents"),
+    ("absorption/mean_fraction", "absorption_fraction", "absorption, mean fraction"),
+    ("absorption/mean_full", "full_absorption", "full absorption, mean rate"),
+)
 NOT_COUNTED = {".gitattributes"}  # what a new repo holds
 
 
@@ -63,8 +74,53 @@ def check_repo_id(repo: str) -> None:
         raise UserError("--repo takes an owner and a name of letters, digits, '-', '_' and '.', such as you/name.")
 
 
-def check_card(text: str) -> None:
-    """Assert that the hub's own reader takes a model card's front matter, results included."""
-    from huggingface_hub import ModelCard
+def front_matter(origin: Origin, saes: list[dict[str, Any]]) -> str:
+    """What the hub reads of a published repo: a block of YAML with the SAEs' figures as its model index."""
+    from huggingface_hub import ModelCardData
 
-    assert ModelCard(text).data.to_dict().get("library_name"), "the model card's front matter is not read"
+    name = origin.repo.split("/")[-1]
+    data = ModelCardData(
+        library_name="saelens",
+        license=origin.license,
+        base_model=origin.base_model,
+        datasets=[origin.on_hub] if origin.on_hub else None,
+        tags=TAGS,
+    )
+    # The client would merge all results on one dataset into one, so the SAEs go through it one by one.
+    results = [result for sae in saes for result in _results(name, origin, sae)]
+    if results:
+        data["model-index"] = [{"name": name, "results": results}]
+    return data.to_yaml()
+
+
+def _results(name: str, origin: Origin, sae: dict[str, Any]) -> list[dict[str, Any]]:
+    """One SAE's figures; the ends of an interval go with the metric."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    final = sae["final"]
+    figures = [
+        EvalResult(
+            task_type="feature-extraction",
+            task_name=f"sparse autoencoder {sae['name']}",
+            dataset_type=origin.on_hub or "text",
+            dataset_name=f"{origin.dataset}, held out",
+            metric_type=kind,
+            metric_name=title,
+            metric_value=_short(final[key]),
+            metric_args=_interval(final, key),
+        )
+        for key, kind, title in FIGURES
+        if final.get(key) is not None
+    ]
+    return (
+        ModelCardData(model_name=name, eval_results=figures).to_dict()["model-index"][0]["results"] if figures else []
+    )
+
+
+def _interval(final: dict[str, Any], key: str) -> dict[str, float] | None:
+    ends = {f"ci95_{end}": final.get(f"{key}_{end}") for end in ("low", "high")}
+    return None if None in ends.values() else {name: _short(value) for name, value in ends.items()}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -19,7 +19,7 @@ from sae_train.errors import UserError
 from sae_train.files import read_json, read_metrics, write_json, write_text
 from sae_train.publishing.card import Origin, card
 from sae_train.publishing.curves import write_curves
-from sae_train.publishing.hub import check_card, check_repo_id, upload
+from sae_train.publishing.hub import check_repo_id, upload
 from sae_train.publishing.reproduce import command
 from sae_train.sae.files import load_sae, save_sae
 from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm
@@ -189,9 +189,7 @@ def _stage(staged: Path, source: Source, origin: Origin) -> None:
     rows = [row for row in read_metrics(source.run) if row["sae"] in names] if source.run else []
     if rows:
         write_curves(rows, staged / "curves.png")
-    text = card(origin, entries, with_curves=bool(rows))
-    check_card(text)
-    write_text(staged / "README.md", text)
+    write_text(staged / "README.md", card(origin, entries, with_curves=bool(rows)))
 
 
 def _named(sae: SAE, origin: Origin) -> SAE:
