@@ -30,9 +30,9 @@ def explaining(sentence: Callable[[Any], str], *kinds: type[Exception]) -> Itera
         raise UserError(sentence(error)) from error
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, at most 300 characters of it; its type where it says nothing."""
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+def first_line(error: Exception, silent: str = "") -> str:
+    """The first line of what an error says, at most 300 characters of it; `silent`, or its type, if that is nothing."""
+    return str(error).strip().split("\n")[0][:300] or silent or type(error).__name__
 
 
 def unknown_setting(key: str, known: Iterable[str]) -> str:

@@ -115,9 +115,7 @@ HELD = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "read"), HELD)
-)
+@pytest.mark.parametrize(("name", "value", "read"), HELD)
 def test_python_users_give_what_they_hold(name, value, read):
     settings = resolve({"dataset": "text.txt", "context": 64, name: value})
     found = getattr(getattr(settings, leaves()[name]), name)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,7 +21,7 @@ from sae_train import load_sae
 from sae_train.cli import main
 from sae_train.config import flat, resolve
 from sae_train.errors import UserError
-from sae_train.publishing.reproduce import command
+from sae_train.publishing.reproduce import command, python_call
 from sae_train.sae.files import save_sae
 from sae_train.sae.model import SAE, SAEConfig
 
@@ -325,3 +326,9 @@ def test_the_command_of_a_run_gives_its_settings_again(given, tmp_path):
     assert {k: v for k, v in flat(resolve(again, file)).items() if k not in kept} == {
         k: v for k, v in settings.items() if k not in kept
     }
+
+
+def test_a_call_in_python_is_kept_as_it_can_be_typed_again():
+    held = {"out": Path("x"), "l0": np.array([8, 16]), "width": (1024, "4k"), "seed": range(2), "lr": np.float64(0.5)}
+    assert python_call(held) == "sae_train.train(out='x', l0=[8, 16], width=[1024, '4k'], seed=[0, 1], lr=0.5)"
+    assert python_call({"width": {1}}) == "sae_train.train(width={1})"

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_train.data.pretrained import EMBEDDED, hub_answers
-from sae_train.errors import UserError
+from sae_train.errors import UserError, explaining, first_line
 
 EMBEDDED_TEXT = EMBEDDED / "text"
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -129,11 +129,7 @@ def _load(*where: Any, **files: Any) -> Any:
     return datasets.load_dataset(*where, split="train", streaming=True, **files)
 
 
-@contextmanager
-def _read_errors(name: str) -> Iterator[None]:
+def _read_errors(name: str) -> AbstractContextManager[None]:
     """Turn what the readers raise for bad data into one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, StopIteration, ConnectionError) as error:
-        reason = str(error).strip().split("\n")[0][:300] or "no rows"
-        raise UserError(f"cannot read the dataset {name}: {reason}") from error
+    kinds = (OSError, ValueError, StopIteration)
+    return explaining(lambda error: f"cannot read the dataset {name}: {first_line(error, 'no rows')}", *kinds)

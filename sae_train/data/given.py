@@ -17,7 +17,7 @@ import torch
 
 from sae_train.config import TrainSettings, resolve
 from sae_train.data.sources import Facts, Opened, text_settings_asked
-from sae_train.errors import UserError
+from sae_train.errors import UserError, explaining
 from sae_train.protocols import Source
 
 if TYPE_CHECKING:
@@ -226,10 +226,8 @@ def _mapped(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"there is no file of activations {str(path)!r}: give {KINDS}")
     if path.suffix == ".npy":
-        try:
+        with explaining(lambda error: f"{str(path)!r} cannot be read as a .npy file: {error}", OSError, ValueError):
             return np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{str(path)!r} cannot be read as a .npy file: {error}") from None
     if path.suffix != ".safetensors":
         raise UserError(f"{str(path)!r} is no file of activations that is known: give {KINDS}")
     from sae_train.sae.tensor_files import read_tensors

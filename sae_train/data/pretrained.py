@@ -4,12 +4,11 @@ Out: where to load it from, its tokenizer, and one sentence for whatever goes wr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from sae_train.errors import UserError
+from sae_train.errors import UserError, explaining, first_line
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 
@@ -45,21 +44,16 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     return name, {"local_files_only": not hub_answers(name, "model")}
 
 
-@contextmanager
-def load_errors(name: str) -> Iterator[None]:
-    """Turn what loading raises for bad input into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # what transformers, safetensors and the hub's client raise has no common base
-        if Path(name).expanduser().is_dir() or name == "speller":
-            reason = str(error).strip().split("\n")[0][:300]
-            raise UserError(f"cannot load the model in {name}: {reason}") from error
-        raise UserError(
+def load_errors(name: str) -> AbstractContextManager[None]:
+    """Turn what transformers, safetensors or the hub's client raises for bad input into one sentence."""
+    if Path(name).expanduser().is_dir() or name == "speller":
+        return explaining(lambda error: f"cannot load the model in {name}: {first_line(error)}")
+    return explaining(
+        lambda _: (
             f"cannot load {name!r}: no folder of this name is here, and the hub does not give it (no "
             "network, not in the local cache, gated, or no such model); give a local model folder or speller."
-        ) from error
+        )
+    )
 
 
 def load_tokenizer(source: str, options: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from sae_train.config import LMSettings, flat, groups, leaves, resolve
-from sae_train.config.units import width_label
+from sae_train.config.units import plain, width_label
 
 
 def command(settings: dict[str, Any]) -> str:
@@ -54,12 +54,20 @@ def shell_call(given: dict[str, Any], config: str | None) -> str:
 
 def python_call(settings: dict[str, Any], activations: Any = None, callbacks: Sequence[Any] = ()) -> str:
     """Write the call of `sae_train.train` that had these arguments."""
-    words = [f"{name}={value!r}" for name, value in settings.items()]
+    words = [f"{name}={_typed(value)}" for name, value in settings.items()]
     if activations is not None:
         words.append(f"activations={_shown(activations)}")
     if callbacks:
         words.append(f"callbacks=[{', '.join(getattr(each, '__name__', type(each).__name__) for each in callbacks)}]")
     return f"sae_train.train({', '.join(words)})"
+
+
+def _typed(value: Any) -> str:
+    """A setting as it can be typed again; what no setting takes stays as it is, to be refused with the others."""
+    try:
+        return repr(plain(value))
+    except ValueError:
+        return repr(value)
 
 
 def _shown(activations: Any) -> str:
