@@ -44,6 +44,10 @@ BRANCHES = {
     name: Group((model.__doc__ or name).strip(), sort_key=order) for order, (name, model) in enumerate(groups().items())
 }
 FLAT = Parameter(name="*")  # a dataclass whose fields are flags of the command's own
+OF_AN_EVAL = (
+    "model", "hook", "device", "dtype", "trust_remote_code", "preset", "hierarchy", "template", "eval_words",
+    "eval_seed",
+)  # fmt: skip
 
 
 def _flags(names: Iterable[str], titled: bool = False, **texts: str) -> type:
@@ -76,12 +80,11 @@ class TrainFlags(_flags(leaves(), titled=True)):
 
 class EvalFlags(
     _flags(
-        ("model", "hook", "device", "dtype", "trust_remote_code", "preset", "hierarchy", "template", "eval_words",
-         "eval_seed"),
+        OF_AN_EVAL,
         model="hub id, local Hugging Face folder or speller (embedded); default: the one named in the checkpoint",
         hook="TransformerLens hook name; default: the one named in the checkpoint",
     )
-):  # fmt: skip
+):
     """The settings that an evaluation of a finished SAE uses."""
 
 
@@ -90,8 +93,7 @@ def train(
     *,
     config: Annotated[str | None, Parameter(group=SESSION, help="YAML file with settings; flags win over it")] = None,
     dry_run: Annotated[
-        bool,
-        Parameter(group=SESSION, help="print the resolved plan (derived values, memory, time) and stop"),
+        bool, Parameter(group=SESSION, help="print the resolved plan (derived values, memory, time) and stop")
     ] = False,
     flags: Annotated[TrainFlags | None, FLAT] = None,
 ) -> None:
@@ -99,7 +101,8 @@ def train(
 
     The embedded model (the default) brings its own preset, configs/speller.yaml.
     """
-    settings = resolve(vars(flags or TrainFlags()), config)
+    given = vars(flags or TrainFlags())
+    settings = resolve(given, config)
     if dry_run:
         from sae_train.runs.plan import make_plan
 

@@ -14,11 +14,11 @@ from sae_train.config.units import plain, width_label
 
 def command(settings: dict[str, Any]) -> str:
     """Name every setting that differs from the model's defaults; where a run is kept and shown is left out."""
-    plain = flat(resolve({"model": settings["model"]})) | {"model": LMSettings().model}
+    usual = flat(resolve({"model": settings["model"]})) | {"model": LMSettings().model}
     group_of, models = leaves(), groups()
     words, before = ["sae-train"], ""
     for name, value in settings.items():
-        if name not in plain or group_of[name] == "run" or (value == plain[name] and name not in ("width", "l0")):
+        if name not in usual or group_of[name] == "run" or (value == usual[name] and name not in ("width", "l0")):
             continue
         flag = f"--{name.replace('_', '-')}"
         if models[group_of[name]].model_fields[name].annotation is bool:
