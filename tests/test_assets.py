@@ -143,7 +143,7 @@ def test_user_mistakes_are_sentences(lm):
         assets.build(lm, template="no word here")
     with pytest.raises(UserError, match="hooked at"):
         assets.build(lm, "blocks.9.hook_resid_post")
-    with pytest.raises(UserError, match="did you mean 'saebench'"):
+    with pytest.raises(UserError, match="did you mean saebench"):
         assets.build(lm, preset="saebnch")
     with pytest.raises(UserError, match="at least 26"):
         assets.build(lm, n_words=3)
