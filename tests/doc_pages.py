@@ -134,8 +134,8 @@ def check_sae_train(words: list[str], in_text: bool) -> None:
         assert in_text, words  # a sentence may name a command alone
         return
     if command is app.default_command:
-        given = {name: value for name, value in bound.kwargs.items() if name not in ("config", "dry_run")}
-        resolve(given, bound.kwargs.get("config"))
+        flags = bound.kwargs.get("flags")
+        resolve(vars(flags) if flags else {}, bound.kwargs.get("config"))
 
 
 class OptionsRead(BaseException):
