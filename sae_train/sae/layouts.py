@@ -79,8 +79,12 @@ def _nothing(folder: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: the checkpoint is incomplete; copy it again.")
-    with explaining(lambda _: f"{path} is not readable JSON: the checkpoint is damaged; copy it again."):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    damaged = f"{path} is not readable JSON: the checkpoint is damaged; copy it again."
+    with explaining(lambda _: damaged, OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise UserError(damaged)
+    return content
 
 
 def _sae_lens(folder: Path, weights: str) -> Parts:
