@@ -1,29 +1,22 @@
-"""Every setting of sae-train, once, and the readers of what people type."""
+"""Every setting of sae-train, once, and the readers of what people type.
 
-from sae_train.config.merge import flat, groups, leaves, resolve
-from sae_train.config.settings import (
-    CONFIGS,
-    DEFAULT_HUB_DATASET,
-    EvalSettings,
-    LMSettings,
-    SAESpec,
-    Settings,
-    TrainSettings,
-)
-from sae_train.config.units import EVAL_PRESETS, width_label
+Names are imported on first use: the kernels' benchmark runs where torch is and the settings tree's pydantic is not.
+"""
 
-__all__ = [
-    "CONFIGS",
-    "DEFAULT_HUB_DATASET",
-    "EVAL_PRESETS",
-    "EvalSettings",
-    "LMSettings",
-    "SAESpec",
-    "Settings",
-    "TrainSettings",
-    "flat",
-    "groups",
-    "leaves",
-    "resolve",
-    "width_label",
-]
+from importlib import import_module
+from typing import Any
+
+PLACES = {
+    "merge": ("flat", "groups", "leaves", "resolve"),
+    "settings": (
+        "CONFIGS", "DEFAULT_HUB_DATASET", "EvalSettings", "LMSettings", "SAESpec", "Settings", "TrainSettings",
+    ),
+    "units": ("EVAL_PRESETS", "width_label"),
+}  # fmt: skip
+PLACE_OF = {name: module for module, names in PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLACE_OF:
+        raise AttributeError(f"module 'sae_train.config' has no attribute {name!r}")
+    return getattr(import_module(f"sae_train.config.{PLACE_OF[name]}"), name)

@@ -42,16 +42,18 @@ class SettingsGroup(BaseModel):
 class SAESettings(SettingsGroup):
     """Sparse autoencoders (comma lists make a grid, trained in one pass)"""
 
-    width: Annotated[tuple[int, ...], listed(parse_width)] = Field(
+    width: Annotated[tuple[int, ...], BeforeValidator(listed(parse_width))] = Field(
         (2**14,), description="number of latents: 16k, 65k (powers of two) or an integer"
     )
-    l0: Annotated[tuple[float, ...], listed(parse_l0)] = Field(
+    l0: Annotated[tuple[float, ...], BeforeValidator(listed(parse_l0))] = Field(
         (50.0,), description="mean active latents per token that the finished SAE is to have"
     )
-    arch: Annotated[tuple[str, ...], listed(parse_arch)] = Field(
+    arch: Annotated[tuple[str, ...], BeforeValidator(listed(parse_arch))] = Field(
         ("topk",), description=f"architecture: {', '.join(ARCHITECTURES)}"
     )
-    seed: Annotated[tuple[int, ...], listed(parse_seed)] = Field((0,), description="training seed of the SAE")
+    seed: Annotated[tuple[int, ...], BeforeValidator(listed(parse_seed))] = Field(
+        (0,), description="training seed of the SAE"
+    )
 
 
 class LMSettings(SettingsGroup):
@@ -114,7 +116,7 @@ class TrainSettings(SettingsGroup):
     jumprelu_bandwidth: Annotated[float, Field(gt=0)] = Field(
         0.25, description="width of the straight-through rectangle, as a share of the latent's threshold"
     )
-    matryoshka_prefixes: Annotated[tuple[float, ...], listed(parse_share)] = Field(
+    matryoshka_prefixes: Annotated[tuple[float, ...], BeforeValidator(listed(parse_share))] = Field(
         (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0),
         description="nested prefixes that must each reconstruct, as rising shares of the width: 1/8,1/2,1",
     )

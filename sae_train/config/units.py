@@ -11,8 +11,6 @@ from fractions import Fraction
 from numbers import Real
 from typing import Any
 
-from pydantic import BeforeValidator
-
 ARCHITECTURES = {  # what --arch takes, and the class that trains it: a new one is a file and a line here
     name: f"sae_train.training.architectures.{name}:{cls}"
     for name, cls in {
@@ -123,8 +121,8 @@ def plain(value: Any) -> Any:
     raise ValueError(f"text, numbers and lists of them are taken, not a {type(value).__name__}")
 
 
-def listed(parse: Callable[[object], Any]) -> BeforeValidator:
-    """Make a validator that turns '1k,4k', ['1k', 4096] or a lone value into a tuple without repeats."""
+def listed(parse: Callable[[object], Any]) -> Callable[[object], tuple]:
+    """Make a reader that turns '1k,4k', ['1k', 4096] or a lone value into a tuple without repeats."""
 
     def read(value: object) -> tuple:
         items = value.split(",") if isinstance(value, str) else value
@@ -134,7 +132,7 @@ def listed(parse: Callable[[object], Any]) -> BeforeValidator:
             raise ValueError("the list is empty: give at least one value")
         return tuple(dict.fromkeys(parsed))
 
-    return BeforeValidator(read)
+    return read
 
 
 def strings(value: object) -> tuple:
