@@ -33,7 +33,7 @@ from hub_fixture import hub  # noqa: F401
 from sae_train.config import CONFIGS
 from sae_train.config.page import page
 from sae_train.report import export
-from sae_train.report.gallery import gallery
+from sae_train.report.export import gallery
 from sae_train.runs import run as runs
 from sae_train.runs.summary import summary_lines
 

@@ -249,6 +249,27 @@ def test_strings_from_the_run_never_become_markup(tmp_path):
     assert "a <b>note</b> & more" in page.text and "x <script>alert(1)</script>" in page.text
 
 
+def test_templates_and_charts_escape_whatever_is_put_into_them(tmp_path):
+    from sae_train.report import render
+    from sae_train.report.marks import Node
+
+    assert render._environment().autoescape is True
+    texts = [path.read_text() for path in (Path(render.__file__).parent / "templates").iterdir()]
+    assert len(texts) > 4 and not any("|safe" in text or "| safe" in text or "autoescape" in text for text in texts)
+    evil = '"><script>&'
+    assert Node("text", evil, evil, x=1.0).__html__() == (
+        '<text class="&#34;&gt;&lt;script&gt;&amp;" x="1.0">&#34;&gt;&lt;script&gt;&amp;</text>'
+    )
+    run = fake_run(tmp_path / "run", l0s=(8.0, 50.0), words=30)
+    facts = json.loads((run / "run.json").read_text())
+    for sae in facts["saes"]:
+        sae["arch"], sae["failed"] = evil, None
+    facts["settings"] |= {"hierarchy": f"{evil}-class", "preset": evil, "model": evil}
+    (run / "run.json").write_text(json.dumps(facts))
+    page = read(write_report(run))
+    assert page.tags.count("script") == 3 and page.text.count("<script>&") > 4
+
+
 def grow(run: Path) -> Path:
     """Give a run what newer evaluations hold: intervals and outcomes by letter, means of them, all baselines."""
     import pandas as pd
@@ -488,6 +509,24 @@ def test_export_writes_every_figure_as_png_svg_and_csv_and_the_tables(tmp_path):
     assert len(pd.read_csv(tmp_path / "out" / "letters.csv")) == 2 * 26 * len(STEPS)
     with pytest.raises(UserError, match="cannot be written"):
         export_report([run], run / "run.json" / "out")
+
+
+def test_the_picture_for_cards_has_a_panel_a_figure_and_the_names_of_the_saes(tmp_path):
+    import matplotlib.image
+
+    from sae_train.publishing.curves import write_curves
+
+    run = fake_run(tmp_path / "run", ("topk", "relu"), (1024,), words=30)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    heights = []
+    for name, kept in (("none", []), ("one", rows), ("fewer", [_without_absorption(row) for row in rows])):
+        write_curves(kept, tmp_path / f"{name}.png")
+        heights.append(len(matplotlib.image.imread(tmp_path / f"{name}.png")))
+    assert heights[0] < heights[2] < heights[1]
+
+
+def _without_absorption(row: dict) -> dict:
+    return {name: value for name, value in row.items() if not name.startswith("absorption")}
 
 
 def follow(run: Path) -> Path:

@@ -1,6 +1,4 @@
-"""The HTML pages: a run's folder, several to compare, or one SAE's evaluation come in; the path of one self-contained
-HTML file that needs no server goes out.
-"""
+"""The HTML pages of a run, of several to compare, and of one evaluated SAE: each one self-contained file."""
 
 from __future__ import annotations
 

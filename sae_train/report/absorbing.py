@@ -1,4 +1,4 @@
-"""How absorption came about in one SAE, from the event log: sentences and charts go out.
+"""How absorption came about in one SAE, from the event log, and how often its latents fire.
 
 An event's tokens are those of the evaluation at which it was first seen: it happened since the one before.
 """
@@ -11,33 +11,23 @@ from typing import Any
 
 from sae_train.evals.outcomes import OUTCOMES
 from sae_train.report.data import TrainedSAE
-from sae_train.report.findings import outcome_key
-from sae_train.report.marks import key
+from sae_train.report.findings import OUTCOME_LEGEND
 from sae_train.report.shapes import Bars, Chart, Curves, Line
-from sae_train.report.text import escape, nouns, number, percent, plural, tick
+from sae_train.report.text import number, percent, tick
 
 
-def course(sae: TrainedSAE) -> str:
-    """When the words that end up absorbed fell silent, and whether the new latent was there before; or nothing."""
+def course(sae: TrainedSAE) -> dict[str, Any] | None:
+    """When the words that end up absorbed fell silent, and whether the new latent was there before; None if unknown."""
     log: list[dict[str, Any]] = sae.event_log.get("events", [])
     if sae.invalid or not sae.event_log:
-        return ""
-    again = sae.event_log["recovered"]
-    back = f" {plural(again, 'word')} {'was' if again == 1 else 'were'} absorbed on the way and recalled in the end."
-    if not log:
-        return f"No word is carried by another latent at the last evaluation.{back if again else ''}"
-    noun = escape(sae.noun)
-    once = sum(number(row["recalled_tokens"]) is not None for row in log)
-    silent = median_low(row["silent_tokens"] for row in log)
-    order = Counter(_order(row) for row in log)
-    return (
-        f"<b>{plural(len(log), 'word')}</b> {'is' if len(log) == 1 else 'are'} carried by another latent in the end. "
-        f"{once} of them had been recalled by a main latent at an earlier evaluation, {len(log) - once} never were. "
-        f"By {tick(silent)} tokens the {noun}’s latents had fallen silent for good on half of them. "
-        f"When that was first seen, the latent that carries the word now was already the strongest other one before on "
-        f"{order['before']}, became so at the same evaluation on {order['together']}, and later on {order['after']}."
-        f"{back if again else ''}"
-    )
+        return None
+    return {
+        "words": len(log),
+        "recovered": sae.event_log["recovered"],
+        "once": sum(number(row["recalled_tokens"]) is not None for row in log),
+        "silent": median_low(row["silent_tokens"] for row in log) if log else 0,
+        "order": Counter(_order(row) for row in log),
+    }
 
 
 def event_charts(sae: TrainedSAE) -> list[Chart]:
@@ -74,8 +64,9 @@ def _outcomes(sae: TrainedSAE) -> Curves | None:
         Line(-1, f"out{i} d0 o0", x, y, name=name)
         for i, (name, y) in enumerate(zip(OUTCOMES, [recalled, *lost], strict=True))
     ]
-    note = f"share of the words, mean over {escape(nouns(sae.noun))}: {key(outcome_key())}"
-    return Curves("recall-over-tokens", "Where recall goes over training", note, lines, zero=True)
+    note = f"share of the words, mean over {sae.nouns}:"
+    title = "Where recall goes over training"
+    return Curves("recall-over-tokens", title, note, lines, zero=True, legend=OUTCOME_LEGEND)
 
 
 def density(sae: TrainedSAE) -> list[Chart]:

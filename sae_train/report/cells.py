@@ -1,13 +1,16 @@
-"""Cells of a grid: runs come in, their SAEs gathered by architecture, width and L0 go out, training seeds together."""
+"""Cells of a grid: SAEs of one architecture, width and L0, training seeds together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae_train.config import width_label
 from sae_train.report.data import Run, TrainedSAE
-from sae_train.report.text import number
+from sae_train.report.text import ABSENT, number, short
+
+if TYPE_CHECKING:
+    from sae_train.evals.intervals import Interval
 
 SCORES = ("fraction", "full")
 SETTINGS = ("model", "hook", "preset", "hierarchy", "template", "eval_words", "eval_seed", "tokens")
@@ -39,8 +42,24 @@ class Cell:
     @property
     def reached(self) -> float | None:
         """Mean L0 on held-out text; None where one was not measured."""
-        found = [sae.get("metrics/l0") for sae in self.saes]
-        return None if None in found or not found else sum(found) / len(found)  # type: ignore[arg-type]
+        reached = [sae.get("metrics/l0") for sae in self.saes]
+        return None if None in reached or not reached else sum(reached) / len(reached)  # type: ignore[arg-type]
+
+    @property
+    def repeated(self) -> bool:
+        return len(self.saes) > 1
+
+    @property
+    def l0_span(self) -> str:
+        """The least and the most L0 that a seed reached."""
+        reached = [value for sae in self.saes if (value := sae.get("metrics/l0")) is not None]
+        return " to ".join(dict.fromkeys([short(min(reached)), short(max(reached))])) if reached else ABSENT
+
+    def interval(self, score: str) -> Interval:
+        """The score's mean over seeds and labels."""
+        from sae_train.evals.intervals import letters_by_seeds
+
+        return letters_by_seeds(self.matrix(score, sorted(self.letters)))
 
     def matrix(self, score: str, letters: list[str]) -> Any:
         """Seeds × labels."""
@@ -52,15 +71,15 @@ class Cell:
 
 def cells(runs: list[Run]) -> list[Cell]:
     """All cells with a label that counts in every seed, in the order of setting, architecture, width and L0."""
-    found: dict[tuple, dict[int, TrainedSAE]] = {}
+    grouped: dict[tuple, dict[int, TrainedSAE]] = {}
     for run in runs:
         assets = (run.facts.get("eval_assets") or {}).get("hash")
         setting = (*(str(run.setting(name)) for name in SETTINGS), str(assets))
         for sae in run.saes:
             usable = not sae.failed and not sae.invalid and _values(sae, SCORES[0])
             if usable and sae.width and sae.l0 and sae.seed is not None:
-                found.setdefault((setting, sae.arch, sae.width, sae.l0), {}).setdefault(sae.seed, sae)
-    made = [Cell(*key, tuple(seed for _, seed in sorted(seeds.items()))) for key, seeds in sorted(found.items())]
+                grouped.setdefault((setting, sae.arch, sae.width, sae.l0), {}).setdefault(sae.seed, sae)
+    made = [Cell(*key, tuple(seed for _, seed in sorted(seeds.items()))) for key, seeds in sorted(grouped.items())]
     return [cell for cell in made if cell.letters]
 
 

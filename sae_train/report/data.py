@@ -1,20 +1,20 @@
-"""What a report is made of: the files of a run as plain records.
+"""What a report is made of: the files of a run, finished or not, as plain records.
 
-In: folders of runs, finished or not. Out: `Run` objects; whatever is missing or unreadable becomes a
-sentence in `Run.gaps`, and only a folder that is no run at all raises UserError.
+Whatever is missing or unreadable becomes a sentence in `Run.gaps`; only a folder that is no run raises UserError.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sae_train.evals.outcomes import OUTCOMES
 from sae_train.report.readers import read_absorption, read_events, read_facts, read_history, read_latents
-from sae_train.report.text import noun_of, number
+from sae_train.report.text import noun_of, nouns, number, span
 
 SILENT = 1e-8  # an activation below this counts as none
+CLOSE_L0 = 0.02  # of an L0 that was reached
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,14 @@ class TrainedSAE:
     def get(self, metric: str) -> float | None:
         return number(self.final.get(metric))
 
+    def usable(self, metric: str) -> float | None:
+        """The last value; none of an absorption score that may not be used."""
+        return None if self.invalid and metric.startswith("absorption") else self.get(metric)
+
+    def span(self, metric: str) -> str:
+        """The 95 % interval of a metric as text; empty where there is none."""
+        return span(self.final, metric)
+
     def series(self, metric: str) -> tuple[list[float], list[float]]:
         """Tokens and values of one metric, where both are finite, in order of tokens."""
         pairs = {number(row.get("tokens")): number(row.get(metric)) for row in self.history}
@@ -63,15 +71,37 @@ class TrainedSAE:
         return str(self.preset).startswith("paper")
 
     @property
+    def nouns(self) -> str:
+        return nouns(self.noun)
+
+    @property
+    def label_noun(self) -> str:
+        """What the prose calls one label where the noun would be clumsy."""
+        return "letter" if self.noun == "letter" else "label"
+
+    @property
+    def tokens(self) -> float:
+        """Tokens at the last logged step."""
+        return max((number(row.get("tokens")) or 0 for row in self.history), default=0)
+
+    @property
     def dead(self) -> float | None:
         """Dead latents as a fraction of the width."""
         return self.get("sparsity/dead_fraction")
 
     @property
-    def l0_error(self) -> float | None:
+    def l0_distance(self) -> float | None:
         """Relative distance of the reached L0 from the one asked for."""
         reached = self.get("metrics/l0")
-        return reached / self.l0 - 1 if reached is not None and self.l0 else None
+        return abs(reached / self.l0 - 1) if reached is not None and self.l0 else None
+
+    @property
+    def l0_is_close(self) -> bool:
+        return self.l0_distance is not None and self.l0_distance <= CLOSE_L0
+
+    @property
+    def failure(self) -> str:
+        return f"{self.label} ({self.failed})"
 
     @property
     def last_letters(self) -> list[dict[str, Any]]:
@@ -122,6 +152,12 @@ def outcomes_of(row: dict[str, Any]) -> list[float] | None:
     return None if None in lost else [max(0.0, 1 - sum(lost)), *lost]  # type: ignore[arg-type,list-item]
 
 
+def saes_in(rows: list[dict[str, Any]]) -> list[TrainedSAE]:
+    """SAEs known by nothing but their rows of metrics.jsonl."""
+    own = {name: [row for row in rows if row["sae"] == name] for name in dict.fromkeys(row["sae"] for row in rows)}
+    return [_sae({}, name=name, label=name, run="", history=part, letters=[], words=[]) for name, part in own.items()]
+
+
 def load_runs(folders: list[Path]) -> list[Run]:
     """Read several runs; their SAEs carry the run's name in the label when there is more than one run."""
     return [load_run(folder, prefixed=len(folders) > 1) for folder in folders]
@@ -139,32 +175,29 @@ def load_run(folder: Path, prefixed: bool = False) -> Run:
     entries += [{"name": name} for name in history if name not in known]
     if not entries:
         gaps.append("No SAE has left anything yet.")
-    run = folder.resolve().name
-    saes = [
-        _sae(entry, run, prefixed, *(part.get(entry["name"], []) for part in (history, letters, words)))
-        for entry in entries
-    ]
-    asked = facts.get("settings") or {}
-    noun, preset = noun_of(asked.get("hierarchy")), asked.get("preset")
-    followed = ((sae, events.get(sae.name, {}), latents.get(sae.name, [])) for sae in saes)
-    saes = [replace(sae, noun=noun, preset=preset, event_log=log, latents=own) for sae, log, own in followed]
+    run, asked = folder.resolve().name, facts.get("settings") or {}
+    shared = {"run": run, "noun": noun_of(asked.get("hierarchy")), "preset": asked.get("preset")}
+    parts = {"history": history, "letters": letters, "words": words, "latents": latents}
+    saes = []
+    for entry in entries:
+        name = str(entry["name"])
+        own = {kind: by_sae.get(name, []) for kind, by_sae in parts.items()}
+        label = f"{run} · {name}" if prefixed else name
+        saes.append(_sae(entry, name=name, label=label, event_log=events.get(name, {}), **shared, **own))
     return Run(folder, facts, saes, gaps)
 
 
-def _sae(entry: dict, run: str, prefixed: bool, history: list, letters: list, words: list) -> TrainedSAE:
+def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> TrainedSAE:
+    """One SAE from its entry in run.json, with what its files hold."""
     width, seed = number(entry.get("width")), number(entry.get("seed"))
     history = [_with_dead_fraction(row, width) for row in history]
     tokens = {row.get("step"): row.get("tokens") for row in history}
-    letters = [{"tokens": tokens.get(row["step"])} | row for row in letters]
     final = {key: value for row in history for key, value in row.items() if value is not None}
     final |= {key: value for key, value in (entry.get("final") or {}).items() if value is not None}
     final = _with_dead_fraction(final, width)
     beside = entry.get("baseline") or {}
     return TrainedSAE(
-        name=str(entry["name"]),
-        label=f"{run} · {entry['name']}" if prefixed else str(entry["name"]),
-        run=run,
-        arch=str(entry.get("arch") or str(entry["name"]).split("-")[0]),
+        arch=str(entry.get("arch") or known["name"].split("-")[0]),
         width=None if width is None else int(width),
         l0=number(entry.get("l0")),
         seed=None if seed is None else int(seed),
@@ -173,8 +206,8 @@ def _sae(entry: dict, run: str, prefixed: bool, history: list, letters: list, wo
         final=final,
         baselines={name: figures for name, figures in beside.items() if isinstance(figures, dict)},
         history=history,
-        letters=letters,
-        words=words,
+        letters=[{"tokens": tokens.get(row["step"])} | row for row in letters],
+        **known,
     )
 
 

@@ -1,4 +1,4 @@
-"""Writes a report as files: runs come in; PNG, SVG and CSV of every chart and CSV of every table go out."""
+"""Writes a report as files: PNG, SVG and CSV of every chart, and CSV of every table."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from typing import Any
 
 from sae_train.errors import explaining
 from sae_train.files import whole
-from sae_train.report.data import Run, load_runs
-from sae_train.report.gallery import gallery
-from sae_train.report.plates import plate
+from sae_train.report.absorbing import density, event_charts
+from sae_train.report.data import Run, TrainedSAE, load_runs
+from sae_train.report.figures import curves, letter_maps, styles, width_maps
+from sae_train.report.letters import letter_charts, recall_bars
+from sae_train.report.pareto import pareto
+from sae_train.report.plates import picture
+from sae_train.report.shapes import Chart
 from sae_train.report.text import number
 
 DPI = 160
@@ -36,7 +40,7 @@ def _charts(runs: list[Run], out: Path) -> Iterator[Path]:
         for name, chart in gallery(runs):
             path = out / name
             yield _csv(path.with_name(f"{path.name}.csv"), *chart.table())
-            figure = plate(chart)
+            figure = picture([chart])
             for kind in ("svg", "png"):
                 file = path.with_name(f"{path.name}.{kind}")
                 with whole(file) as temporary:
@@ -73,3 +77,20 @@ def _csv(path: Path, head: list[str], rows: list[list[Any]]) -> Path:
         writer.writerow(head)
         writer.writerows([["" if value is None or value != value else value for value in row] for row in rows])
     return path
+
+
+def gallery(runs: list[Run]) -> list[tuple[str, Chart]]:
+    """Every chart of a report under the name that its files get: curves, grids, trade-offs, each SAE's own."""
+    saes = [sae for run in runs for sae in run.saes]
+    charts: list[tuple[str, Chart]] = [("training", chart) for chart in curves(saes, styles(saes)[0])]
+    charts += [("width-and-l0", chart) for maps in width_maps(saes).values() for _, chart in maps]
+    charts += [("width-and-l0", chart) for chart in pareto(saes)]
+    charts += [("saes", chart) for chart in recall_bars(saes)]
+    for sae in saes:
+        own = [*density(sae), *letter_maps(sae), *event_charts(sae), *letter_charts(sae)]
+        charts += [(f"saes/{_folder(sae, runs)}", chart) for chart in own]
+    return [(f"{folder}/{chart.key}", chart) for folder, chart in charts]
+
+
+def _folder(sae: TrainedSAE, runs: list[Run]) -> str:
+    return f"{sae.run}/{sae.name}" if len(runs) > 1 else sae.name

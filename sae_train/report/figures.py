@@ -1,14 +1,12 @@
-"""Which figures a report shows, and how SAEs are told apart in them.
-
-In: the SAEs of all runs. Out: figures over tokens, a style per SAE, and what the styles mean.
-"""
+"""Which figures over tokens a report shows, and how SAEs are told apart in them."""
 
 from __future__ import annotations
 
 from sae_train.config import width_label
 from sae_train.report.data import TrainedSAE
+from sae_train.report.findings import MEASURES
 from sae_train.report.shapes import Curves, HeatMap, Line
-from sae_train.report.text import escape, nouns, number, tick
+from sae_train.report.text import nouns, number, tick
 
 COLOURS, DASHES, STRENGTHS = 8, 4, 4
 OWN_COLOUR = 6  # up to so many SAEs each has a colour of its own
@@ -18,48 +16,30 @@ CURVES = (  # key, title, note, metric, logarithmic, from zero
     ("l0", "L0", "active latents per token, log scale; dashed: target", "metrics/l0", True, False),
     ("ev", "Explained variance", "1 is perfect reconstruction", "metrics/explained_variance", False, False),
     ("dead", "Dead latents", "share of all latents", "sparsity/dead_fraction", False, True),
-    (
-        "fraction",
-        "Absorption, fraction",
-        "mean over letters, 95 % band",
-        "absorption/mean_fraction",
-        False,
-        True,
-    ),
-    ("full", "Absorption, full", "mean over letters, 95 % band", "absorption/mean_full", False, True),
-    (
-        "family",
-        "Absorption, full, family-corrected",
-        "all latents of a label as one",
-        "absorption/mean_full_family",
-        False,
-        True,
-    ),
+    ("fraction", "Absorption, fraction", "mean over letters, 95 % band", "absorption/mean_fraction", False, True),
+    ("full", "Absorption, full", "mean over letters, 95 % band", "absorption/mean_full", False, True),
+    ("family", "Absorption, full, family-corrected", "all latents of a label as one", "absorption/mean_full_family",
+     False, True),
     ("recall", "Recall of the main latents", "mean over letters", "absorption/mean_recall_main", False, True),
     ("split", "Main latents per letter", "mean over letters", "absorption/mean_n_split", False, True),
     ("f1", "F1 of the letter latents", "mean over letters", "absorption/mean_f1", False, True),
     ("ce", "CE loss recovered", "1: as if the SAE were not there", "metrics/ce_loss_score", False, False),
     ("mcc", "MCC", "mean cosine with the true features, one to one", "toy/mcc", False, True),
     ("toy-f1", "F1 as detectors", "of the true features' latents", "toy/f1", False, True),
-    (
-        "toy",
-        "True absorption",
-        "words whose parent's latent is silent, carried by another",
-        "toy/absorption",
-        False,
-        True,
-    ),
+    ("toy", "True absorption", "words whose parent's latent is silent, carried by another", "toy/absorption", False,
+     True),
     ("seen", "Absorption seen by a k-sparse probe", "its latents as the parent's", "toy/absorption_split", False, True),
-    (
-        "coefficient",
-        "Sparsity coefficient",
-        "what holds L0 (λ), log scale",
-        "details/l0_coefficient",
-        True,
-        False,
-    ),
+    ("coefficient", "Sparsity coefficient", "what holds L0 (λ), log scale", "details/l0_coefficient", True, False),
     ("threshold", "Threshold", "mean JumpReLU threshold", "details/threshold", False, False),
-)
+)  # fmt: skip
+GRIDS = {
+    "Explained variance": "metrics/explained_variance",
+    "Absorption, fraction": MEASURES["fraction"],
+    "Absorption, full": MEASURES["full"],
+    "MCC": "toy/mcc",
+    "True absorption": "toy/absorption",
+    "Absorption seen by a k-sparse probe": "toy/absorption_split",
+}
 
 
 def styles(saes: list[TrainedSAE]) -> tuple[list[str], str]:
@@ -81,11 +61,12 @@ def curves(saes: list[TrainedSAE], css: list[str]) -> list[Curves]:
     """Every figure over tokens that has at least one point."""
     drawn = []
     for key, *texts, metric, log, zero in CURVES:
-        title, note = (_worded(text, saes[0].noun if saes else "letter") for text in texts)
+        noun = saes[0].noun if saes else "letter"
+        title, note = (text.replace("letters", nouns(noun)).replace("letter", noun) for text in texts)
         lines = [line for i, sae in enumerate(saes) if (line := _line(i, css[i], sae, metric, log))]
         if lines:
             targets = sorted({sae.l0 for sae in saes if sae.l0}) if key == "l0" else []
-            drawn.append(Curves(key, title, escape(note), lines, log, zero, targets))
+            drawn.append(Curves(key, title, note, lines, log, zero, targets))
     return drawn
 
 
@@ -98,40 +79,43 @@ def letter_maps(sae: TrainedSAE) -> list[HeatMap]:
     columns = [tick(tokens) for _, tokens in steps]
     maps = []
     for key, noun in (("fraction", "Absorption fraction"), ("full", "Full absorption")):
-        found = {(str(row["letter"]), row["step"]): number(row.get(key)) for row in sae.letters if row.get("counts")}
-        most = max((value for value in found.values() if value is not None), default=0)
-        values = [[found.get((letter, step)) for step, _ in steps] for letter in letters]
+        scores = {(str(row["letter"]), row["step"]): number(row.get(key)) for row in sae.letters if row.get("counts")}
+        most = max((value for value in scores.values() if value is not None), default=0)
+        values = [[scores.get((letter, step)) for step, _ in steps] for letter in letters]
         title = f"{noun} by {sae.noun} and tokens (darkest: {most:.2f})"
         maps.append(HeatMap(f"{key}-over-tokens", title, "", letters, columns, values, 0, most))
     return maps
 
 
-def legend(saes: list[TrainedSAE], css: list[str]) -> str:
-    """Buttons that show each SAE's style and, pressed, bring its lines forward."""
-    sample = '<svg viewBox="0 0 26 8" aria-hidden="true"><g class="line {}"><path d="M1,4 25,4"/></g></svg>'
-    buttons = [
-        f'<button type="button" class="chip" data-sae="{i}" aria-pressed="false">{sample.format(css[i])}'
-        f"{escape(sae.label)}</button>"
-        for i, sae in enumerate(saes)
+def width_maps(saes: list[TrainedSAE]) -> dict[str, list[tuple[str, HeatMap]]]:
+    """Width × L0 maps with numbers (means over seeds) by metric, each with the architecture's name.
+
+    All maps of one metric share a scale; there are none unless width or L0 varies.
+    """
+    maps: dict[str, list[tuple[str, HeatMap]]] = {}
+    several = len({sae.run for sae in saes}) > 1
+    for title, metric in GRIDS.items():
+        known = [sae for sae in saes if sae.width and sae.l0 and not (sae.invalid and metric.startswith("absorption"))]
+        widths, targets = (_levels([getattr(sae, trait) for sae in known]) for trait in ("width", "l0"))
+        if len(widths) * len(targets) < 2:
+            continue
+        heads = ([width_label(width) for width in widths], [f"L0 {target:g}" for target in targets])
+        cells = {}
+        for run, arch in sorted({(sae.run, sae.arch) for sae in known if sae.get(metric) is not None}):
+            own = [sae for sae in known if (sae.run, sae.arch) == (run, arch)]
+            cells[f"{run} · {arch}" if several else arch] = _means(own, metric, widths, targets)
+        values = [value for rows in cells.values() for row in rows for value in row if value is not None]
+        for name, rows in cells.items():
+            names = (f"{metric.split('/')[1]}-{name.replace(' · ', '-')}", f"{title}, {name}", "width, L0")
+            chart = HeatMap(*names, *heads, rows, min(values), max(values), numbers=True)
+            maps.setdefault(title, []).append((name, chart))
+    return maps
+
+
+def _means(saes: list[TrainedSAE], metric: str, widths: list, targets: list) -> list[list[float | None]]:
+    return [
+        [_mean([sae.get(metric) for sae in saes if (sae.width, sae.l0) == (w, t)]) for t in targets] for w in widths
     ]
-    return f'<div class="legend">{"".join(buttons)}</div>'
-
-
-def grid(saes: list[TrainedSAE], metric: str) -> dict[str, tuple[list[str], list[str], list[list[float | None]]]]:
-    """Width × L0 tables of one metric (mean over seeds) by architecture; empty unless width or L0 varies."""
-    usable = [sae for sae in saes if sae.width and sae.l0 and not (sae.invalid and metric.startswith("absorption"))]
-    widths, targets = (_levels([getattr(sae, trait) for sae in usable]) for trait in ("width", "l0"))
-    if len(widths) * len(targets) < 2:
-        return {}
-    several = len({sae.run for sae in usable}) > 1
-    tables = {}
-    for run, arch in sorted({(sae.run, sae.arch) for sae in usable}):
-        part = [sae for sae in usable if (sae.run, sae.arch) == (run, arch)]
-        values = [[_mean([s.get(metric) for s in part if (s.width, s.l0) == (w, t)]) for t in targets] for w in widths]
-        if any(value is not None for row in values for value in row):
-            name = f"{run} · {arch}" if several else arch
-            tables[name] = ([width_label(w) for w in widths], [f"{t:g}" for t in targets], values)
-    return tables
 
 
 def _line(index: int, css: str, sae: TrainedSAE, metric: str, log: bool) -> Line | None:
@@ -148,14 +132,10 @@ def _line(index: int, css: str, sae: TrainedSAE, metric: str, log: bool) -> Line
     return Line(index, css, x, y, [lows[a] for a in x], [highs[a] for a in x], sae.label)
 
 
-def _worded(text: str, noun: str) -> str:
-    return text.replace("letters", nouns(noun)).replace("letter", noun)
-
-
 def _levels(values: list) -> list:
     return sorted({value for value in values if value is not None})
 
 
 def _mean(values: list[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found else None
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,100 +1,117 @@
-"""Draws one row a label as inline SVG coloured by the page's style sheet: dots with intervals, or stacked bars.
-
-In: rows of values. Out: SVG text in which every mark says its value on hovering.
-"""
+"""What charts are drawn with: marks in pixels, scales and ticks. The page takes marks as SVG, `plates` paints them."""
 
 from __future__ import annotations
 
-from sae_train.report.charts import Scale, left_margin, nice_ticks, row_label
-from sae_train.report.shapes import Dots, Mark, Row, Stacked
-from sae_train.report.text import escape, fixed, interval, label_name, percent, tick
+import math
+from dataclasses import dataclass
+from typing import Any
 
-WIDTH, RIGHT, TOP, BOTTOM = 380, 10, 6, 20
+from markupsafe import escape
 
+from sae_train.report.text import label_name, tick
 
-def draw_dots(chart: Dots) -> str:
-    """Draw marks along a shared axis."""
-    rows, height = chart.rows, chart.height
-    left, low, high = left_margin([row.label for row in rows]), *(chart.span or span_of(rows))
-    x = Scale(low, high, left, WIDTH - chart.right)
-    bottom = TOP + height * len(rows)
-    parts = [_ruling(x, bottom)]
-    parts += [_vertical(x, value, css, bottom) for value, css in chart.lines if low <= value <= high]
-    for i, row in enumerate(rows):
-        y = TOP + height * (i + 0.5)
-        parts.append(row_label(row.label, left, y))
-        parts += [_mark(mark, label_name(row.label), x, y) for mark in row.marks if mark.value is not None]
-        if row.note:
-            at, anchor = (WIDTH - 2, "end") if row.marks else (left + 4, "start")
-            parts.append(
-                f'<text class="soft" x="{at}" y="{y + 4:.1f}" text-anchor="{anchor}">{escape(row.note)}</text>'
-            )
-    return _svg(chart.title, bottom + BOTTOM, parts)
+WIDTH = 380
+CHARACTER, MOST_LEFT = 6.3, 160  # width of a label's character, most room for labels
 
 
-def draw_stacked(chart: Stacked) -> str:
-    """Draw shares of a whole, one bar a label; rows without shares are said not to count."""
-    rows = chart.rows
-    left, height = left_margin([label for label, _ in rows]), 15
-    x, bottom = Scale(0, 1, left, WIDTH - RIGHT), TOP + height * len(rows)
-    parts = []
-    for i, (label, shares) in enumerate(rows):
-        y, start = TOP + height * i, 0.0
-        parts.append(row_label(label, left, y + height / 2))
-        if shares is None:
-            parts.append(f'<text class="soft" x="{left + 4}" y="{y + 11.5:.1f}">does not count</text>')
-        for share, name, colour in zip(shares or [], chart.names, chart.css, strict=False):
-            said = f"{escape(label_name(label))}, {name}: {percent(share)}"
-            parts.append(
-                f'<rect class="part {colour}" x="{x(start):.1f}" y="{y + 1.5:.1f}" '
-                f'width="{max(x(start + share) - x(start), 0):.1f}" height="{height - 3}"><title>{said}</title></rect>'
-            )
-            start += share
-    for value in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(_tick(x(value), bottom, percent(value, 0)))
-    return _svg(chart.title, bottom + BOTTOM, parts)
+class Node:
+    """An SVG element; `css` names colour, dash and strength in the page's style sheet, `inside` are nodes or text."""
+
+    def __init__(self, tag: str, css: str = "", *inside: Node | str, **attributes: Any):
+        self.tag, self.css, self.inside, self.attributes = tag, css, inside, attributes
+
+    def __html__(self) -> str:
+        given = {name: value for name, value in ({"class": self.css} | self.attributes).items() if value != ""}
+        head = "".join(f' {name.replace("_", "-")}="{escape(_written(value))}"' for name, value in given.items())
+        inside = "".join(map(escape, self.inside))
+        return f"<{self.tag}{head}>{inside}</{self.tag}>" if inside else f"<{self.tag}{head}/>"
 
 
-def key(entries: list[tuple[str, str]]) -> str:
-    """What marks and colours mean: (css, words) each; css `dot`, `ring`, `part` or `rule` with a colour."""
-    return " ".join(f'<span class="key"><i class="{css}"></i>{escape(words)}</span>' for css, words in entries)
+def _written(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in value)
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def span_of(rows: list[Row]) -> tuple[float, float]:
-    """All marks and intervals, from 0 where none is below it."""
-    marks = [mark for row in rows for mark in row.marks]
-    values = [v for mark in marks for v in (mark.value, mark.low, mark.high) if v is not None] or [0.0, 1.0]
-    low, high = min(*values, 0.0), max(*values, 0.0)
-    pad = 0.05 * (high - low) or 0.05
-    return low - pad * (low < 0), high + pad * (high > 0 or low == 0)
+def text(x: float, y: float, words: str, anchor: str = "middle", css: str = "") -> Node:
+    return Node("text", css, words, x=x, y=y, text_anchor=anchor)
 
 
-def _mark(mark: Mark, label: str, x: Scale, y: float) -> str:
-    span = interval(mark.low, mark.high)
-    said = f"{escape(label)}, {escape(mark.name)}: {fixed(mark.value)}{f' ({span})' if span else ''}"
-    line = ""
-    if mark.low is not None and mark.high is not None:
-        line = f'<path class="span" d="M{x(mark.low):.1f},{y:.1f}H{x(mark.high):.1f}"/>'
-    at = x(mark.value or 0)
-    return f'<g class="{mark.css}">{line}<circle cx="{at:.1f}" cy="{y:.1f}" r="3.2"/><title>{said}</title></g>'
+def line(css: str, start: tuple[float, float], end: tuple[float, float]) -> Node:
+    return Node("line", css, x1=start[0], y1=start[1], x2=end[0], y2=end[1])
 
 
-def _ruling(x: Scale, bottom: float) -> str:
-    ticks = nice_ticks(x.low, x.high, 5)
-    lines = "".join(_vertical(x, value, "grid", bottom) for value in ticks)
-    return lines + "".join(_tick(x(value), bottom, tick(value)) for value in ticks)
+def rect(css: str, x: float, y: float, width: float, height: float, title: str, **attributes: Any) -> Node:
+    """A rectangle that says `title` on hovering."""
+    size = {"x": x, "y": y, "width": max(width, 0.0), "height": max(height, 0.0)}
+    return Node("rect", css, Node("title", "", title), **size, **attributes)
 
 
-def _vertical(x: Scale, value: float, css: str, bottom: float) -> str:
-    return f'<line class="{css}" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP}" y2="{bottom}"/>'
+def row_label(label: str, left: float, y: float) -> Node:
+    """A row's label at its left, cut if it is too long for any margin."""
+    name, room = label_name(label), int((MOST_LEFT - 8) / CHARACTER)
+    if len(name) <= room:
+        return text(left - 6, y + 4, name, "end")
+    return Node(
+        "text", "", name[: room - 1] + "…", Node("title", "", name), x=left - 6, y=y + 4, text_anchor="end"
+    )  # fmt: skip
 
 
-def _tick(at: float, bottom: float, text: str) -> str:
-    anchor = "end" if at > WIDTH - 16 else "middle"
-    at = min(at, WIDTH - 1) if anchor == "middle" else WIDTH - 1
-    return f'<text x="{at:.1f}" y="{bottom + 14}" text-anchor="{anchor}">{text}</text>'
+def left_margin(labels: list[str]) -> float:
+    """Room for the rows' labels, within reason."""
+    longest = max((len(label) for label in labels), default=1)
+    return min(max(longest * CHARACTER + 8, 20), MOST_LEFT)
 
 
-def _svg(title: str, height: float, parts: list[str]) -> str:
-    size = f'viewBox="0 0 {WIDTH} {height:g}"'
-    return f'<svg class="rows" {size} role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+@dataclass(frozen=True)
+class Scale:
+    """Values from low to high as pixels from start to end."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(max(value, low * 1e-3))
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, count: int = 5) -> list[tuple[float, str]]:
+        """Places and words of the axis' numbers."""
+        values = log_ticks(self.low, self.high) if self.log else nice_ticks(self.low, self.high, count)
+        return [(self(value), tick(value)) for value in values]
+
+
+def padded(values: list[float], log: bool = False, zero: bool = False) -> tuple[float, float]:
+    """Span values with some room at both sides, or from 0; never empty, positive if logarithmic."""
+    if log:
+        values = [value for value in values if value > 0] or [0.1, 1]
+        low, high = min(values), max(values)
+        pad = max((high / low) ** 0.06, 1.25 * low / high)  # a constant gets room, too
+        return low / pad, high * pad
+    low, high = min(values), max(values)
+    low = min(low, 0) if zero else low
+    pad = 0.06 * (high - low) or 0.05 * abs(high) or 1
+    return (low if zero else low - pad), high + pad
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers between low and high, at steps of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / count
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks of a log axis: decades, or 1-2-5 steps, or even steps, whichever is dense enough first."""
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 2, 5)):
+        ticks = [f * 10.0**p for p in powers for f in factors if low * 0.999 <= f * 10.0**p <= high * 1.001]
+        if len(ticks) >= 3:
+            return ticks[:: math.ceil(len(ticks) / 7)]
+    return nice_ticks(low, high, 4)

@@ -1,4 +1,4 @@
-"""Comparisons at matched L0: cells of SAEs come in, one row a pair with its difference and a verdict goes out.
+"""Comparisons of SAEs at matched L0, pair by pair.
 
 Two cells are compared as they are where their L0 differ by at most 2 %. Otherwise each side's scores, label by label
 and seed by seed, are interpolated on log L0 to the L0 asked for, if it has at least four L0 around it; else the pair is
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_train.config import width_label
 from sae_train.report.cells import SCORES, Cell
-from sae_train.report.text import escape, percent
+from sae_train.report.text import percent
 
 if TYPE_CHECKING:
     from sae_train.evals.intervals import Interval
@@ -30,15 +30,19 @@ class Compared:
     """b − a of each score, or why there is none; `how` says what was done to match L0."""
 
     name: str
-    seeds: str
+    seeds: tuple[int, int]
     how: str
     differences: dict[str, Interval]
+
+    @property
+    def few_seeds(self) -> bool:
+        return min(self.seeds) < SEEDS_ASKED
 
 
 def comparisons(cells: list[Cell]) -> list[Compared]:
     """Architectures at one width and L0, widths of one architecture and L0, L0 of one architecture and width."""
-    found = [_at_one_l0(a, b, cells) for a, b in _pairs(cells, "arch") + _pairs(cells, "width")]
-    return found + [_over_l0(a, b) for a, b in _pairs(cells, "l0")]
+    made = [_at_one_l0(a, b, cells) for a, b in _pairs(cells, "arch") + _pairs(cells, "width")]
+    return made + [_over_l0(a, b) for a, b in _pairs(cells, "l0")]
 
 
 def _pairs(cells: list[Cell], trait: str) -> list[tuple[Cell, Cell]]:
@@ -106,15 +110,5 @@ def _matrix(cell: Cell, along: Sequence[Cell], score: str, labels: list[str]) ->
     return (1 - share) * low.matrix(score, labels) + share * high.matrix(score, labels)
 
 
-def _seeds(a: Cell, b: Cell) -> str:
-    return f"{len(a.saes)} + {len(b.saes)}"
-
-
-def summary(found: list[Compared], noun: str) -> str:
-    """How many differences can be told from none."""
-    told = [c for c in found if c.differences]
-    counts = [f"{sum(c.differences[score].excludes_zero for c in told)} in {score}" for score in SCORES]
-    few = any(int(n) < SEEDS_ASKED for c in told for n in c.seeds.split(" + "))
-    care = f" With fewer than {SEEDS_ASKED} training seeds a side an interval says little of other seeds" if few else ""
-    care += f"; with one each it is over {escape(noun)} only." if few else ""
-    return f"Of {len(told)} comparisons, <b>{' and '.join(counts)}</b> are distinguishable from no difference.{care}"
+def _seeds(a: Cell, b: Cell) -> tuple[int, int]:
+    return len(a.saes), len(b.saes)

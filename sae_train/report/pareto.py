@@ -1,5 +1,6 @@
-"""What is given up for what: SAEs of several widths, L0 or architectures come in, scatter plots of their last figures
-go out, a line joining the L0 of one architecture and width. Figures of several training seeds are averaged.
+"""What is given up for what: SAEs' last figures as scatter plots, a line joining the L0 of one architecture and width.
+
+Figures of several training seeds are averaged.
 """
 
 from __future__ import annotations
@@ -9,31 +10,24 @@ from itertools import groupby
 from sae_train.config import width_label
 from sae_train.report.data import TrainedSAE
 from sae_train.report.figures import COLOURS, DASHES
-from sae_train.report.marks import key
 from sae_train.report.shapes import Chart, Point, Scatter
-from sae_train.report.text import escape, nouns
 
 MOST_NAMED = 8  # series that each have a colour
-PLOTS = (  # key, title, metric of x, metric of y, x logarithmic
-    ("full-l0", "Full absorption against L0", "metrics/l0", "absorption/mean_full", True),
-    ("fraction-l0", "Absorption fraction against L0", "metrics/l0", "absorption/mean_fraction", True),
-    (
-        "full-ev",
-        "Full absorption against explained variance",
-        "metrics/explained_variance",
-        "absorption/mean_full",
-        False,
-    ),
-    ("full-ce", "Full absorption against loss recovered", "metrics/ce_loss_score", "absorption/mean_full", False),
-    ("ev-l0", "Explained variance against L0", "metrics/l0", "metrics/explained_variance", True),
-    ("ce-l0", "Loss recovered against L0", "metrics/l0", "metrics/ce_loss_score", True),
-    ("precision-l0", "Precision of the main latents against L0", "metrics/l0", "absorption/mean_precision_main", True),
-    ("recall-l0", "Recall of the main latents against L0", "metrics/l0", "absorption/mean_recall_main", True),
-)
+PLOTS = {  # metrics of x and y
+    "full-l0": ("metrics/l0", "absorption/mean_full"),
+    "fraction-l0": ("metrics/l0", "absorption/mean_fraction"),
+    "full-ev": ("metrics/explained_variance", "absorption/mean_full"),
+    "full-ce": ("metrics/ce_loss_score", "absorption/mean_full"),
+    "ev-l0": ("metrics/l0", "metrics/explained_variance"),
+    "ce-l0": ("metrics/l0", "metrics/ce_loss_score"),
+    "precision-l0": ("metrics/l0", "absorption/mean_precision_main"),
+    "recall-l0": ("metrics/l0", "absorption/mean_recall_main"),
+}
 AXES = {
     "metrics/l0": "L0", "metrics/explained_variance": "explained variance", "metrics/ce_loss_score": "loss recovered",
     "absorption/mean_full": "full absorption", "absorption/mean_fraction": "absorption fraction",
-    "absorption/mean_precision_main": "precision", "absorption/mean_recall_main": "recall",
+    "absorption/mean_precision_main": "precision of the main latents",
+    "absorption/mean_recall_main": "recall of the main latents",
 }  # fmt: skip
 
 
@@ -41,30 +35,33 @@ def pareto(saes: list[TrainedSAE]) -> list[Chart]:
     """Every plot that has at least two points; empty for one SAE."""
     usable = [sae for sae in saes if sae.width and sae.l0 and not sae.failed]
     charts = []
-    for name, title, x, y, log in PLOTS:
+    for name, (x, y) in PLOTS.items():
+        log = x == "metrics/l0"
         known = [sae for sae in usable if _known(sae, x, log) and _known(sae, y, False)]
         series = _series(known, x, y)
         if sum(len(points) for _, _, points in series) > 1:
-            zero = y.startswith("absorption")
-            charts.append(Scatter(name, title, _note(series, y, known), series, AXES[x], AXES[y], log, zero))
+            zero, (dashes, legend) = y.startswith("absorption"), _legend(series)
+            note = "; ".join(filter(None, [f"mean over {known[0].nouns}" if zero else "", dashes]))
+            title = f"{AXES[y][0].upper()}{AXES[y][1:]} against {AXES[x]}"
+            charts.append(Scatter(name, title, note, series, AXES[x], AXES[y], log, zero, legend=legend))
     return charts
 
 
 def _known(sae: TrainedSAE, metric: str, positive: bool) -> bool:
-    value = None if sae.invalid and metric.startswith("absorption") else sae.get(metric)
+    value = sae.usable(metric)
     return value is not None and (value > 0 or not positive)
 
 
 def _series(saes: list[TrainedSAE], x: str, y: str) -> list[tuple[str, str, list[Point]]]:
     runs, archs, widths = (sorted({getattr(sae, trait) for sae in saes}) for trait in ("run", "arch", "width"))
     kinds = [(run, arch, width) for run in runs for arch in archs for width in widths]
-    found = {kind: [s for s in saes if (s.run, s.arch, s.width) == kind] for kind in kinds}
-    found = {kind: own for kind, own in found.items() if own}
+    own_series = {kind: [s for s in saes if (s.run, s.arch, s.width) == kind] for kind in kinds}
+    own_series = {kind: own for kind, own in own_series.items() if own}
     series = []
-    for i, (kind, own) in enumerate(found.items()):
+    for i, (kind, own) in enumerate(own_series.items()):
         run, arch, width = kind
         css = f"c{i % COLOURS} d0 o0"
-        if len(found) > MOST_NAMED:
+        if len(own_series) > MOST_NAMED:
             css = f"c{archs.index(arch) % COLOURS} d{widths.index(width) % DASHES} o{min(runs.index(run), 3)}"
         name = f"{f'{run} · ' if len(runs) > 1 else ''}{arch} {width_label(width)}"
         series.append((name, css, sorted(_points(own, x, y), key=lambda point: point.x)))
@@ -84,10 +81,10 @@ def _point(seeds: list[TrainedSAE], x: str, y: str) -> Point:
     return Point(first.label, at, value, first.get(f"{y}_low"), first.get(f"{y}_high"))
 
 
-def _note(series: list[tuple[str, str, list[Point]]], y: str, saes: list[TrainedSAE]) -> str:
-    mean = f"mean over {escape(nouns(saes[0].noun))}, " if y.startswith("absorption") else ""
+def _legend(series: list[tuple[str, str, list[Point]]]) -> tuple[str, list[tuple[str, str]]]:
+    """What dashes and colours mean: each series its own colour, or of many the architectures."""
     if len(series) <= MOST_NAMED:
-        return mean + key([(f"part {css.split()[0]}", name) for name, css, _ in series])
+        return "", [(f"part {css.split()[0]}", name) for name, css, _ in series]
     archs = dict.fromkeys((css.split()[0], name.split()[-2]) for name, css, _ in series)
     widths = ", ".join(dict.fromkeys(name.split()[-1] for name, _, _ in series))
-    return f"{mean}{key([(f'part {css}', name) for css, name in archs])} dashes: width {escape(widths)}, in this order"
+    return f"dashes: width {widths}, in this order", [(f"part {css}", name) for css, name in archs]

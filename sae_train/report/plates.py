@@ -1,4 +1,4 @@
-"""Draws charts with matplotlib, for files: a chart comes in, a figure in the page's light colours goes out."""
+"""Paints the page's charts for files, in its light colours: the same marks, by matplotlib, with title and legend."""
 
 from __future__ import annotations
 
@@ -7,145 +7,131 @@ import re
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from sae_train.report.marks import span_of
-from sae_train.report.shapes import Bars, Chart, Curves, Dots, HeatMap, Scatter, Stacked
-from sae_train.report.text import label_name
+from sae_train.report.drawing import draw
+from sae_train.report.marks import CHARACTER, WIDTH, Node, text
+from sae_train.report.shapes import Chart, Curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DASHES = ("-", "--", ":", "-.")
-STRENGTHS = (1.0, 0.7, 0.5, 0.35)
+DASHES = {"d1": (6, 3), "d2": (2, 3), "d3": (8, 3, 2, 3), "target": (3, 3), "mean": (4, 3), "random": (1.5, 2.5)}
+STRENGTHS = {"o1": 0.7, "o2": 0.5, "o3": 0.35, "span": 0.45, "band": 0.16}
+COLOURS = {"grid": "rule", "target": "soft", "mean": "ink", "random": "c3", "heat": "accent", "title": "ink"}
 MOST_NAMED = 12  # series in a legend
+GAP, LINE = 24, 16  # between charts, and from one line of words to the next
 
 
-def plate(chart: Chart) -> Figure:
-    """Draw any chart; the caller saves the figure."""
+def picture(charts: list[Chart], columns: int = 1) -> Figure:
+    """One figure of all charts; several share the first one's legend. The caller saves it."""
     from matplotlib.figure import Figure
 
-    n_rows = len(getattr(chart, "rows", ()))
-    figure = Figure(figsize=(5.4, max(3.4, 0.8 + 0.19 * n_rows)), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(chart.title, fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-    BRUSHES[type(chart)](axes, chart)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7, frameon=False)
+    frames = [_frame(chart, len(charts) == 1) for chart in charts]
+    legend = _legend(charts[0], columns * (WIDTH + GAP)) if len(charts) > 1 else []
+    tall = max((height for _, height in frames), default=LINE) + GAP
+    below = -(-len(frames) // columns) * tall
+    width, height = columns * (WIDTH + GAP), below + _height(legend) + GAP / 2
+    figure = Figure(figsize=(width / 72, height / 72), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    for i, (nodes, _) in enumerate(frames):
+        _paint_at(axes, nodes, GAP / 2 + i % columns * (WIDTH + GAP), GAP / 2 + i // columns * tall)
+    _paint_at(axes, legend, GAP / 2, below)
     return figure
 
 
-def _curves(axes: Any, chart: Curves) -> None:
-    for line in chart.lines:
-        colour, dash, strength = _look(line.css)
-        name = line.name if len(chart.lines) <= MOST_NAMED else None
-        axes.plot(line.x, line.y, dash, color=colour, alpha=strength, lw=1.4, label=name)
-        if line.low and line.high:
-            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, lw=0)
-    for target in chart.targets:
-        axes.axhline(target, color="grey", lw=0.8, ls=":")
-    if chart.log:
-        axes.set_yscale("log")
-    if chart.zero:
-        axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens", fontsize=8)
+def _frame(chart: Chart, named: bool) -> tuple[list[Node], float]:
+    """A chart under its title, note and legend, and the height of it all."""
+    above = [text(0, LINE, chart.title, "start", "title"), *_wrapped(chart.note)]
+    above += _legend(chart, WIDTH, _height(above)) if named else []
+    drawn = draw(chart)
+    top = _height(above) + 6
+    return [*above, Node("g", "", drawn, top=top)], top + float(drawn.attributes["viewBox"].split()[-1])
 
 
-def _scatter(axes: Any, chart: Scatter) -> None:
-    for name, css, points in chart.series:
-        colour, dash, strength = _look(css)
-        x, y = [p.x for p in points], [p.y for p in points]
-        label = name if len(chart.series) <= MOST_NAMED else None
-        axes.plot(x, y, dash, marker="o", ms=3.5, color=colour, alpha=strength, lw=1.2, label=label)
-        for p in points:
-            if p.low is not None and p.high is not None:
-                axes.plot([p.x, p.x], [p.low, p.high], color=colour, alpha=0.5, lw=1.2)
-    if chart.log:
-        axes.set_xscale("log")
-    if chart.zero:
-        axes.set_ylim(bottom=min(0.0, *(p.y for *_, points in chart.series for p in points)))
-    axes.set_xlabel(chart.x_title, fontsize=8)
-    axes.set_ylabel(chart.y_title, fontsize=8)
+def _wrapped(note: str) -> list[Node]:
+    lines = re.findall(rf".{{1,{int(WIDTH / (CHARACTER - 0.8))}}}(?:\s|$)", note)
+    return [text(0, (i + 2) * LINE, words.strip(), "start") for i, words in enumerate(lines)]
 
 
-def _heat_map(axes: Any, chart: HeatMap) -> None:
-    values = [[float("nan") if value is None else value for value in row] for row in chart.values]
-    high = chart.high if chart.high > chart.low else chart.low + 1
-    axes.imshow(values, cmap="Blues", vmin=chart.low, vmax=high, aspect="auto")
-    axes.set_yticks(range(len(chart.rows)), [label_name(row) for row in chart.rows])
-    every = max(1, len(chart.columns) // 8)
-    axes.set_xticks(range(0, len(chart.columns), every), chart.columns[::every])
-    for i, row in enumerate(chart.values if chart.numbers else []):
-        for j, value in enumerate(row):
-            if value is not None:
-                dark = (value - chart.low) / (high - chart.low) > 0.6
-                axes.text(
-                    j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
-                )
+def _legend(chart: Chart, width: float, top: float = 0) -> list[Node]:
+    """What marks and colours mean, in as many lines as they need."""
+    entries = [(f"line {own.css}", own.name) for own in chart.lines] if isinstance(chart, Curves) else chart.legend
+    nodes, x, y = [], 0.0, top + LINE
+    for css, words in entries if len(entries) <= MOST_NAMED else []:
+        long = len(words) * CHARACTER + 30
+        x, y = (0.0, y + LINE) if x and x + long > width else (x, y)
+        nodes += [_sample(css, x, y - 4), text(x + 20, y, words, "start")]
+        x += long
+    return nodes
 
 
-def _dots(axes: Any, chart: Dots) -> None:
-    named: set[str] = set()
-    for i, row in enumerate(chart.rows):
-        for mark in row.marks:
-            if mark.value is None:
-                continue
-            colour = _look(mark.css)[0]
-            if mark.low is not None and mark.high is not None:
-                axes.plot([mark.low, mark.high], [i, i], color=colour, alpha=0.45, lw=2)
-            face = "none" if "ring" in mark.css else colour
-            label = None if mark.name in named else mark.name
-            axes.plot(mark.value, i, "o", ms=4, mec=colour, mfc=face, ls="", label=label)
-            named.add(mark.name)
-        if row.note and not row.marks:
-            axes.text(0, i, row.note, fontsize=7, color="grey", va="center")
-    for value, css in chart.lines:
-        colour, dash = ("black", "--") if css == "mean" else (palette()["c3"], ":")
-        axes.axvline(value, color=colour, ls=dash, lw=1, label="mean" if css == "mean" else f"{css} SAE")
-    axes.set_xlim(*(chart.span or span_of(chart.rows)))
-    _rows(axes, [row.label for row in chart.rows])
+def _sample(css: str, x: float, y: float) -> Node:
+    kind = css.split()[0]
+    if kind in ("dot", "ring"):
+        return Node("circle", css, cx=x + 8, cy=y, r=3.2)
+    if kind == "part":
+        return Node("rect", css, x=x + 3, y=y - 5, width=10, height=10)
+    ends = [(x, y), (x + 16, y)] if kind == "line" else [(x + 8, y - 6), (x + 8, y + 6)]
+    return Node("polyline", css, points=ends)
 
 
-def _stacked(axes: Any, chart: Stacked) -> None:
-    start = [0.0] * len(chart.rows)
-    for k, (name, css) in enumerate(zip(chart.names, chart.css, strict=True)):
-        shares = [row[k] if row else 0.0 for _, row in chart.rows]
-        axes.barh(range(len(chart.rows)), shares, 0.8, left=start, color=_look(css)[0], label=name)
-        start = [a + b for a, b in zip(start, shares, strict=True)]
-    _rows(axes, [label for label, _ in chart.rows])
+def _height(nodes: list[Node]) -> float:
+    return max((node.attributes.get("y", 0) for node in nodes), default=0)
 
 
-def _bars(axes: Any, chart: Bars) -> None:
-    places = [i + 0.7 * (i >= chart.apart > 0) for i in range(len(chart.bars))]
-    axes.bar(places, [count for *_, count, _ in chart.bars], 0.9, color=[_look(css)[0] for *_, css in chart.bars])
-    axes.set_xticks(places, [shown for _, shown, *_ in chart.bars], rotation=45 if len(chart.bars) > 12 else 0)
-    axes.set_xlabel(chart.x_title, fontsize=8)
-    axes.set_ylabel(chart.y_title, fontsize=8)
+def _paint_at(axes: Any, nodes: list[Node], x: float, y: float) -> None:
+    from matplotlib.transforms import Affine2D
+
+    for node in nodes:
+        moved = Affine2D().translate(x, y + node.attributes.get("top", 0)) + axes.transData
+        _paint(axes, node, [], {"transform": moved, "zorder": 1})
 
 
-BRUSHES = {
-    Curves: _curves, Scatter: _scatter, HeatMap: _heat_map, Dots: _dots, Stacked: _stacked, Bars: _bars,
-}  # fmt: skip
+def _paint(axes: Any, node: Node, css: list[str], how: dict[str, Any]) -> None:
+    from matplotlib.patches import Circle, Polygon, Rectangle
 
-
-def _rows(axes: Any, labels: list[str]) -> None:
-    axes.set_yticks(range(len(labels)), [label_name(label) for label in labels])
-    axes.set_ylim(len(labels) - 0.5, -0.5)
+    css, a = [*css, *node.css.split()], node.attributes
+    colour, dash, strength = _look(css)
+    fill = {"facecolor": colour, "alpha": float(a.get("fill_opacity", strength)), "linewidth": 0} | how
+    match node.tag:
+        case "text":
+            side = {"start": "left", "middle": "center", "end": "right"}[a["text_anchor"]]
+            words = str(node.inside[0])
+            colour, weight = _look(node.css.split())[0], "bold" if node.css == "title" else "normal"
+            axes.text(a["x"], a["y"], words, ha=side, size=9.5, color=colour, weight=weight, parse_math=False, **how)
+        case "line" | "polyline" if a.get("visibility") != "hidden":
+            ends = a.get("points") or [(a["x1"], a["y1"]), (a["x2"], a["y2"])]
+            wide = 0.7 if "grid" in css else 1.7 if {"line", "span"} & set(css) else 1
+            axes.plot(*zip(*ends, strict=True), color=colour, alpha=strength, lw=wide, dashes=dash, **how)
+        case "polygon":
+            axes.add_patch(Polygon(a["points"], **fill))
+        case "rect":
+            axes.add_patch(Rectangle((a["x"], a["y"]), a["width"], a["height"], **fill))
+        case "circle":
+            ring = {"facecolor": "white", "edgecolor": colour, "linewidth": 1.5} if "ring" in css else {}
+            axes.add_patch(Circle((a["cx"], a["cy"]), a["r"], **fill | ring))
+        case "svg" | "g":
+            for part in node.inside:
+                if isinstance(part, Node) and part.tag == "clipPath":  # what follows is drawn within
+                    left, top, width, height = part.inside[0].attributes.values()  # type: ignore[union-attr]
+                    corners = [(x, y) for x in (left, left + width) for y in (top, top + height)]
+                    how = how | {"clip_path": Polygon([corners[i] for i in (0, 1, 3, 2)], transform=how["transform"])}
+                elif isinstance(part, Node):
+                    _paint(axes, part, css, how)
 
 
 @functools.cache
 def palette() -> dict[str, str]:
     """The page's light colours by class, those of outcomes (out0, …) included."""
     style = resources.files("sae_train.report").joinpath("style.css").read_text(encoding="utf-8")
-    light = style[: style.index("@media")]
-    colours = dict(re.findall(r"--(c\d): (#[0-9a-f]{6})", light))
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", style[: style.index("@media")]))
     outcomes = dict(re.findall(r"\.(out\d) { --c: var\(--(c\d)\); }", style))
-    return colours | {name: colours[colour] for name, colour in outcomes.items()}
+    return colours | {name: colours[colour] for name, colour in (outcomes | COLOURS).items()}
 
 
-def _look(css: str) -> tuple[str, str, float]:
-    """Colour, dash and strength of css classes such as 'c3 d1 o0'."""
-    colours, classes = palette(), css.split()
-    number = lambda letter: next((int(c[1:]) for c in classes if c[0] == letter and c[1:].isdigit()), 0)  # noqa: E731
-    colour = next((colours[c] for c in classes if c in colours), colours["c0"])
-    return colour, DASHES[number("d")], STRENGTHS[number("o")]
+def _look(css: list[str]) -> tuple[str, tuple[float, ...], float]:
+    """Colour, dashes and strength that the classes ask for, the last one first."""
+    colours, last = palette(), css[::-1]
+    colour = next((colours[name] for name in last if name in colours), colours["soft"])
+    dash = next((DASHES[name] for name in last if name in DASHES), ())
+    return colour, dash, next((STRENGTHS[name] for name in last if name in STRENGTHS), 1.0)

@@ -1,7 +1,6 @@
 """What the report draws, as plain values: one class a kind of chart, each of which knows its numbers as a table.
 
-How they look is elsewhere: `svg` for the page, `plates` for files. `css` names colour, dash and strength as the page's
-style sheet does; a note is HTML.
+How they look is elsewhere (`drawing`). `css` names colour, dash and strength as the page's style sheet does.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ Table = tuple[list[str], list[list[object]]]
 
 @dataclass(frozen=True)
 class Chart(ABC):
-    """What all kinds share; `key` is a name for links and files."""
+    """What all kinds share; `key` is a name for links and files, `legend` what marks and colours mean: (css, words)."""
 
     key: str
     title: str
     note: str
+    legend: list[tuple[str, str]] = field(default_factory=list, kw_only=True)
 
     @abstractmethod
     def table(self) -> Table:
@@ -96,6 +96,10 @@ class HeatMap(Chart):
     low: float
     high: float
     numbers: bool = False
+
+    def share(self, value: float) -> float:
+        """How dark a cell is, from 0 to 1."""
+        return min((value - self.low) / (self.high - self.low), 1) if self.high > self.low else 0
 
     def table(self) -> Table:
         return ["", *self.columns], [[row, *values] for row, values in zip(self.rows, self.values, strict=True)]

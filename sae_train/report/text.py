@@ -1,9 +1,11 @@
-"""Numbers and strings as the report prints them: finite values in, short escaped text out."""
+"""Numbers and words as the report prints them; a value that is not finite becomes a dash."""
 
 from __future__ import annotations
 
-import html
 import math
+from typing import Any
+
+from markupsafe import Markup
 
 ABSENT = "–"
 
@@ -11,34 +13,30 @@ ABSENT = "–"
 def number(value: object) -> float | None:
     """Read a finite number; None for everything else (null, NaN, text, lists)."""
     try:
-        found = float(value)  # type: ignore[arg-type]
+        finite = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
-    return found if math.isfinite(found) else None
-
-
-def escape(value: object) -> str:
-    return html.escape(str(value), quote=True)
+    return finite if math.isfinite(finite) else None
 
 
 def fixed(value: object, digits: int = 3) -> str:
     """Write 0.1239 as '0.124', a missing value as a dash; never '-0.000'."""
-    found = number(value)
-    if found is None:
+    finite = number(value)
+    if finite is None:
         return ABSENT
-    text = f"{found:.{digits}f}"
+    text = f"{finite:.{digits}f}"
     return text.lstrip("-") if float(text) == 0 else text
 
 
 def short(value: object) -> str:
     """Write with about three significant digits: 50.0, 7.98, 0.0031, 1.2e-7."""
-    found = number(value)
-    if found is None:
+    finite = number(value)
+    if finite is None:
         return ABSENT
-    if found == 0 or 0.001 <= abs(found) < 10_000:
-        digits = 0 if abs(found) >= 1000 else 1 if abs(found) >= 20 else 2 if abs(found) >= 1 else 3
-        return fixed(found, digits)
-    return f"{found:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    if finite == 0 or 0.001 <= abs(finite) < 10_000:
+        digits = 0 if abs(finite) >= 1000 else 1 if abs(finite) >= 20 else 2 if abs(finite) >= 1 else 3
+        return fixed(finite, digits)
+    return f"{finite:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def tick(value: float) -> str:
@@ -50,29 +48,46 @@ def tick(value: float) -> str:
 
 
 def percent(value: object, digits: int = 1) -> str:
-    found = number(value)
-    return ABSENT if found is None else f"{fixed(100 * found, digits)}\u00a0%"
+    finite = number(value)
+    return ABSENT if finite is None else f"{fixed(100 * finite, digits)}\u00a0%"
+
+
+def share(value: object) -> float:
+    """A value as a length between 0 and 1."""
+    return min(max(number(value) or 0.0, 0.0), 1.0)
 
 
 def interval(low: object, high: object, digits: int = 3) -> str:
     return "" if number(low) is None or number(high) is None else f"{fixed(low, digits)} to {fixed(high, digits)}"
 
 
+def span(figures: dict[str, Any], name: str) -> str:
+    """The interval that stands beside a figure; empty where there is none."""
+    return interval(figures.get(f"{name}_low"), figures.get(f"{name}_high"))
+
+
+def joined(value: object) -> object:
+    """A setting as it is read: lists by commas, a dash for none."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return ABSENT if value is None else value
+
+
 def duration(seconds: object) -> str:
     """Write 250 as '4 min 10 s'."""
-    found = number(seconds)
-    if found is None:
+    finite = number(seconds)
+    if finite is None:
         return ABSENT
-    whole = round(found)
+    whole = round(finite)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{found:.3g} s"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{finite:.3g} s"
 
 
-def listed(items: list[str], most: int = 6) -> str:
-    """Join names: 'a, b and c', with a count for what is left out."""
+def listed(items: list[str], most: int = 6) -> Markup:
+    """Join names: 'a, b and c', with a count for what is left out; markup stays markup."""
     shown = items[:most] + ([f"{len(items) - most} more"] if len(items) > most else [])
-    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]])) if shown else ""
+    return Markup(" and ").join(filter(None, [Markup(", ").join(shown[:-1]), *shown[-1:]]))
 
 
 def plural(count: int, noun: str) -> str:

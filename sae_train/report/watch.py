@@ -1,6 +1,6 @@
-"""The report while a run goes on: a local page that is written anew when the run has logged something.
+"""The report while a run goes on: a page that is written anew when the run has logged something.
 
-In: a run's folder. Out: an HTTP server on the loopback interface, and only there; nothing in the run knows of it.
+It is served on the loopback interface, and only there; nothing in the run knows of it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class LivePage:
             if self._stamps() != self._seen and start >= self._next:
                 self._seen, [run] = self._stamps(), load_runs([self.folder])
                 going = run.facts.get("status") == "running"
-                again = f'<meta http-equiv="refresh" content="{REFRESH}">' if going else ""
-                self._text = page([run]).replace("<title>", f"{again}<title>", 1)
+                self._text = page([run], refresh=REFRESH if going else 0)
                 now = time.monotonic()
                 self._next = now + (now - start) / MOST_WORK
             return self._text

@@ -1,16 +1,11 @@
-"""The searchable table of words: SAEs with their words come in, JSON for the page's script and an empty table go out.
-
-The script fills the table with the columns that its head names.
-"""
+"""The searchable table of words, as the page's script takes them: it fills the columns that the table's head names."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from sae_train.report.data import SILENT, TrainedSAE, carried
-from sae_train.report.shell import paragraphs, section, table
-from sae_train.report.text import escape, number
+from sae_train.report.text import number
 
 WORD_ROWS = 24_000  # in one page, over all SAEs
 CAUSAL = ("effect_latent", "effect", "second_effect", "effect_cos")
@@ -23,8 +18,8 @@ HEADS = {
 }  # fmt: skip
 
 
-def word_lists(saes: list[TrainedSAE]) -> tuple[str, list[str]]:
-    """All words kept as a JSON text safe inside <script>, one list per SAE, and notes on what was cut."""
+def word_lists(saes: list[TrainedSAE]) -> tuple[list[list[list[Any]]], list[str]]:
+    """All words kept, one list per SAE, and notes on what was cut."""
     most = WORD_ROWS // max(sum(bool(sae.words) for sae in saes), 1)
     lists, cut = [], []
     for sae in saes:
@@ -34,36 +29,20 @@ def word_lists(saes: list[TrainedSAE]) -> tuple[str, list[str]]:
         if len(rows) > most:
             cut.append(f"{sae.label}: the {most:,} most absorbed of {len(rows):,} words are listed.")
         lists.append(rows[:most])
-    text = json.dumps(lists, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"), cut
+    return lists, cut
 
 
-def word_section(saes: list[TrainedSAE], cut: list[str], title: str, lead: str) -> str:
-    """The table, its search and its notes; a sentence where there are no words."""
-    if not any(sae.words for sae in saes):
-        return section(title, "<p>No absorbed word was recorded.</p>") if saes else ""
-    search = (
-        '<p class="controls needs-script"><label>Search <input id="search" type="search" '
-        'placeholder="word, label or latent"></label> <label><input id="only-full" type="checkbox"> '
-        'only full absorption</label> <span id="count"></span></p>'
-    )
-    more = '<p><button type="button" id="more" hidden>show more</button></p>'
-    head = [f'<th scope="col" data-column="{name}">{HEADS[name]}</th>' for name in _columns(saes)]
-    head[1] = f'<th scope="col" data-column="letter">{escape(saes[0].noun)}</th>'
-    body = search + table(head, [], "words") + more + "<noscript><p>This table needs JavaScript.</p></noscript>"
-    notes = paragraphs([escape(note) for note in cut], "note")
-    return section(f'{title} <span id="words-of"></span>', body + notes, lead=lead)
-
-
-def _columns(saes: list[TrainedSAE]) -> list[str]:
-    """What the words of these SAEs hold: older evaluations kept no outcomes, and few ask the language model."""
+def word_columns(saes: list[TrainedSAE]) -> dict[str, str]:
+    """Heads by column: older evaluations kept no outcomes, and few ask the language model; empty without words."""
     rows = [sae.words[0] for sae in saes if sae.words]
+    if not rows:
+        return {}
     absent = set() if any(isinstance(row.get("outcome"), str) for row in rows) else {"outcome"}
     if not any("effect" in row for row in rows):
         absent |= {"effect_latent", "effect", "second", "effect_cos"}
     if not any(sae.event_log.get("events") for sae in saes):
         absent |= {"silent", "taken", "before"}
-    return [name for name in HEADS if name not in absent]
+    return {name: title for name, title in (HEADS | {"letter": saes[0].noun}).items() if name not in absent}
 
 
 def _word_row(row: dict[str, Any], event: dict[str, Any] | None) -> list[Any]:
@@ -72,7 +51,7 @@ def _word_row(row: dict[str, Any], event: dict[str, Any] | None) -> list[Any]:
     latent of the largest effect, the effect, the second's and the latent's cosine."""
     absorbers, cosines = row["absorbers"], [_round(cosine) for cosine in row["absorber_cos"]]
     activation = number(row.get("main_act")) or 0
-    found = [
+    cells = [
         str(row["word"]),
         str(row["letter"]),
         [int(latent) for latent in row["main_latents"]],
@@ -87,16 +66,16 @@ def _word_row(row: dict[str, Any], event: dict[str, Any] | None) -> list[Any]:
         event and [_whole(event[f"{name}_tokens"]) for name in ("recalled", "silent", "taken")],
     ]
     if "effect" not in row:
-        return found
+        return cells
     latent, *effects = (number(row.get(name)) for name in CAUSAL)
-    return [*found, None if latent is None or latent < 0 else int(latent), *map(_round, effects)]
+    return [*cells, None if latent is None or latent < 0 else int(latent), *map(_round, effects)]
 
 
 def _round(value: object) -> float | None:
-    found = number(value)
-    return None if found is None else round(found, 3)
+    finite = number(value)
+    return None if finite is None else round(finite, 3)
 
 
 def _whole(value: object) -> int | None:
-    found = number(value)
-    return None if found is None else int(found)
+    finite = number(value)
+    return None if finite is None else int(finite)
