@@ -113,9 +113,10 @@ def _paint(axes: Any, node: Node, css: list[str], how: dict[str, Any]) -> None:
         case "svg" | "g":
             for part in node.inside:
                 if isinstance(part, Node) and part.tag == "clipPath":  # what follows is drawn within
-                    left, top, width, height = part.inside[0].attributes.values()  # type: ignore[union-attr]
-                    corners = [(x, y) for x in (left, left + width) for y in (top, top + height)]
-                    how = how | {"clip_path": Polygon([corners[i] for i in (0, 1, 3, 2)], transform=how["transform"])}
+                    box = part.inside[0].attributes  # type: ignore[union-attr]
+                    left, top, right, bottom = box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]
+                    inner = Polygon([(left, top), (right, top), (right, bottom), (left, bottom)], **how)
+                    how = how | {"clip_path": inner}
                 elif isinstance(part, Node):
                     _paint(axes, part, css, how)
 
