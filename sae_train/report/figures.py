@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from sae_train.config import width_label
 from sae_train.report.data import TrainedSAE
 from sae_train.report.findings import MEASURES
 from sae_train.report.shapes import Curves, HeatMap, Line
+from sae_train.report.tables import own_names
 from sae_train.report.text import nouns, number, tick
 
 COLOURS, DASHES, STRENGTHS = 8, 4, 4
@@ -67,6 +70,10 @@ def curves(saes: list[TrainedSAE], css: list[str]) -> list[Curves]:
         if lines:
             targets = sorted({sae.l0 for sae in saes if sae.l0}) if key == "l0" else []
             drawn.append(Curves(key, title, note, lines, log, zero, targets))
+    for name in own_names(saes):
+        lines = [line for i, sae in enumerate(saes) if (line := _line(i, css[i], sae, name, log=False))]
+        if lines:
+            drawn.append(Curves(re.sub(r"\W+", "-", f"own-{name}"), name, "from a callback", lines))
     return drawn
 
 

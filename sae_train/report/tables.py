@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sae_train.files import own_figures
 from sae_train.report.data import TrainedSAE
 from sae_train.report.findings import MEASURES, family_name, measure_name
 
@@ -35,6 +36,12 @@ COLUMNS = {
 
 def truth_columns(saes: list[TrainedSAE]) -> dict[str, str]:
     return {name: title for name, title in TRUTH.items() if any(sae.get(f"toy/{name}") is not None for sae in saes)}
+
+
+def own_names(saes: list[TrainedSAE]) -> list[str]:
+    """Figures that a user's callbacks gave and that are numbers."""
+    names = dict.fromkeys(name for sae in saes for name in own_figures(sae.final))
+    return [name for name in names if any(sae.get(name) is not None for sae in saes)]
 
 
 def beside(saes: list[TrainedSAE]) -> list[str]:
