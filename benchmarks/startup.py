@@ -39,7 +39,8 @@ def main() -> int:
             for which in (0, 1) if pair % 2 == 0 else (1, 0):
                 seen[which].append(moments_of(trees[which], Path(cache) / str(which)))
             print(f"pair {pair + 1}: {seen[0][-1]} before, {seen[1][-1]} after", flush=True)
-    for moment, before, after in zip(MOMENTS, *(map(statistics.median, zip(*runs, strict=True)) for runs in seen)):
+    medians = [map(statistics.median, zip(*runs, strict=True)) for runs in seen]
+    for moment, before, after in zip(MOMENTS, *medians, strict=True):
         print(f"{moment}: {before:.2f} s before, {after:.2f} s after, ratio {after / before:.2f}")
     return 0
 

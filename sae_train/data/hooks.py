@@ -39,7 +39,7 @@ class HookPoint:
 def resolve_hook(model: nn.Module, hook: str | None, name: str) -> HookPoint:
     """Return the hook point of that name; the weights may be on "meta". UserError with near names if there is none.
 
-    By default the model's own choice (`sae_hook` in its configuration), else the residual stream after the middle block.
+    By default the model's own choice (`sae_hook` in its configuration), else what leaves the middle block.
     """
     hook = hook or getattr(model.config, "sae_hook", None)
     blocks = find_blocks(model)
