@@ -5,7 +5,8 @@
 BEFORE and AFTER (default: this checkout) are checkouts that this Python can run. They run the same command in turns,
 each pair in the other order, with a warm cache of the eval's assets. Timed from the start of the process are its first
 row in metrics.jsonl (the untrained SAE was looked at, training begins) and the row after its first step. Printed are
-the medians in seconds and their ratio. One thread is steadier than two on a machine with other work.
+the medians and their ratio, of seconds on the clock and of seconds on a processor: with one thread these are the same on
+a machine with nothing else to do, and the second are steadier on one with other work.
 """
 
 from __future__ import annotations
@@ -13,15 +14,21 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["--width", "256", "--l0", "8", "--tokens", "60k", "--batch-tokens", "512", "--log-every", "1", "--name", "run"]
-MOMENTS = ("training begins", "first step done")
+FIGURES = (
+    "training begins, clock",
+    "training begins, processor",
+    "first step done, clock",
+    "first step done, processor",
+)
 
 
 def main() -> int:
@@ -32,37 +39,45 @@ def main() -> int:
     args = parser.parse_args()
     trees = [args.before.resolve(), args.after.resolve()]
     seen: list[list[list[float]]] = [[], []]
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as scratch:
+        caches = [Path(scratch) / name for name in ("before", "after")]
         for which in (0, 1):
-            moments_of(trees[which], Path(cache) / str(which))  # fills the caches
+            start_of(trees[which], caches[which])  # fills the cache
         for pair in range(args.pairs):
             for which in (0, 1) if pair % 2 == 0 else (1, 0):
-                seen[which].append(moments_of(trees[which], Path(cache) / str(which)))
-            print(f"pair {pair + 1}: {seen[0][-1]} before, {seen[1][-1]} after", flush=True)
-    medians = [map(statistics.median, zip(*runs, strict=True)) for runs in seen]
-    for moment, before, after in zip(MOMENTS, *medians, strict=True):
-        print(f"{moment}: {before:.2f} s before, {after:.2f} s after, ratio {after / before:.2f}")
+                seen[which].append(start_of(trees[which], caches[which]))
+            print(f"pair {pair + 1}: before {shown(seen[0][-1])}, after {shown(seen[1][-1])}", flush=True)
+    medians = [map(statistics.median, zip(*starts, strict=True)) for starts in seen]
+    for name, before, after in zip(FIGURES, *medians, strict=True):
+        print(f"{name}: {before:.2f} s before, {after:.2f} s after, ratio {after / before:.2f}")
     return 0
 
 
-def moments_of(tree: Path, cache: Path) -> list[float]:
-    """Seconds from the start of a run to its first row of figures, and to that of its first step; then it is ended."""
+def shown(figures: list[float]) -> str:
+    return " ".join(f"{figure:.2f}" for figure in figures)
+
+
+def start_of(tree: Path, cache: Path) -> list[float]:
+    """Seconds on the clock and on a processor until a run's first row, and until that of its first step."""
     with tempfile.TemporaryDirectory() as scratch:
         env = {**os.environ, "PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "sae_train", *FLAGS, "--out", scratch]
         metrics, log = Path(scratch) / "run" / "metrics.jsonl", Path(scratch) / "log.txt"
-        began, moments = time.perf_counter(), []
+        began = time.perf_counter()
         with log.open("w") as output:
-            running = subprocess.Popen(command, env=env, cwd=scratch, stdout=output, stderr=output)
-        while len(moments) < len(MOMENTS):
-            rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-            moments += [round(time.perf_counter() - began, 2)] * (rows - len(moments))
-            if running.poll() is not None and len(moments) < len(MOMENTS):
-                raise SystemExit(f"{tree}: the run ended before its first step:\n{log.read_text()}")
+            process = psutil.Popen(command, env=env, cwd=scratch, stdout=output, stderr=output)
+        figures: list[float] = []
+        while len(figures) < len(FIGURES):
             time.sleep(0.01)
-        running.kill()
-        running.wait()
-    return moments[: len(MOMENTS)]
+            used = process.cpu_times()
+            rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+            if rows > len(figures) // 2:
+                figures += [time.perf_counter() - began, used.user + used.system]
+            elif process.poll() is not None:
+                raise SystemExit(f"{tree}: the run ended before its first step:\n{log.read_text()}")
+        process.kill()
+        process.wait()
+    return figures
 
 
 if __name__ == "__main__":
