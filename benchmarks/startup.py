@@ -5,8 +5,8 @@
 BEFORE and AFTER (default: this checkout) are checkouts that this Python can run. They run the same command in turns,
 each pair in the other order, with a warm cache of the eval's assets. Timed from the start of the process are its first
 row in metrics.jsonl (the untrained SAE was looked at, training begins) and the row after its first step. Printed are
-the medians and their ratio, of seconds on the clock and of seconds on a processor: with one thread these are the same on
-a machine with nothing else to do, and the second are steadier on one with other work.
+the medians and their ratio, of seconds on the clock and of seconds on a processor: with one thread these are the same
+on a machine with nothing else to do, and the second are steadier on one with other work.
 """
 
 from __future__ import annotations

@@ -138,6 +138,12 @@ def test_read_out_is_what_the_model_says_of_a_direction_alone_after_its_last_blo
         torch.testing.assert_close(found, alone - alone.mean(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["attn.hook_z", "mlp.hook_post"])
+def test_directions_outside_the_residual_stream_have_no_read_out(kind: str, tmp_path: Path) -> None:
+    lm = load_language_model(save_tiny_model(tmp_path), f"blocks.1.{kind}")
+    assert lm.read_out(torch.eye(lm.d_in)) is None
+
+
 def test_gradients_flow_through_an_edit_and_not_into_the_model(tmp_path: Path) -> None:
     lm = load_language_model(save_tiny_model(tmp_path), "blocks.0.hook_resid_post")
     shift = torch.zeros(lm.d_in, requires_grad=True)

@@ -166,10 +166,10 @@ class LanguageModel:
         """Return what directions of the residual stream say of the next token, past all later blocks.
 
         The logits of the last norm and the unembedding on each direction alone, without their bias and their mean; None
-        where the hook is not as wide as the residual stream.
+        where the hook's values are not added to the residual stream, or are not as wide.
         """
         head = self._model.get_output_embeddings()
-        if head is None or head.weight.shape[1] != self.d_in:
+        if head is None or head.weight.shape[1] != self.d_in or re.search(r"\.(attn|mlp)\.", self.hook_name):
             return None
         rows = torch.cat([directions, torch.zeros_like(directions[:1])]).to(self.device, head.weight.dtype)
         logits = head(self._norm(rows) if self._norm is not None else rows).float()

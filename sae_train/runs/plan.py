@@ -16,8 +16,6 @@ from sae_train.training.architectures import TRAINED
 from sae_train.training.ranks import Division, Ranks, current, divide
 
 if TYPE_CHECKING:
-    import torch
-
     from sae_train.config import SAESpec, Settings
     from sae_train.data.sources import Facts, Kind
 
