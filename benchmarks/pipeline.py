@@ -81,7 +81,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from sae_train.config import resolve
-    from sae_train.data.language_model import hook_points
+    from sae_train.data.hooks import resolve_hook
     from sae_train.kernels import ops
     from sae_train.runs.session import begin, open_session
 
@@ -108,7 +108,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         with parts.part("losses and metrics"):
             learner.step(x)
     seconds = now() - start
-    module = hook_points(lm._model.config, lm.name)[lm.hook_name].module
+    module = resolve_hook(lm._model, lm.hook_name, lm.name).module
     from sae_train.data.pretrained import locate
 
     return {

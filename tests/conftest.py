@@ -1,16 +1,34 @@
-"""Shared fixtures: no network, poisoned allocations, and the optional folder of real models and text."""
+"""No network, checked shapes, poisoned allocations, and the optional folder of real models and text."""
 
+import builtins
 import os
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sae-train-tests-")
 
+import jaxtyping
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# Seams whose shapes are checked at every call in tests. The library imports their annotations' names for type checkers
+# alone, so that users need no jaxtyping; here they are found among the builtins while the modules are imported.
+CHECKED = (
+    "sae_train.kernels.ops",
+    "sae_train.sae.model",
+    "sae_train.training.losses",
+    "sae_train.evals.figures",
+    "sae_train.evals.intervals",
+    "sae_train.evals.scoring",
+)
+with pytest.MonkeyPatch.context() as patch, jaxtyping.install_import_hook(CHECKED, "beartype.beartype"):
+    for name in ("Bool", "Float", "Int"):
+        patch.setattr(builtins, name, getattr(jaxtyping, name), raising=False)
+    for module in CHECKED:
+        import_module(module)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, save_tiny_model
 
-from sae_train.data.hooks import KINDS, hook_points
+from sae_train.data import hooks
+from sae_train.data.hooks import KINDS, find_blocks, hook_points, residual_point, resolve_hook, width_at
 from sae_train.data.language_model import DTYPES, LanguageModel, load_language_model
 from sae_train.errors import UserError
 
@@ -33,11 +34,12 @@ def seen_from(lm: LanguageModel, point) -> LanguageModel:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_supported_hook_equals_the_bridge(family: str, tmp_path: Path) -> None:
     lm = load_language_model(save_tiny_model(tmp_path, family))
-    points = hook_points(lm._model.config, family)
+    points = hook_points(lm._model, family)
     cache = bridge_cache(tmp_path, list(points))
     assert {f"blocks.{i}.hook_resid_{end}" for i in (0, 1) for end in ("pre", "post")} <= set(points)
     for name, point in points.items():
         ours = seen_from(lm, point).activations(TOKENS)
+        assert width_at(lm._model, point) == ours.shape[-1], name
         theirs = cache[name].reshape(ours.shape)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()), msg=name)
 
@@ -45,7 +47,7 @@ def test_every_supported_hook_equals_the_bridge(family: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_that_start_late_have_the_bits_of_a_whole_pass(family: str, tmp_path: Path) -> None:
     lm = load_language_model(save_tiny_model(tmp_path, family))
-    for name, point in hook_points(lm._model.config, family).items():
+    for name, point in hook_points(lm._model, family).items():
         there = seen_from(lm, point)
         start = there.start(TOKENS)
         assert (start is None) == (name.startswith("blocks.0.") and not name.endswith("resid_post")), name
@@ -66,7 +68,49 @@ def test_what_comes_before_the_hook_is_not_computed_again(hook: str, layers: tup
     assert computed  # the block is whole again
 
 
-@pytest.mark.parametrize(("family", "missing"), [("gpt-neox", "hook_resid_mid"), ("bloom", "hook_mlp_out")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_residual_stream_is_where_transformer_lens_says_it_is(family: str, tmp_path: Path) -> None:
+    model = load_language_model(save_tiny_model(tmp_path, family))._model
+    points, blocks = hook_points(model, family), find_blocks(model)
+    for name in (f"blocks.{i}.hook_resid_{end}" for i in (0, 1) for end in ("pre", "post")):
+        assert residual_point(model, blocks, name) == points[name]
+
+
+def test_transformer_lens_is_asked_for_other_hooks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_language_model(save_tiny_model(tmp_path))._model
+    monkeypatch.setattr(hooks, "hook_points", lambda *_: pytest.fail("TransformerLens was asked"))
+    assert resolve_hook(model, None, "tiny").name == "blocks.0.hook_resid_post"
+    assert resolve_hook(model, "blocks.1.hook_resid_pre", "tiny").module == "transformer.h.1"
+    for other in ("blocks.1.hook_mlp_out", "blocks.2.hook_resid_post", "blocks.0.hook_resid"):
+        with pytest.raises(pytest.fail.Exception, match="was asked"):
+            resolve_hook(model, other, "tiny")
+
+
+@pytest.mark.parametrize("unclear", ["two lists", "blocks of two kinds", "an encoder", "too few"])
+def test_blocks_are_left_to_transformer_lens_where_the_structure_is_not_plain(unclear: str, tmp_path: Path) -> None:
+    model = load_language_model(save_tiny_model(tmp_path))._model
+    assert find_blocks(model) == "transformer.h"
+    if unclear == "two lists":
+        model.vision = torch.nn.ModuleList(model.transformer.h)
+    elif unclear == "blocks of two kinds":
+        model.transformer.h[1] = torch.nn.Identity()
+    elif unclear == "an encoder":
+        model.config.is_encoder_decoder = True
+    else:
+        del model.transformer.h[1]
+    assert find_blocks(model) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "missing"),
+    [
+        ("gpt-neox", "hook_resid_mid"),
+        ("granite", "hook_mlp_out"),
+        ("phi3", "mlp.hook_pre"),  # gate and up are one module
+        ("mixtral", "mlp.hook_post"),  # every expert has its own
+        ("gpt2", "attn.hook_q"),
+    ],
+)
 def test_a_hook_that_the_architecture_lacks_is_refused(family: str, missing: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path, family)
     with pytest.raises(UserError, match=f"no hook 'blocks.0.{missing}'"):
@@ -92,6 +136,12 @@ def test_read_out_is_what_the_model_says_of_a_direction_alone_after_its_last_blo
     for direction, found in zip(directions, ours, strict=True):
         alone = lm.logits(TOKENS[:1], lambda x, d=direction: d.expand_as(x))[0, -1] - nothing
         torch.testing.assert_close(found, alone - alone.mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["attn.hook_z", "mlp.hook_post"])
+def test_directions_outside_the_residual_stream_have_no_read_out(kind: str, tmp_path: Path) -> None:
+    lm = load_language_model(save_tiny_model(tmp_path), f"blocks.1.{kind}")
+    assert lm.read_out(torch.eye(lm.d_in)) is None
 
 
 def test_gradients_flow_through_an_edit_and_not_into_the_model(tmp_path: Path) -> None:

@@ -143,3 +143,23 @@ def test_special_tokens_carry_nothing_into_batches(lm: LanguageModel, text: Path
 
     batches = ActivationBuffer(Marked(), stream(lm, text), buffer_tokens=256, batch_tokens=64, drop_ids=[DROPPED])
     assert all(torch.isfinite(next(batches)).all() for _ in range(8))
+
+
+def test_activations_seen_ahead_are_the_next_ones_and_not_computed_again(
+    lm: LanguageModel, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, (ahead, _) = buffer(lm, text), reference(lm, text, 50)
+    expected = [next(plain) for _ in range(6)]
+    batches, computed = buffer(lm, text), []
+    whole = lm.activations
+    monkeypatch.setattr(lm, "activations", lambda tokens: computed.append(len(tokens)) or whole(tokens))
+    seen = batches.peek(50)
+    assert torch.equal(seen, ahead[: len(seen)])
+    n_ahead = len(computed)
+    got = [next(batches) for _ in range(6)]
+    assert all(map(torch.equal, got, expected))
+    n_in_all, computed[:] = len(computed), []
+    again = buffer(lm, text)
+    for _ in range(6):
+        next(again)
+    assert n_ahead and len(computed) == n_in_all

@@ -84,7 +84,7 @@ def test_no_two_modules_import_each_other():
     """Circles within a package as well; what is imported inside a function counts."""
     dotted = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): f for f, name in modules().items()}
     needs = {
-        name: {other for other in dotted for i in imports(file) if f"{i}.".startswith(f"sae_train.{other}.")} - {name}
+        name: {other for i in imports(file) for other in dotted if f"{i}.".startswith(f"sae_train.{other}.")} - {name}
         for name, file in dotted.items()
     }
     packages = {name for name in dotted if any(other.startswith(f"{name}.") for other in dotted)}

@@ -137,7 +137,9 @@ def test_newton_agrees_with_scikit_learn():
             model = LogisticRegression(C=1, class_weight="balanced", tol=1e-8, max_iter=1000).fit(part, y[:, c].numpy())
             predicted = torch.tensor(model.predict(part))
             if k <= found.n_main[c] + 1:  # beyond, the splitting rule has stopped
-                assert found.f1[c, k - 1] == pytest.approx(float(f1_precision_recall(predicted, y[:, c])[0]), abs=1e-9)
+                assert found.f1[c, k - 1] == pytest.approx(
+                    float(f1_precision_recall(predicted[:, None], y[:, [c]])[0]), abs=1e-9
+                )
             else:
                 assert found.f1[c, k - 1].isnan()
             if k == found.n_main[c]:

@@ -75,11 +75,17 @@ class ActivationBuffer:
         return self._end["epoch"] if self._end else self.tokens.epoch
 
     def peek(self, n: int) -> Float[Tensor, "n d_in"]:
-        """Return the first n activations of the text from here on, in order, and stay where it is."""
+        """Return activations of the next n tokens of the text, in order, and stay where it is.
+
+        They are kept for the block that comes next.
+        """
         start = self.tokens.state_dict()
-        rows = [next(self.tokens) for _ in range(-(-n // LM_BATCH_TOKENS))]
+        self._ahead = [self._next_kept() for _ in range(-(-n // LM_BATCH_TOKENS))]
         self.tokens.load_state_dict(start)
-        return held_out_activations(self.lm, torch.cat(rows), self._drop.tolist(), n)
+        x = torch.cat(self._ahead)[:n]
+        if not len(x):
+            raise UserError(self._nothing())
+        return x
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain JSON values: where the block starts, how much of it is handed out."""
@@ -96,6 +102,7 @@ class ActivationBuffer:
     def _move(self) -> None:
         """Bring the tokens to where the block at the position starts."""
         self.tokens.load_state_dict(self._start["tokens"])
+        self._ahead: list[Tensor] = []
         self._rest: Tensor | None = None
         self._used = self._start["skip"]
         self._behind = False
@@ -106,7 +113,7 @@ class ActivationBuffer:
         found = self._cache.read(number, self.lm.device) if self._cache else None
         if found is not None:
             block, self._end = found
-            self._behind = True
+            self._behind, self._ahead = True, []
         else:
             block = self._compute()
             self._end = {"tokens": self._batch_start, "skip": self._used, "epoch": self.tokens.epoch}
@@ -138,13 +145,21 @@ class ActivationBuffer:
         skip = self._used if self._rest is None else 0
         for _ in range(MAX_EMPTY_BATCHES):
             self._batch_start = self.tokens.state_dict()
-            kept = kept_activations(self.lm, next(self.tokens), self._drop)
+            kept = self._next_kept()
             self._used = min(skip, len(kept))
             self._rest = kept[self._used :]
             if len(self._rest):
                 return
             skip = 0
-        raise UserError(f"all tokens of {self.tokens.name} are special or dropped: there is nothing to train on.")
+        raise UserError(self._nothing())
+
+    def _next_kept(self) -> Float[Tensor, "tokens d_in"]:
+        """Return the kept activations of the next batch of tokens, which `peek` may have computed."""
+        tokens = next(self.tokens)
+        return self._ahead.pop(0) if self._ahead else kept_activations(self.lm, tokens, self._drop)
+
+    def _nothing(self) -> str:
+        return f"all tokens of {self.tokens.name} are special or dropped: there is nothing to train on."
 
 
 def held_out_activations(

@@ -12,13 +12,12 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_train.data.hooks import HookPoint, choose_hook, default_hook, hook_points
+from sae_train.data.hooks import HookPoint, resolve_hook, width_at
 from sae_train.data.pretrained import load_errors, load_tokenizer, locate, quiet
 from sae_train.errors import UserError
 
@@ -43,6 +42,7 @@ class ModelFacts:
     architecture: str
     n_layers: int
     d_model: int
+    d_in: int
     context: int
     hook_name: str
     n_parameters: int
@@ -166,10 +166,10 @@ class LanguageModel:
         """Return what directions of the residual stream say of the next token, past all later blocks.
 
         The logits of the last norm and the unembedding on each direction alone, without their bias and their mean; None
-        where the hook is not as wide as the residual stream.
+        where the hook's values are not added to the residual stream, or are not as wide.
         """
         head = self._model.get_output_embeddings()
-        if head is None or head.weight.shape[1] != self.d_in:
+        if head is None or head.weight.shape[1] != self.d_in or re.search(r"\.(attn|mlp)\.", self.hook_name):
             return None
         rows = torch.cat([directions, torch.zeros_like(directions[:1])]).to(self.device, head.weight.dtype)
         logits = head(self._norm(rows) if self._norm is not None else rows).float()
@@ -239,12 +239,10 @@ def load_language_model(
     quiet()
     source, options = locate(str(model))
     options["trust_remote_code"] = trust_remote_code
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with load_errors(str(model)):
-        config = AutoConfig.from_pretrained(source, **options)
-    points = hook_points(config, str(model))
-    point = choose_hook(points, hook or default_hook(config, points), str(model))
+    empty = _without_weights(str(model), source, options)
+    config, point = empty.config, resolve_hook(empty, hook, str(model))
     with load_errors(str(model)):
         tokenizer = load_tokenizer(source, options)
         # The default attention is sdpa wherever the architecture supports it; sdpa has no soft cap (Gemma 2).
@@ -254,7 +252,7 @@ def load_language_model(
         )
     if found["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"the weights of {model} lack {min(found['missing_keys'])}: the files are incomplete.")
-    _check_fit(lm, tokenizer, points, point, str(model))
+    _check_tokenizer(lm, tokenizer, str(model))
     text = config.get_text_config()
     return LanguageModel(
         str(model), lm.to(device), tokenizer, point, getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
@@ -269,15 +267,9 @@ def describe_language_model(model: str, hook: str | None = None, trust_remote_co
     quiet()
     source, options = locate(model)
     options["trust_remote_code"] = trust_remote_code
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with load_errors(model):
-        config = AutoConfig.from_pretrained(source, **options)
-    points = hook_points(config, model)
-    point = choose_hook(points, hook or default_hook(config, points), model)
-    with load_errors(model), torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
+    empty = _without_weights(model, source, options)
+    point = resolve_hook(empty, hook, model)
+    text = empty.config.get_text_config()
     n_layers = text.num_hidden_layers
     blocks = empty.get_submodule(re.sub(r"\.\d+(\..*)?$", "", point.module))
     per_block = sum(p.numel() for p in blocks.parameters()) // n_layers
@@ -285,6 +277,7 @@ def describe_language_model(model: str, hook: str | None = None, trust_remote_co
         architecture=type(empty).__name__,
         n_layers=n_layers,
         d_model=text.hidden_size,
+        d_in=width_at(empty, point),
         context=getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT,
         hook_name=point.name,
         n_parameters=sum(p.numel() for p in empty.parameters()),
@@ -292,13 +285,26 @@ def describe_language_model(model: str, hook: str | None = None, trust_remote_co
     )
 
 
-def _check_fit(lm: nn.Module, tokenizer: Any, points: dict, point: HookPoint, name: str) -> None:
-    """Refuse a hook whose module this model lacks, and a tokenizer with ids that the model cannot embed."""
-    modules = dict(lm.named_modules())
-    if point.module not in modules:
-        there = [known.name for known in points.values() if known.module in modules]
-        near = get_close_matches(point.name, there, n=3, cutoff=0) or there[:3]
-        raise UserError(f"{name} has no module at hook {point.name!r}; near ones are {', '.join(near)}.")
+def _without_weights(name: str, source: str, options: dict[str, Any]) -> nn.Module:
+    """Build the model on "meta", from its configuration alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with load_errors(name):
+        config = AutoConfig.from_pretrained(source, **options)
+    try:
+        with load_errors(name), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"])
+    except UserError as error:
+        if "Unrecognized configuration class" not in str(error.__cause__):
+            raise
+        raise UserError(
+            f"{name} is no causal language model that transformers knows: its configuration is "
+            f"{type(config).__name__}; choose one that gives logits of the next token."
+        ) from error
+
+
+def _check_tokenizer(lm: nn.Module, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer with ids that the model cannot embed."""
     n_embedded = lm.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
     if largest >= n_embedded:

@@ -68,15 +68,15 @@ class TextSource:
         lines = (
             f"model      {lm.model}: {model.architecture}, {model.n_layers} blocks, d_model {model.d_model}, "
             f"{model.n_parameters / 1e6:,.1f} M weights, {lm.dtype} on {device}",
-            f"hook       {model.hook_name} (d_in {model.d_model})",
+            f"hook       {model.hook_name} (d_in {model.d_in})",
             f"text       {s.dataset}, sequences of {s.context(model.context)} tokens, "
             f"{s.data.held_out_tokens:,} activations held out",
             f"absorption {evals}",
         )
         notes = () if lm.hook else (f"no hook was named: {model.hook_name} was taken",)
         return Facts(
-            model.d_model, model.hook_name, lines, notes, model.n_parameters, model.n_parameters_to_hook,
-            kept_bytes=model.d_model * (4 if lm.dtype == "float32" else 2),
+            model.d_in, model.hook_name, lines, notes, model.n_parameters, model.n_parameters_to_hook,
+            kept_bytes=model.d_in * (4 if lm.dtype == "float32" else 2),
         )  # fmt: skip
 
     def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:

@@ -16,8 +16,6 @@ from sae_train.training.architectures import TRAINED
 from sae_train.training.ranks import Division, Ranks, current, divide
 
 if TYPE_CHECKING:
-    import torch
-
     from sae_train.config import SAESpec, Settings
     from sae_train.data.sources import Facts, Kind
 
@@ -46,10 +44,18 @@ class Plan:
     available: float
     budget: float
     passes: Passes
-    seconds: float
+    flops: float
+    """that the busiest process computes, looks aside"""
     notes: list[str] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
     division: Division | None = None
+    n_trained: int = 0
+    """SAEs of the busiest process"""
+
+    def seconds(self) -> float:
+        """Training at the speed of a matrix product measured now, and the looks."""
+        looks = self.settings.eval.absorption_evals * self.n_trained * self.facts.look_seconds
+        return self.flops / (_matrix_rate(self.device) * EFFICIENCY) + looks
 
     def check(self) -> None:
         """Raise UserError if the memory needed is not there, or the room on disk."""
@@ -87,7 +93,7 @@ class Plan:
             *(f"memory     {size / GIB:6.2f} GiB {part}" for part, size in self.memory.items()),
             f"memory     {sum(self.memory.values()) / GIB:6.2f} GiB in all{self._each()}, "
             f"{self.available / GIB:.1f} GiB free, {self.budget / GIB:.2f} GiB to take",
-            f"time       about {_duration(self.seconds)} (from the speed of a matrix product just now)",
+            f"time       about {_duration(self.seconds())} (from the speed of a matrix product just now)",
             *(f"note       {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -170,9 +176,8 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
         available=available,
         budget=budget,
         passes=passes,
-        seconds=_seconds(
-            settings, _flops(settings, facts, trained, division, ranks), len(trained), device, facts.look_seconds
-        ),
+        flops=_flops(settings, facts, trained, division, ranks),
+        n_trained=len(trained),
         notes=_notes(settings, facts, passes),
         ranks=ranks,
         division=division,
@@ -208,12 +213,6 @@ def memory_of(settings: Settings, facts: Facts, specs: list[SAESpec]) -> dict[st
         "SAEs with optimiser": weights * TRAINING_BYTES + 4.0 * max(weights_of(spec, d) for spec in specs) * 2,
         "training step": step,
     }
-
-
-def _seconds(settings: Settings, flops: float, n_saes: int, device: torch.device, look_seconds: float) -> float:
-    """Training at the speed of a matrix product measured now, and the looks."""
-    looks = settings.eval.absorption_evals * n_saes * look_seconds
-    return flops / (_matrix_rate(device) * EFFICIENCY) + looks
 
 
 def _flops(settings: Settings, facts: Facts, specs: list[SAESpec], division: Division, ranks: Ranks) -> float:

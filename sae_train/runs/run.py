@@ -15,7 +15,6 @@ from sae_train.config import Settings, resolve, width_label
 from sae_train.errors import UserError
 from sae_train.files import read_json, read_metrics, write_json, write_parquet
 from sae_train.publishing.reproduce import python_call
-from sae_train.sae.files import load_sae
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +39,8 @@ class Run:
     @functools.cached_property
     def saes(self) -> dict[str, SAE]:
         """The run's SAEs by name, for raw activations."""
+        from sae_train.sae.files import load_sae
+
         return {folder.name: load_sae(folder) for folder in sorted((self.path / "saes").glob("*"))}
 
     def metrics(self) -> pd.DataFrame:
@@ -94,19 +95,21 @@ def start(
 
     `command` is how the run was asked for, as run.json keeps it.
     """
-    from sae_train.runs import session
-    from sae_train.runs.plan import make_plan
-    from sae_train.runs.process import prepare_process
-    from sae_train.runs.runner import Runner
-    from sae_train.training.ranks import current
+    from sae_train.runs.process import prepare_process, without_collection
 
     prepare_process()
     folder = free_folder(settings)
-    plan = make_plan(settings, given)
-    current().first(plan.check)
-    opened = session.open_session(settings, plan.passes, folder, given)
-    built, notes = _assets(opened)
-    session.begin(opened)
+    with without_collection():
+        from sae_train.runs import session
+        from sae_train.runs.plan import make_plan
+        from sae_train.runs.runner import Runner
+        from sae_train.training.ranks import current
+
+        plan = make_plan(settings, given)
+        current().first(plan.check)
+        opened = session.open_session(settings, plan.passes, folder, given)
+        built, notes = _assets(opened)
+        session.begin(opened)
     opened.ranks.first(lambda: folder.mkdir(parents=True))
     own_note = [settings.run.note] if settings.run.note else []
     about = {"notes": own_note + plan.notes + notes, "command": command, "activations": given and given.record}
@@ -189,6 +192,7 @@ def evaluate_checkpoint(
     from sae_train.runs.callbacks import build_assets
     from sae_train.runs.process import prepare_process
     from sae_train.runs.summary import absorption_line
+    from sae_train.sae.files import load_sae
     from sae_train.training.ranks import choose_device, current
 
     prepare_process()
