@@ -15,7 +15,6 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from benchmarks.kernels.bench import Side
     from benchmarks.kernels.bench_problem import Problem
 
 COLUMNS = (
@@ -32,7 +31,7 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {name: round(values[round(share * (len(values) - 1))], 3) for name, share in ranks.items()}
 
 
-def rows_of(p: Problem, sides: list[Side], threads: int) -> list[dict[str, Any]]:
+def rows_of(p: Problem, sides: list[Any], threads: int) -> list[dict[str, Any]]:
     """Return one row per side and part; floor_share is the encoder GEMM's median, at that precision, over its own."""
     floors = {side.equalised: statistics.median(side.ms) for side in sides if side.name == FLOOR}
     common = {
@@ -51,7 +50,7 @@ def rows_of(p: Problem, sides: list[Side], threads: int) -> list[dict[str, Any]]
     return out
 
 
-def _setting(side: Side) -> str:
+def _setting(side: Any) -> str:
     return "equalised" if side.equalised else "as shipped"
 
 

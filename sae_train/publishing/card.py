@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_train.files import write_text
-from sae_train.publishing.hub import front_matter
+from sae_train.publishing.hub import Origin, front_matter
 
 SAE_CARD = """---
 library_name: saelens
@@ -38,20 +37,6 @@ SAELens loads the same folder: `SAE.load_from_disk("path/to/{name}")`.
 """
 
 NAN = "not measured"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Names as they are published; `info` is run.json's content, `on_hub` the dataset's hub id if it has one."""
-
-    repo: str
-    license: str
-    model: str
-    dataset: str
-    info: dict[str, Any]
-    base_model: str | None
-    on_hub: str | None
-    command: str | None
 
 
 def card(origin: Origin, saes: list[dict[str, Any]], with_curves: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,6 @@ from sae_train.sae.fetch import hub_errors, quiet_client, some
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-    from sae_train.publishing.card import Origin
 
 TAGS = ["saelens", "sparse-autoencoder", "mechanistic-interpretability"]
 FIGURES = (
@@ -23,6 +22,20 @@ FIGURES = (
     ("absorption/mean_full", "full_absorption", "full absorption, mean rate"),
 )
 NOT_COUNTED = {".gitattributes"}  # what a new repo holds
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Names as they are published; `info` is run.json's content, `on_hub` the dataset's hub id if it has one."""
+
+    repo: str
+    license: str
+    model: str
+    dataset: str
+    info: dict[str, Any]
+    base_model: str | None
+    on_hub: str | None
+    command: str | None
 
 
 def upload(staged: Path, repo: str, private: bool, replace: bool) -> str:

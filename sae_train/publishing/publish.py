@@ -17,9 +17,9 @@ import torch
 from sae_train.config.settings import LOCAL_NAMES
 from sae_train.errors import UserError
 from sae_train.files import read_json, read_metrics, write_json, write_text
-from sae_train.publishing.card import Origin, card
+from sae_train.publishing.card import card
 from sae_train.publishing.curves import write_curves
-from sae_train.publishing.hub import check_repo_id, upload
+from sae_train.publishing.hub import Origin, check_repo_id, upload
 from sae_train.publishing.reproduce import command
 from sae_train.sae.files import load_sae, save_sae
 from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm

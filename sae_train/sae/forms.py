@@ -15,8 +15,9 @@ from sae_train.kernels import ops
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+    from torch import nn
 
-    from sae_train.sae.model import SAE
+    SAE = nn.Module  # a sae.model.SAE, which is made of a form
 
 
 class Form(ABC):
