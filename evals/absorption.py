@@ -1,4 +1,5 @@
-"""Absorption of one SAE: an SAE and a model's eval assets come in, an AbsorptionResult goes out.
+"""The absorption eval of one SAE: `evaluate` and its steps, each timed. What a step computes is in the modules beside
+this one (latents, ranking, k_sparse, scoring, tables).
 
 The SAE is anything that fits protocols.SAE; the active latents alone are asked for where it fits SparseSAE. It is only
 read: no gradient mode, weight, dtype or global random state changes.

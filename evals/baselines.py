@@ -1,5 +1,4 @@
-"""What to read a score against: an SAE and the eval's assets come in; the scores of its nulls and of the best possible
-SAE go out.
+"""What to read a score against: the scores of SAEs that have learnt nothing, and of the best possible one.
 
 Nulls: random SAEs as wide and as sparse; the SAE itself with the words' labels shuffled, or with random directions in
 the probe's place. Upper bound: an SAE whose latents are the probe's own read-outs, which absorbs nothing.

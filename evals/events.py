@@ -1,7 +1,8 @@
-"""The event log of absorption: every word at every evaluation comes in, one row a word that ended up absorbed goes out.
+"""How words came to be absorbed in training: from their outcomes at every evaluation, the event log with one row for
+each word that ended up absorbed.
 
-The rows that come in are `trace`'s, kept as trajectory.parquet. An evaluation before the first step is left out: it
-says nothing of training.
+`trace` makes the rows by evaluation, which are kept as trajectory.parquet. An evaluation before the first step is left
+out: it says nothing of training.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Loss recovered: a language model, tokens and an SAE come in; cross-entropies and their ratio go out.
+"""Loss recovered: what the language model's cross-entropy keeps when an SAE's reconstruction takes the activation's
+place.
 
 Cross-entropy is over real next tokens: positions whose next token is special (BOS, padding, document ends) are left
 out. The SAE, or zero, replaces the activation only where the token itself is neither special nor dropped: SAEs never

@@ -1,4 +1,4 @@
-"""Figures of read-outs: predictions or scores and truth come in; F1, precision, recall and AUROC per column go out."""
+"""How well read-outs tell their label from the rest: F1, precision, recall and AUROC per column."""
 
 from __future__ import annotations
 

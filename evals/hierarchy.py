@@ -1,8 +1,8 @@
-"""What is asked of every word: a name or a JSON file comes in; labels, the prompt's line and each word's label go out.
+"""What is asked of every word: its first letter, or another hierarchy known by name or read from a JSON file.
 
-The first letter is one hierarchy among others: a parent concept (the first letter) with labels (A to Z), each of which
-has children (words). A file {parent: {label: [words]}} makes another, with its prompt line under "template" if the
-usual one, "{word} has the <parent>: {label}", will not do.
+A hierarchy is a parent concept (the first letter) with labels (A to Z), each of which has children (words). A file
+{parent: {label: [words]}} makes one, with its prompt line under "template" if the usual one, "{word} has the <parent>:
+{label}", will not do.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""How far a mean could be off: values of words, or of labels and training seeds, come in; resampled means, intervals
-and smallest visible differences go out."""
+"""How far a mean could be off: bootstrap intervals over words, or over labels and training seeds, and the smallest
+difference that would be seen.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What absorption does to the model: an SAE's absorbed words come in; how the answer's margin changes when the absorber
-is taken out, or the silent parent put in, goes out."""
+"""What absorption does to the model: how its answer's margin on an absorbed word changes when the absorber is taken
+out, or the silent parent is put in.
+"""
 
 from __future__ import annotations
 

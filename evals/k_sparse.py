@@ -1,4 +1,4 @@
-"""k-sparse probes: for each label its ranked latents come in; F1 for k = 1, 2, … and the main latents go out.
+"""k-sparse probes: how many of a label's best-ranked latents are its main latents. F1 decides, for k = 1, 2, …
 
 A probe minimises ½‖w‖² + Σ_i s_i·logloss_i with s_i = N/(2·N_class(i)) and a free bias (scikit-learn's logistic
 regression with C = 1 and balanced classes). The labels' problems of one k are solved together by Newton's method,

@@ -1,5 +1,4 @@
-"""L1-penalised one-vs-rest logistic regressions, solved to the optimum: sparse latents and a class per row come in,
-weights per class go out.
+"""L1-penalised one-vs-rest logistic regressions on sparse latents, solved to the optimum.
 
 For class c, minimise mean over rows of BCE with pos_weight_c = (N − n_c)/n_c, plus l1·Σ|w| + ½·l2·(‖w‖² + bias²). This
 is the objective whose Adam iterate ranks latents in SAEBench (arXiv 2503.09532): it is strictly convex, so its

@@ -1,5 +1,5 @@
-"""What single latents do: an SAE, some of its latents and a text come in; a record a latent goes out, with its
-frequency, its strongest contexts and its direct effect on the language model's next token.
+"""What single latents do: how often each fires, its strongest contexts in a text, and its direct effect on the language
+model's next token.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""SAE latents of the eval's words: an SAE and activations come in, a sparse table (row pointers, columns, values)
-goes out; everything later in the eval reads that table instead of encoding again."""
+"""SAE latents of the eval's words as a sparse table (row pointers, columns, values). Words are encoded once; everything
+later in the eval reads the table.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Linear one-vs-rest probes: activations or latents with a class per row come in, weights and figures per class go out.
+"""Linear one-vs-rest probes by mini-batch Adam: the ground truth on activations, and the ranking on latents of presets
+that stop where SAEBench stops.
 
-Both probes minimise mean over rows and classes of BCE with pos_weight_c = (N − n_c)/n_c, plus an L1 term for latents;
-mini-batch Adam with gradients written out, so that neither autograd nor a global random state is touched.
+Both minimise the mean over rows and classes of BCE with pos_weight_c = (N − n_c)/n_c, plus an L1 term for latents.
+Gradients are written out, so that neither autograd nor a global random state is touched.
 """
 
 from __future__ import annotations

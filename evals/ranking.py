@@ -1,5 +1,4 @@
-"""Which latents tell a label: latents of the training words with their labels come in, latents per label, best first,
-go out.
+"""Which latents tell a label, best first: the ranking from which k-sparse probes take theirs.
 
 Both ways rank by the signed weights of one L1-penalised probe on all latents. `optimum` solves its objective, which is
 strictly convex, so the ranking has no seed; `adam` stops where SAEBench 0.6.0 stops, some 1,500 steps from the start,

@@ -1,4 +1,6 @@
-"""What one evaluation says: tables by letter and by word come in, means, intervals and SAEBench's JSON go out."""
+"""The result of one evaluation: tables by letter and by word, the means and intervals read off them, and SAEBench's
+JSON.
+"""
 
 from __future__ import annotations
 

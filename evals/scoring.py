@@ -1,4 +1,5 @@
-"""Word-level absorption scores, as pure functions of tensors: projections come in, fraction and full flag go out.
+"""Word-level absorption scores, the fraction and the full flag, as pure functions of tensors that know no SAE and no
+model.
 
 With p̂ the probe's direction: cos_i = cos(p̂, W_dec,i), proj_i = f_i·cos_i·‖W_dec,i‖, A = x·p̂, M = Σ proj over the
 main latents. Written over entries (latents that fire on a word), so dense and sparse tables use the same code.

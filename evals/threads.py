@@ -1,4 +1,4 @@
-"""Thread counts: work made of many small steps comes in and runs on one CPU thread."""
+"""One CPU thread, for work made of many small steps."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Recovery and absorption of one SAE against a planted dictionary: an SAE, a toy and a sample of it come in, figures
-go out.
+"""Recovery and absorption of one SAE against a planted dictionary, the toy's.
 
 The toy knows which features are active, so nothing is estimated here: no probe, no ranking, no prompts.
 """

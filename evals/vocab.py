@@ -1,5 +1,6 @@
-"""The eval's words: a tokenizer and a hierarchy come in, the entries that are one word of it each go out, with what was
-dropped and why."""
+"""The eval's words: which of a hierarchy's entries are one word of the tokenizer each (and why others are not), which
+of them are sampled, and which are test words.
+"""
 
 from __future__ import annotations
 
