@@ -1,4 +1,5 @@
-"""The largest pre-activations of a whole batch: activations and weights in; flat values with their Pattern out.
+"""The largest pre-activations of a whole batch, as flat values with their Pattern: batchtopk's and matryoshka's
+selection.
 
 The batch is read slab by slab, and of what was read only candidates are kept, so memory stays near that of one slab.
 """

@@ -1,4 +1,4 @@
-"""Sparse sums or dense products: how many latents were active comes in; which of the two the next step takes goes out.
+"""Sparse sums or dense products: the choice for the next step, by how many latents were active.
 
 Both give the same gradients; the sparse ones cost by the entry, the dense ones by (batch, d_sae).
 """

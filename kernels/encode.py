@@ -1,4 +1,4 @@
-"""Triton encoder: activations and weights in, the few largest pre-activations of each row and group of latents out.
+"""The Triton encoder: it finds the few largest pre-activations of each row and group of latents.
 
 A program computes a tile of pre-activations in registers and writes only candidates; the (batch, d_sae) block is never
 stored. Groups are strided, {j, j + n_groups, j + 2·n_groups, …}, because neighbouring latents may be correlated.

@@ -1,7 +1,7 @@
-"""Encoders by Triton: centred activations and latent-major weights in, active pre-activations out, nothing dense kept.
+"""Encoders by Triton, made of the kernels for encoding and selecting: active pre-activations, and nothing dense kept.
 
-In: x (batch, d_in) with b_dec already taken off, float32, bfloat16 or float16: products are made in its dtype; W
-(d_sae, d_in) contiguous. Out: float32 pre-activations and int32 latents, exact for the pre-activations as computed,
+x (batch, d_in) has b_dec already taken off and is float32, bfloat16 or float16: products are made in its dtype; W
+(d_sae, d_in) is contiguous. Pre-activations are float32 and latents int32: exact for the pre-activations as computed,
 ties to the lowest latent. The fused path cuts those of 2-byte products to 17 significant bits.
 """
 

@@ -1,7 +1,7 @@
 """The Triton way, the twin of kernels/cpu.py: same functions, same arguments, gradients on the active latents only.
 
-In: float32, bfloat16 or float16 activations and weights on a CUDA device (or on the CPU under TRITON_INTERPRET=1).
-Out: float32 values and int32 latents at a Pattern, reconstructions and loss pieces.
+It takes float32, bfloat16 or float16 activations and weights on a CUDA device (or on the CPU under TRITON_INTERPRET=1);
+values are float32, latents int32.
 """
 
 from __future__ import annotations

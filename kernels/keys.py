@@ -1,4 +1,4 @@
-"""Triton helpers on ordered keys: float32 values in, int32 keys out whose integer order is the order of the values.
+"""Triton helpers on ordered keys: an int32 for each float32 value, whose integer order is the order of the values.
 
 Everything selected by the kernels is selected by (key descending, latent ascending), so equal values go to the lowest
 latent, -0 ties with 0, and NaN comes before everything (it is reported by the loss, not dropped).

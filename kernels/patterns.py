@@ -1,7 +1,7 @@
 """Which latents are active on which tokens, and sums over those entries, in plain PyTorch.
 
-In: flat entries in CSR form, and the rows of tables. Out: weighted sums of rows by token or by latent, products at the
-entries, the k largest of dense rows, and the k-th largest.
+Entries are flat, in CSR form. The sums are of weighted table rows, by token or by latent; beside them stand the
+products at the entries, the k largest of dense rows, and the k-th largest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a training step does to each decoder row beside the optimiser: gradients and rows in, changed in place.
+"""What a training step does to each decoder row beside the optimiser, in place: its gradient is kept at right angles to
+it, its norm at 1.
 
 On a CPU a few rows at a time go through all operations while they are in cache; on a GPU all rows at once.
 """

@@ -1,8 +1,8 @@
 """Exact selection for the price of a bfloat16 product, on processors that multiply bfloat16 many times as fast.
 
-In: centred float32 activations, latent-major weights and biases. Out: the k largest pre-activations of each row, or
-those above a floor, in float32. A bfloat16 pre-activation comes with a proven bound on its error: it says which
-latents can be among the selected, and only those are computed in float32. Proof: kernels/README.md.
+Activations are centred, weights latent-major, both float32; selected are the k largest pre-activations of each row, or
+those above a floor. A bfloat16 pre-activation comes with a proven bound on its error: it says which latents can be
+among the selected, and only those are computed in float32. Proof: kernels/README.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Triton selection: candidates of each row in, its exact top k out; or all entries above a floor, compacted.
+"""Triton selection from candidates: the exact top k of each row, or all entries above a floor, compacted.
 
 The top k of the candidates is the top k of the row if no group's last candidate is in it; a row where one is gets
 flagged and repaired. Proof: kernels/README.md.

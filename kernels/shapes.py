@@ -1,4 +1,4 @@
-"""Which path and which tile sizes a shape gets: sizes in, a Plan out; the one place where such choices are made.
+"""Which path and which tile sizes a shape gets: the one place where such choices are made.
 
 Chosen after trials on one H200 at d_in 768 and 2304 with d_sae 65,536; at other sizes they are estimates. All tiles
 compile for sm_90 with few spills or none.

@@ -1,4 +1,4 @@
-"""Triton sums over active entries: rows of a table, weights and offsets in; reconstructions, gradients and losses out.
+"""Triton sums over active entries: reconstructions, gradients and losses.
 
 Every sum is made by one program in a fixed order: no atomics, the same bits each time for a fixed configuration.
 """
