@@ -1,5 +1,5 @@
-"""What the absorption eval costs, side by side with sae-bench 0.6.0, as a callback of a run, and at real size: SAEs or
-a finished run come in, a markdown table and rows of benchmarks/results/absorption_speed.csv go out.
+"""What the absorption eval costs, side by side with sae-bench 0.6.0, as a callback of a run, and at real size. It
+prints a markdown table and adds rows to benchmarks/results/absorption_speed.csv.
 
     python benchmarks/absorption_speed.py --peer-python ENV/bin/python SAE_FOLDER ...   both sides in turns
     python benchmarks/absorption_speed.py --callback RUN_FOLDER                         share of a run's time

@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows of plain values go to a CSV file, with the processor's name."""
+"""What the benchmarks share: rows of plain values are added to a CSV file, with the processor's name."""
 
 from __future__ import annotations
 

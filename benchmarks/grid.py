@@ -1,5 +1,5 @@
 """A grid of 12 topk SAEs (three widths; L0 10, 25, 50, 100) in one pass, against 12 runs one by one and against
-SAELens' MultiSAETrainingRunner: a language model comes in, rows of benchmarks/results/grid.csv and a table go out.
+SAELens' MultiSAETrainingRunner. It adds rows to benchmarks/results/grid.csv and prints a table.
 
     python benchmarks/grid.py --peer-python ENV/bin/python                        all parts, embedded model
     python benchmarks/grid.py --model FOLDER --dataset FILE --hook NAME           another model

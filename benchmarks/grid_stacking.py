@@ -1,4 +1,4 @@
-"""Whether SAEs of equal shape gain from one matrix product for all their encoders: widths come in, milliseconds go out.
+"""Whether SAEs of equal shape gain from one matrix product for all their encoders: milliseconds of each way.
 
     python benchmarks/grid_stacking.py
 

@@ -1,5 +1,5 @@
 """How close a finished SAE's L0 is to `--l0`, and what control costs: SAEs of every architecture are trained on several
-widths and targets, and relu and jumprelu once more with coefficients set by hand; a CSV, a figure and tables go out.
+widths and targets, and relu and jumprelu once more with coefficients set by hand. It writes a CSV, a figure and tables.
 
     python benchmarks/l0_control.py                                         the embedded model: 60 SAEs, then by hand
     python benchmarks/l0_control.py --model FOLDER --dataset FOLDER         another model, width 4k, L0 16 and 64

@@ -1,6 +1,6 @@
 """Ways to hold L0 at a target, on the same runs: relu and jumprelu SAEs with one device after another in the place of
-the L0 controller, nothing corrected at the end; a CSV and a table go out. All but ours steer λ itself; jumprelu's own
-controller steers it as a share of error / L0*.
+the L0 controller, nothing corrected at the end. All but ours steer λ itself; jumprelu's own controller steers it as a
+share of error / L0*. It writes a CSV and a table.
 
     python benchmarks/l0_devices.py
 

@@ -1,4 +1,4 @@
-"""SAELens' side of pipeline.py, in its own environment: a JSON job as the argument in, one JSON line out."""
+"""SAELens' side of pipeline.py, in its own environment: its argument is a job as JSON, its answer one line of JSON."""
 
 from __future__ import annotations
 

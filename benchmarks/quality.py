@@ -1,5 +1,5 @@
-"""Quality beside SAELens at matched L0: relu, topk and jumprelu SAEs of both trainers from the same batches come in;
-rows of benchmarks/results/quality.csv and a table of EV, loss recovered and dead latents go out.
+"""Quality beside SAELens at matched L0: EV, loss recovered and dead latents of relu, topk and jumprelu SAEs that both
+trainers made of the same batches. It adds rows to benchmarks/results/quality.csv and prints a table.
 
     python benchmarks/quality.py --peer-python ENV/bin/python                 width 1k, L0 32, three seeds
     python benchmarks/quality.py --peer-python ENV/bin/python --archs topk --l0 10

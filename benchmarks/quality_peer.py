@@ -1,4 +1,4 @@
-"""SAELens' side of quality.py, for an environment with sae-lens: a job file comes in, folders of trained SAEs go out.
+"""SAELens' side of quality.py, for an environment with sae-lens: it trains the SAEs that a job file asks for.
 
 Each SAE is trained by SAELens' SAETrainer on the batches in the job's file. relu and jumprelu have no L0 to ask for, so
 coefficients are tried until two SAEs lie close to the wanted L0, one on either side. What is finished is not redone.

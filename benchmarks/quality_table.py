@@ -1,4 +1,4 @@
-"""Rows of benchmarks/results/quality.csv come in; figures at a wanted L0 and two tables in Markdown go out."""
+"""The two Markdown tables of quality.py, with figures read off at a wanted L0, from benchmarks/results/quality.csv."""
 
 from __future__ import annotations
 

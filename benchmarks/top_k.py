@@ -1,4 +1,4 @@
-"""The k largest of each row: torch.topk against ours, side by side, at the widths of small SAEs; a table goes out.
+"""The k largest of each row: torch.topk against ours, side by side, at the widths of small SAEs.
 
     python benchmarks/top_k.py [--threads 2]
 

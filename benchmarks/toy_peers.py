@@ -1,5 +1,5 @@
-"""Recovery of a planted dictionary beside SAELens: relu, topk and jumprelu SAEs of both trainers from the same samples
-come in; rows of benchmarks/results/toy_peers.csv and a table of MCC, recovered features, F1 and EV go out.
+"""Recovery of a planted dictionary beside SAELens: MCC, recovered features, F1 and EV of relu, topk and jumprelu SAEs
+that both trainers made of the same samples. It adds rows to benchmarks/results/toy_peers.csv and prints a table.
 
     python benchmarks/toy_peers.py --peer-python ENV/bin/python                 dictionary, trees, pairs
     python benchmarks/toy_peers.py --table                                      from the rows there are; trains nothing

@@ -1,4 +1,4 @@
-"""Times one training step of an SAE side by side with the peers: sizes in; tables, and rows of a CSV file, out.
+"""Times one training step of an SAE side by side with the peers; prints tables and adds rows to a CSV file.
 
     python -m benchmarks.kernels.bench --peer-python ENV/bin/python            one size, all architectures
     python -m benchmarks.kernels.bench --quick                                 under a minute, without peers

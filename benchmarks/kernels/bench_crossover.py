@@ -1,4 +1,4 @@
-"""From which share of active latents do dense products beat sparse sums? Sizes in; a table and rows of a CSV file out.
+"""From which share of active latents do dense products beat sparse sums? Prints a table and adds rows to a CSV file.
 
     python -m benchmarks.kernels.bench_crossover --d-in 512 --d-sae 4096 --batch 1024
 

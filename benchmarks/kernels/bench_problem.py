@@ -1,4 +1,4 @@
-"""What every side of the benchmark is given: a problem's sizes in; the same weights, activations and level out.
+"""What every side of the benchmark is given for a problem's sizes: the same weights, activations and level.
 
 Activations are sparse sums of decoder rows with skewed frequencies and a little noise, scaled to ⟨‖x‖²⟩ = d_in, so that
 latents fire as unevenly as trained ones do. Learning rates are tiny: L0 must not move while it is timed.

@@ -1,4 +1,4 @@
-"""What the benchmark writes: measured sides in; tidy CSV rows and a markdown table per problem out."""
+"""What the benchmark writes: tidy CSV rows, and a markdown table per problem."""
 
 from __future__ import annotations
 

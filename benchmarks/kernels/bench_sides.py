@@ -1,4 +1,4 @@
-"""Our sides of the benchmark: weights in, objects with `step(x)` and `reconstruct(x)` out.
+"""Our sides of the benchmark, each an object with `step(x)` and `reconstruct(x)` on the given weights.
 
 `ours` is the learner that sae-train trains with; the two baselines are what a skilled user writes in plain PyTorch.
 """

@@ -1,4 +1,4 @@
-"""Times on a GPU what its tile sizes are chosen by: sizes in; ms of encoders, weight gradients and whole steps out.
+"""Times on a GPU what its tile sizes are chosen by: encoders, weight gradients and whole steps, in ms.
 
     python -m benchmarks.kernels.bench_tiles --d-in 768 --d-sae 65536 --batch 8192 --k 50
 
