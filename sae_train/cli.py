@@ -1,4 +1,5 @@
-"""The command line: words in, one call out. Mistakes become a sentence on stderr and exit code 2.
+"""The command line: which commands and flags there are, and the call that each makes. Mistakes become a sentence on
+stderr and exit code 2.
 
 Flags and their help are made from the settings tree; nothing heavy is imported before a command runs.
 """

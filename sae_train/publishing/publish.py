@@ -1,4 +1,4 @@
-"""Publishing: a run's folder or one SAE's comes in; a repo on the hub that SAELens reads, in one commit, goes out.
+"""Publishes a run, or one of its SAEs, as a repo on the hub that SAELens reads, in one commit.
 
 Everything is staged and read back in a temporary folder first. What is off its L0 or was not evaluated is refused.
 """

@@ -1,4 +1,4 @@
-"""A trained SAE leaves memory: a learner comes in; its weights, its latents' pages and its baselines go out."""
+"""What is written when a trained SAE leaves memory: its weights, its latents' pages and its baselines."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a run leaves behind as it goes: run.json, metrics.jsonl, tables of the eval, and the door to a mirror.
 
-In: rows of plain values, tables. Out: files that are whole at any moment (append or rename).
+Its files are whole at any moment: rows are appended, all else is renamed into place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: settings in; derived values, memory, tokens and a time estimate out."""
+"""What a run will take, before it starts: derived values, memory, tokens and an estimate of time."""
 
 from __future__ import annotations
 

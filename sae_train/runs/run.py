@@ -1,6 +1,6 @@
 """The three things to do with runs: train one, go on with one, evaluate a finished SAE.
 
-In: settings or a folder. Out: a `Run`, the folder that holds metrics, absorption tables, SAEs and the report.
+A `Run` is what Python users hold of one: the folder with its metrics, absorption tables, SAEs and report.
 """
 
 from __future__ import annotations

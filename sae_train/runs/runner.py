@@ -1,7 +1,6 @@
-"""A process at work on a run: joins the session, its callbacks and the run's files.
+"""A process at work on a run: it joins the session, its callbacks and the run's files until the folder is complete.
 
-In: an opened session and the run's folder. Out: that folder, complete. Of several processes the first alone writes and
-speaks for all, but for the SAEs' own files, which their owners write.
+Of several processes the first alone writes and speaks for all, but for the SAEs' own files, which their owners write.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One run in memory: settings come in; a source of activations, learners and their saved state go out.
+"""One run in memory: its source of activations, its learners, and the state that both resume from.
 
 Nothing is written before everything has opened, so that bad input leaves no folder behind.
 """

@@ -1,4 +1,4 @@
-"""The last words of a run: run.json's content in, a few lines of numbers out."""
+"""The last words of a run: a few lines of numbers, from what run.json holds."""
 
 from __future__ import annotations
 

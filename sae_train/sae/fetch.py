@@ -1,6 +1,4 @@
-"""SAEs on the hub: the name of a repo and a folder in it come in, a local folder goes out. Whatever goes wrong becomes
-one sentence.
-"""
+"""SAEs on the hub: fetches a folder of a repo to this disk. Whatever goes wrong becomes one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finished SAE computes, by form: an SAE and activations in; latents, dense or as active entries, out.
+"""What a finished SAE computes, by form: its latents, dense or as active entries, and their reconstruction.
 
 A form also says which vectors the SAE has beside its matrices, and which of them a decoder row's norm goes into.
 """

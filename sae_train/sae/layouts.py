@@ -1,4 +1,4 @@
-"""Folders of SAEs in every layout that is read: files in, one SAE for raw activations out.
+"""Readers of SAEs' folders, one a layout: each gives one of our SAEs for raw activations.
 
 Layouts are SAELens' (ours), sparsify's, Gemma Scope's and, where the caller allows its pickle, dictionary_learning's.
 """

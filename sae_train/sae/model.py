@@ -1,4 +1,4 @@
-"""The sparse autoencoder itself: activations in, latents and reconstructions out, with weights in SAELens' orientation.
+"""The sparse autoencoder itself, with weights in SAELens' orientation, and how scales and norms are folded into them.
 
 W_enc is stored latent-major (its transpose is contiguous), which the sparse kernels and the optimiser want; its public
 shape stays (d_in, d_sae).

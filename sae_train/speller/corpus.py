@@ -1,4 +1,4 @@
-"""What the language model is trained on: a language and story ids in, packed batches of token ids out."""
+"""What the language model is trained on: documents of the language and stories, packed into batches of token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hierarchies of the embedded language that its spelling does not show: a language comes in, JSON files go out."""
+"""Hierarchies of the embedded language that its spelling does not show, written as JSON files for the eval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The artificial language of the embedded model: words in, documents as arrays of token ids out.
+"""The artificial language of the embedded model: what its words are like, and the documents made of them, as arrays of
+token ids.
 
 Every word has attributes (first and last letter, class, topic, length, three preferred successors), and
 every kind of document needs some of them to predict its next word, so that a model trained on a mix must

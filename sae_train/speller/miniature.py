@@ -1,6 +1,6 @@
 """The paper's result in miniature: absorption against width and against L0 on the embedded model, over seeds.
 
-In: nothing but settings. Out: two runs (kept, and reused when finished), a table as CSV, and a figure as SVG.
+It leaves two runs (reused when finished), a table as CSV, and a figure as SVG.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The architecture and the tokenizer of the embedded model: a vocabulary in, Hugging Face objects out.
+"""The architecture and the tokenizer of the embedded model, as Hugging Face objects.
 
 Two blocks with short-window attention build each token's state; the hook follows them; two blocks with
 attention alone then read it. Nothing non-linear stands between the hook and the logits but normalisation

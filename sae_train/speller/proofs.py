@@ -1,4 +1,4 @@
-"""What the embedded model must show before any SAE is trained on it: its folder in, a table of proofs out."""
+"""What the embedded model must show before any SAE is trained on it: each proof is measured and printed in a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text that ships with the model: the model and its language in, two parquet files out.
+"""The text that ships with the model, as two parquet files.
 
 Three parts: documents of the generator, English sampled from the model itself (never copied), and some
 first-letter prompts, so that words in the place where the eval reads them are not strange to an SAE.

@@ -1,4 +1,4 @@
-"""Train the embedded language model and write its folder: English stories and word lists in, folder out."""
+"""Trains the embedded language model on its language and on English stories, and writes its folder."""
 
 from __future__ import annotations
 

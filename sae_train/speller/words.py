@@ -1,4 +1,4 @@
-"""The choice of the vocabulary and the reading of English stories: a folder of text in, words and ids out."""
+"""English for the embedded model: the choice of its vocabulary, and stories read from a folder of text as ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steering of L0 for relu and jumprelu: measured L0 in, the sparsity coefficient out; and the offsets that set L0.
+"""Steering of L0 for relu and jumprelu: the controller of the sparsity coefficient, and the levels that give an L0.
 
 Everything lives in device tensors, so that an update costs no wait; `state_dict` is all a resumed run needs.
 """

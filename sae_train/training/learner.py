@@ -1,4 +1,4 @@
-"""One SAE in training: batches of scaled activations in, metric tensors out, and a finished SAE for raw activations.
+"""One SAE in training: its steps, the state that a resume needs, and the finished SAE for raw activations.
 
 A learner keeps its own optimiser, L0 control, dead-latent counters, random generator and failure flag, so that many can
 train on one stream of batches without touching each other. A step never waits for the device.

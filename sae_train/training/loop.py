@@ -1,4 +1,4 @@
-"""The loop: activation batches in, trained learners and logged rows out. It knows neither evals nor files.
+"""The training loop: on every batch every learner takes a step. It knows neither evals nor files.
 
 Callbacks look at a learner between steps; the training clock stands still and random state is put back meanwhile.
 """

@@ -1,4 +1,4 @@
-"""The terms of the training losses as pure functions: tensors in, one scalar tensor out.
+"""The terms of the training losses as pure functions of tensors, each one scalar.
 
 Squared errors are summed over d_in and averaged over the batch. Active latents come flat, with the Pattern that places
 them, so that no term costs (batch, d_sae).

@@ -1,4 +1,4 @@
-"""Quality of an SAE on held-out activations: activations in the SAE's own scale in, L0, EV, error and density out."""
+"""Quality of an SAE on held-out activations in the SAE's own scale: L0, EV, error and density."""
 
 from __future__ import annotations
 

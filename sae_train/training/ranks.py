@@ -1,4 +1,4 @@
-"""Several processes at one run: what each of them holds comes in, what all of them hold goes out, by torch.distributed.
+"""Several processes at one run: which SAEs each trains, and what they exchange by torch.distributed.
 
 A process alone has no process group: every exchange is then the identity. Each exchange is a collective: all processes
 must come to it, in the same order.

@@ -1,4 +1,4 @@
-"""A training step on a GPU, recorded once and played again: a function of one batch in, a step and its numbers out.
+"""A training step on a GPU, recorded once and played again for later batches.
 
 The host launches one graph where it would launch a hundred kernels, which take longer to launch than to run where an
 SAE is small. What is played is what was recorded, to the bit.
