@@ -1,5 +1,5 @@
-"""A small GPT-2 with the real GPT-2 tokenizer whose words show their first letter, and three SAEs trained on it: a
-folder and the shared data come in, the model's folder and the SAEs' folders go out.
+"""A small GPT-2 with the real GPT-2 tokenizer whose words show their first letter, made of the shared data, and three
+SAEs trained on it.
 
 A word's embedding is a direction of its letter, one of eight clusters of that letter, two of 256 general features and a
 little noise; the transformer's own weights are small and random, so all of it is readable after the first block.

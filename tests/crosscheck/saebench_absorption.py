@@ -1,5 +1,5 @@
-"""Check our absorption eval against the real sae-bench 0.6.0: the same words, split, probe and SAE go into both, and a
-table of main latents, full flags and means comes out.
+"""Check our absorption eval against the real sae-bench 0.6.0 on the same words, split, probe and SAE: main latents,
+full flags and means, in a table.
 
     python tests/crosscheck/saebench_absorption.py --peer-python ENV/bin/python [--model speller] SAE_FOLDER ...
     python tests/crosscheck/saebench_absorption.py --peer-python ENV/bin/python --letters-model
