@@ -97,8 +97,8 @@ class Evaluation:
     def run(self) -> AbsorptionResult:
         latents = self.encode()
         self.lap("encode")
-        if broken := self.broken(latents):
-            return self.invalid(broken)
+        if fault := self.find_fault(latents):
+            return self.invalid_result(fault)
         train_labels = self.assets.labels[~self.assets.is_test]
         ranking, how = rank_latents(latents.train, train_labels, self.n_labels, self.preset, self.seed)
         self.lap("rank latents")
@@ -108,7 +108,9 @@ class Evaluation:
         self.lap("score")
         if self.preset.attribution:
             if not len(self.assets.answer_ids):
-                return self.invalid("the prompt asks for no answer, so the model cannot be asked for its reasons")
+                return self.invalid_result(
+                    "the prompt asks for no answer, so the model cannot be asked for its reasons"
+                )
             scored = self.ask_model(scored, chosen)
             self.lap("ask the model")
         result = self.result(latents, chosen, scored, how)
@@ -121,7 +123,7 @@ class Evaluation:
             encode(self.sae, x[~test]), encode(self.sae, x[test]), encode(self.sae, self.assets.tp_x.to(self.dtype))
         )
 
-    def broken(self, latents: Encoded) -> str:
+    def find_fault(self, latents: Encoded) -> str:
         parts = (latents.train, latents.test, latents.tp)
         if not all(bool(p.values.isfinite().all()) for p in parts):
             return "the SAE's latents are not finite"
@@ -168,8 +170,8 @@ class Evaluation:
         test_place = self.assets.is_test.cumsum(0) - 1
         missed = chosen.logits[test_place[self.assets.tp_rows], self.assets.tp_labels] <= 0
         silent = scored.scores.main_act < self.preset.silent_below
-        found = causal_rate(self.sae, self.lm, self.assets, scored, missed & silent, self.preset, self.seed)
-        return replace(scored, causal=found)
+        rate = causal_rate(self.sae, self.lm, self.assets, scored, missed & silent, self.preset, self.seed)
+        return replace(scored, causal=rate)
 
     def result(self, latents: Encoded, chosen: k_sparse.KSparse, scored: Scored, how: dict) -> AbsorptionResult:
         words = tables.word_table(self.assets, scored, chosen, self.preset)
@@ -185,7 +187,7 @@ class Evaluation:
         )  # fmt: skip
         details = {**self.details(), "ranking": how}
         return replace(
-            self.invalid(reason), valid=not reason, by_letter=letters, words=words, l0=latents.test.l0,
+            self.invalid_result(reason), valid=not reason, by_letter=letters, words=words, l0=latents.test.l0,
             ev=self.explained_variance(latents.test), details=details,
         )  # fmt: skip
 
@@ -200,7 +202,7 @@ class Evaluation:
         residual = (x - recon).float().square().sum()
         return float(1 - residual / (x - x.mean(0)).float().square().sum())
 
-    def invalid(self, reason: str) -> AbsorptionResult:
+    def invalid_result(self, reason: str) -> AbsorptionResult:
         import pandas as pd
 
         return AbsorptionResult(

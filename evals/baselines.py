@@ -153,7 +153,7 @@ def random_directions_score(
     """Mean scores of an SAE, its main latents as they are, with random directions in the probe's place."""
     e = Evaluation(sae, assets, get_preset(preset), seed, None)
     latents = e.encode()
-    if e.broken(latents):
+    if e.find_fault(latents):
         return {}
     labels = e.assets.labels
     ranking, _ = rank_latents(latents.train, labels[~e.assets.is_test], e.n_labels, e.preset, seed)

@@ -59,13 +59,13 @@ def event_log(trajectory: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(EVENTS))
 
 
-def recovered(trajectory: pd.DataFrame) -> dict[str, int]:
+def count_recovered(trajectory: pd.DataFrame) -> dict[str, int]:
     """Per SAE, the words that another latent carried at some evaluation and that a main latent recalls at the end."""
-    found = {}
+    counts = {}
     for name, part in trajectory.groupby("sae", sort=False, observed=True):
         outcome = _grid(part, "outcome").to_numpy()
-        found[str(name)] = int(((outcome == "carried").any(1) & (outcome[:, -1] == "recalled")).sum())
-    return found
+        counts[str(name)] = int(((outcome == "carried").any(1) & (outcome[:, -1] == "recalled")).sum())
+    return counts
 
 
 def _first(absorbers: tuple) -> tuple[int, float, float]:

@@ -53,7 +53,7 @@ class FidelityData:
         cls, lm: LanguageModel, tokens: Int[Tensor, "batch position"], drop_ids: Collection[int] = ()
     ) -> FidelityData:
         special, kept = tuple(sorted(lm.special_ids)), tuple(sorted({*lm.special_ids, *drop_ids}))
-        n_real = int(_scored(tokens, special).sum())
+        n_real = int(_is_scored(tokens, special).sum())
         if not n_real:
             raise UserError("loss recovered needs sequences with at least two tokens that are not special.")
         keep = n_real * len(lm.tokenizer) <= _KEEP_ELEMENTS
@@ -119,12 +119,12 @@ def _is_in(tokens: Tensor, ids: tuple[int, ...]) -> Bool[Tensor, "batch position
     return torch.isin(tokens, torch.tensor(ids, dtype=tokens.dtype, device=tokens.device))
 
 
-def _scored(tokens: Tensor, special: tuple[int, ...]) -> Bool[Tensor, "batch position-1"]:
+def _is_scored(tokens: Tensor, special: tuple[int, ...]) -> Bool[Tensor, "batch position-1"]:
     return ~_is_in(tokens[:, 1:], special)
 
 
 def _targets(tokens: Tensor, special: tuple[int, ...]) -> Int[Tensor, "n 1"]:
-    return tokens[:, 1:][_scored(tokens, special)][:, None]
+    return tokens[:, 1:][_is_scored(tokens, special)][:, None]
 
 
 _Edit = Callable[["Tensor"], Callable[["Tensor"], "Tensor"]]
@@ -155,7 +155,7 @@ def _log_probs(
 ) -> Float[Tensor, "n vocab"]:
     tokens = tokens.to(lm.device)
     logits = lm.logits(tokens, edit and edit(tokens), start)
-    return logits[:, :-1][_scored(tokens, special)].log_softmax(-1)
+    return logits[:, :-1][_is_scored(tokens, special)].log_softmax(-1)
 
 
 def _mean_loss(
@@ -164,9 +164,9 @@ def _mean_loss(
 ) -> float:  # fmt: skip
     total, n = 0.0, 0
     for number, (part, start) in enumerate(_parts(lm, tokens, starts)):
-        found = log_probs[number] if log_probs else _log_probs(lm, part, start, special, edit)
-        total += float(-found.gather(1, _targets(part, special).to(found.device)).double().sum())
-        n += len(found)
+        own = log_probs[number] if log_probs else _log_probs(lm, part, start, special, edit)
+        total += float(-own.gather(1, _targets(part, special).to(own.device)).double().sum())
+        n += len(own)
     return total / n
 
 

@@ -54,11 +54,11 @@ def interventions(
         exclude[row] |= torch.isin(columns[row], main[label])
     control = causal.matched_controls(acts, columns, W_dec, exclude, removed, torch.Generator().manual_seed(seed))
     inserted = _parents(sae, assets, main)[labels]
-    found = causal.intervene(lm, prompts_of(assets).subset(rows), removed, control, inserted.nan_to_num())
+    margins = causal.intervene(lm, prompts_of(assets).subset(rows), removed, control, inserted.nan_to_num())
     no_parent, no_control = inserted.isnan().any(1), control.norm(dim=1) == 0
     changes = (
-        found.clean, found.absorber, found.random.masked_fill(no_control, float("nan")),
-        found.parent.masked_fill(no_parent, float("nan")), found.swap.masked_fill(no_parent, float("nan")),
+        margins.clean, margins.absorber, margins.random.masked_fill(no_control, float("nan")),
+        margins.parent.masked_fill(no_parent, float("nan")), margins.swap.masked_fill(no_parent, float("nan")),
     )  # fmt: skip
     names = [assets.label_names[c] for c in labels.tolist()]
     words = [assets.words[r] for r in assets.tp_rows[rows].tolist()]

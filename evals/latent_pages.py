@@ -92,7 +92,7 @@ def describe(sae: SAE, roles: dict[int, dict[str, list[str]]], text: Sample, lm:
             "latent": latent, **roles[latent], "density": len(fired) / max(n_seen, 1), "max": _short(most),
             "histogram": fired.histc(N_BINS, 0, most).int().tolist() if len(fired) else [],
             "examples": _examples(own, text.tokens, lm.tokenizer),
-            **({} if effects is None else _favoured(effects[i], lm.tokenizer)),
+            **({} if effects is None else _rank_tokens(effects[i], lm.tokenizer)),
         })  # fmt: skip
     return records
 
@@ -120,13 +120,13 @@ def _example(kind: str, acts: Tensor, tokens: Tensor, position: int, tokenizer: 
     return {"kind": kind, "tokens": shown, "acts": [_short(value) for value in acts[window].tolist()]}
 
 
-def _favoured(effect: Float[Tensor, " vocab"], tokenizer: Any) -> dict[str, list[list[Any]]]:
-    found = {}
+def _rank_tokens(effect: Float[Tensor, " vocab"], tokenizer: Any) -> dict[str, list[list[Any]]]:
+    tokens = {}
     for name, largest in (("top", True), ("bottom", False)):
         values, ids = effect[: len(tokenizer)].topk(min(N_TOKENS, len(tokenizer)), largest=largest)
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
-        found[name] = [[tokenizer.decode([token]), _short(value)] for token, value in pairs]
-    return found
+        tokens[name] = [[tokenizer.decode([token]), _short(value)] for token, value in pairs]
+    return tokens
 
 
 def _short(value: float) -> float:

@@ -60,7 +60,7 @@ def fit_dense(
     """Fit a probe on dense rows."""
 
     def batches() -> Iterator[_Batch]:
-        for order in _shuffled(len(x), s, g, x.device):
+        for order in _shuffle(len(x), s, g, x.device):
             for rows in order.split(s.batch):
                 block = x.index_select(0, rows)
                 yield rows, block.matmul, lambda into, d_logits, block=block: into.addmm_(block.T, d_logits)
@@ -74,7 +74,7 @@ def fit_sparse(latents: Latents, labels: Int[Tensor, " n"], n_classes: int, s: S
         return fit_dense(latents.dense(), labels, n_classes, s, g)
 
     def batches() -> Iterator[_Batch]:
-        for order in _shuffled(latents.n_rows, s, g, labels.device):
+        for order in _shuffle(latents.n_rows, s, g, labels.device):
             yield from _sparse_batches(latents, order, s.batch)
 
     return _descend(Probe(latents.d_sae, n_classes, labels.device), batches(), labels, s)
@@ -112,7 +112,7 @@ def positive_weight(positive: Float[Tensor, "n c"]) -> Float[Tensor, " c"]:
     return (len(positive) - n) / n.clamp(min=1)
 
 
-def _shuffled(n: int, s: Schedule, g: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+def _shuffle(n: int, s: Schedule, g: torch.Generator, device: torch.device) -> Iterator[Tensor]:
     for _ in range(s.epochs):
         yield torch.randperm(n, generator=g).to(device)
 

@@ -41,11 +41,11 @@ def rank_latents(
 def _optimum(latents: Latents, labels: Tensor, n_labels: int, preset: Preset, seed: int) -> tuple[Tensor, dict]:
     # The reference's loss is a mean over labels while its weight decay is not: for one label it counts n_labels-fold.
     l2 = preset.l1_weight_decay * n_labels
-    found = lasso.fit(latents, labels, n_labels, preset.l1_coefficient, l2, preset.l1_tolerance)
+    fitted = lasso.fit(latents, labels, n_labels, preset.l1_coefficient, l2, preset.l1_tolerance)
     # Weights at zero follow the positive ones in the order in which a smaller penalty would let them in.
-    waiting, below = found.pull - preset.l1_coefficient, found.weight - 2 * preset.l1_coefficient
-    key = torch.where(found.weight > 0, found.weight, torch.where(found.weight == 0, waiting, below))
-    return key, {"steps": found.steps, "residual": found.residual}
+    waiting, below = fitted.pull - preset.l1_coefficient, fitted.weight - 2 * preset.l1_coefficient
+    key = torch.where(fitted.weight > 0, fitted.weight, torch.where(fitted.weight == 0, waiting, below))
+    return key, {"steps": fitted.steps, "residual": fitted.residual}
 
 
 def _adam(latents: Latents, labels: Tensor, n_labels: int, preset: Preset, seed: int) -> tuple[Tensor, dict]:

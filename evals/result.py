@@ -106,7 +106,7 @@ class AbsorptionResult:
             raise UserError(f"there is no interval for {name!r}; there are {', '.join(_WORD_COLUMN)}.")
         if not self.valid:
             return float("nan"), float("nan")
-        values = self._resampled[:, list(_WORD_COLUMN).index(name)]
+        values = self._resampled_means[:, list(_WORD_COLUMN).index(name)]
         tail = (1 - level) / 2
         low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
         return low, high
@@ -140,7 +140,7 @@ class AbsorptionResult:
             },
             **eval_fields,
         }  # fmt: skip
-        return _without_nan(out)
+        return _nan_to_none(out)
 
     def _saebench_config(self) -> dict[str, Any]:
         preset = self.thresholds or get_preset(self.preset)
@@ -171,17 +171,17 @@ class AbsorptionResult:
             "std_dev_num_split_features": self.std_n_split,
         }
 
-    def _counting(self, column: str) -> pd.Series:
+    def _select(self, column: str) -> pd.Series:
         return self.by_letter.loc[self.by_letter["counts"], column].astype(float)
 
     def _mean(self, column: str) -> float:
-        return float(self._counting(column).mean()) if self.valid else float("nan")
+        return float(self._select(column).mean()) if self.valid else float("nan")
 
     def _std(self, column: str) -> float:
-        return float(self._counting(column).std(ddof=1)) if self.valid else float("nan")
+        return float(self._select(column).std(ddof=1)) if self.valid else float("nan")
 
     @functools.cached_property
-    def _resampled(self) -> torch.Tensor:
+    def _resampled_means(self) -> torch.Tensor:
         """The means over letters in each of n_bootstrap resamples, a column for each name that has an interval."""
         preset = self.thresholds or get_preset(self.preset)
         counting = self.by_letter.loc[self.by_letter["counts"], "letter"].tolist()
@@ -205,9 +205,9 @@ def _saebench_letter(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _without_nan(value: Any) -> Any:
+def _nan_to_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: _nan_to_none(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
+        return [_nan_to_none(v) for v in value]
     return None if isinstance(value, float) and value != value else value

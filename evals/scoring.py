@@ -65,7 +65,7 @@ def score_entries(
     fraction = _total_fraction if preset.fraction == "total" else _top_fraction
     share = fraction(main, top.sum(1) if preset.fraction == "top3" else proj.sum(1), a, preset)
     silent = (torch.where(is_main, acts, 0) < preset.silent_below).all(1)
-    return WordScores(share, silent & _carried(proj, cos, a, preset), main_act, entry, top)
+    return WordScores(share, silent & _is_carried(proj, cos, a, preset), main_act, entry, top)
 
 
 def _top_fraction(main: Tensor, absorbed: Tensor, a: Tensor, preset: Preset) -> Tensor:
@@ -79,7 +79,7 @@ def _total_fraction(main: Tensor, total: Tensor, a: Tensor, preset: Preset) -> T
     return torch.where((main >= a) | (total <= 0), 0.0, (total - main) / total)
 
 
-def _carried(proj: Tensor, cos: Tensor, a: Tensor, preset: Preset) -> Tensor:
+def _is_carried(proj: Tensor, cos: Tensor, a: Tensor, preset: Preset) -> Tensor:
     """One latent, whichever has the largest projection, points along the probe and carries enough of the word."""
     largest, entry = proj.max(1)
     along = cos.gather(1, entry[:, None]).squeeze(1) >= preset.full_cos

@@ -58,9 +58,9 @@ def word_table(assets: Assets, scored: Scored, chosen: KSparse, preset: Preset) 
     table = pd.DataFrame(dict(zip(WORD_COLUMNS, columns, strict=True)))
     if scored.causal is None:
         return table
-    found = scored.causal
-    causal = (found.candidate, found.latent, found.effect, found.second, found.cos)
-    table["full"] = found.weight.tolist()
+    rate = scored.causal
+    causal = (rate.candidate, rate.latent, rate.effect, rate.second, rate.cos)
+    table["full"] = rate.weight.tolist()
     return table.assign(**{name: c.tolist() for name, c in zip(CAUSAL_COLUMNS, causal, strict=True)})
 
 

@@ -57,13 +57,13 @@ def detector_f1(
     sae: SAE, sample: Sample, feature: Int[Tensor, " pairs"], latent: Int[Tensor, " pairs"], n_features: int
 ) -> Float[Tensor, " pairs"]:
     """F1 = 2·TP / (2·TP + FP + FN) of 'the latent fires' for 'the feature is active'; 0 where neither ever happens."""
-    found = encode(sae, sample.x)
-    partner = torch.full((found.d_sae,), -1, device=feature.device)
+    latents = encode(sae, sample.x)
+    partner = torch.full((latents.d_sae,), -1, device=feature.device)
     partner[latent] = feature
-    seen = partner[found.columns]
-    hit = torch.isin(found.row_of_entry * n_features + seen, sample.rows * n_features + sample.features) & (seen >= 0)
+    seen = partner[latents.columns]
+    hit = torch.isin(latents.row_of_entry * n_features + seen, sample.rows * n_features + sample.features) & (seen >= 0)
     both = seen[hit].bincount(minlength=n_features)[feature]
-    fired = found.columns.bincount(minlength=found.d_sae)[latent]
+    fired = latents.columns.bincount(minlength=latents.d_sae)[latent]
     active = sample.features.bincount(minlength=n_features)[feature]
     return 2 * both / (fired + active).clamp(min=1)
 
@@ -103,15 +103,15 @@ def k_sparse_latents(
     Greedy: the next one is added while it raises F1 by more than f1_jump, up to max_k, as feature splitting is judged.
     """
     chosen: list[int] = []
-    told, best = torch.zeros_like(there), 0.0
+    covered, best = torch.zeros_like(there), 0.0
     while len(chosen) < preset.max_k:
-        either = told[:, None] | fires
+        either = covered[:, None] | fires
         f1 = 2 * (either & there[:, None]).sum(0) / (either.sum(0) + there.sum())
         value, latent = f1.max(0)
         if chosen and float(value) - best <= preset.f1_jump:
             break
         chosen.append(int(latent))
-        told, best = told | fires[:, latent], float(value)
+        covered, best = covered | fires[:, latent], float(value)
     return chosen
 
 

@@ -36,27 +36,27 @@ class Vocabulary:
 def entries(tokenizer: Any, special_ids: set[int], hierarchy: Hierarchy) -> tuple[Vocabulary, Counter]:
     """Tokenizer entries that spell a word of the hierarchy, and counts of the others by reason."""
     dropped: Counter = Counter()
-    found = Vocabulary([], [], [])
+    words = Vocabulary([], [], [])
     for token_id, text in enumerate(_strings(tokenizer)):
         if token_id in special_ids:
             dropped["dropped: special token"] += 1
         elif (label := hierarchy.label(text)) is None:
             dropped[f"dropped: {hierarchy.belonging}"] += 1
         else:
-            found.words.append(text)
-            found.token_ids.append(token_id)
-            found.labels.append(label)
-    return found, dropped
+            words.words.append(text)
+            words.token_ids.append(token_id)
+            words.labels.append(label)
+    return words, dropped
 
 
 def keep_single_tokens(
-    found: Vocabulary, dropped: Counter, is_single: Callable[[Vocabulary], list[bool]]
+    words: Vocabulary, dropped: Counter, is_single: Callable[[Vocabulary], list[bool]]
 ) -> Vocabulary:
     """Drop words that the prompt's tokens do not show as their own one token, then repeated strings."""
-    single = found.subset([r for r, ok in enumerate(is_single(found)) if ok])
+    single = words.subset([r for r, ok in enumerate(is_single(words)) if ok])
     first = {word: row for row, word in reversed(list(enumerate(single.words)))}
     rows = sorted(first.values())
-    dropped["dropped: not one token in the prompt"] = len(found) - len(single)
+    dropped["dropped: not one token in the prompt"] = len(words) - len(single)
     dropped["dropped: duplicate"] = len(single) - len(rows)
     kept = single.subset(rows)
     return Vocabulary(kept.words, kept.token_ids, kept.labels, {"kept": len(kept), **dropped})
@@ -65,17 +65,17 @@ def keep_single_tokens(
 def sample(vocabulary: Vocabulary, n_words: int, g: torch.Generator) -> Vocabulary:
     """About n_words of the words, the same share of every label (at least one each), in order."""
     share = min(1.0, n_words / max(len(vocabulary), 1))
-    return vocabulary.subset(_stratified(vocabulary.labels, lambda n: max(1, round(share * n)), g))
+    return vocabulary.subset(_draw_by_label(vocabulary.labels, lambda n: max(1, round(share * n)), g))
 
 
 def split(vocabulary: Vocabulary, test_share: float, g: torch.Generator) -> torch.Tensor:
     """Mark test words: the same share of every label; a label with a single word trains."""
     is_test = torch.zeros(len(vocabulary), dtype=torch.bool)
-    is_test[_stratified(vocabulary.labels, lambda n: round(test_share * n) if n > 1 else 0, g)] = True
+    is_test[_draw_by_label(vocabulary.labels, lambda n: round(test_share * n) if n > 1 else 0, g)] = True
     return is_test
 
 
-def _stratified(labels: list[int], how_many: Callable[[int], int], g: torch.Generator) -> list[int]:
+def _draw_by_label(labels: list[int], how_many: Callable[[int], int], g: torch.Generator) -> list[int]:
     chosen: list[int] = []
     all_labels = torch.tensor(labels)
     for label in range(max(labels, default=-1) + 1):

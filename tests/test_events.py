@@ -8,7 +8,7 @@ import torch
 from eval_fakes import D_IN, Decodes, FakeLM, fake_words, word_tokenizer
 
 from sae_train.evals import latent_pages
-from sae_train.evals.events import NEVER, event_log, recovered
+from sae_train.evals.events import NEVER, count_recovered, event_log
 
 STEPS = (0, 10, 20, 30, 40)
 # outcome and strongest other latent at each step
@@ -44,7 +44,7 @@ def test_each_absorbed_word_has_the_steps_at_which_it_fell_silent_and_was_taken_
 def test_sae_s_are_followed_apart_and_words_that_came_back_are_counted():
     both = pd.concat([trajectory("one"), trajectory("two").query("word == 'came back'")])
     assert event_log(both)["sae"].tolist() == ["one"] * 3
-    assert recovered(both) == {"one": 1, "two": 1}
+    assert count_recovered(both) == {"one": 1, "two": 1}
 
 
 class OneWordEach(Decodes):

@@ -72,12 +72,12 @@ def read_events(path: Path, gaps: list[str]) -> dict[str, dict[str, Any]]:
         return {}
     import pandas as pd
 
-    from sae_train.evals.events import event_log, recovered
+    from sae_train.evals.events import count_recovered, event_log
 
     try:
         table = pd.read_parquet(path)
         tokens = dict(zip(table["step"], table["tokens"], strict=True))
-        log, again = event_log(table), recovered(table)
+        log, again = event_log(table), count_recovered(table)
     except (OSError, ValueError, KeyError, TypeError) as error:
         gaps.append(f"trajectory.parquet cannot be read: {error}.")
         return {}
@@ -90,12 +90,12 @@ def read_events(path: Path, gaps: list[str]) -> dict[str, dict[str, Any]]:
 
 def read_latents(folder: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Records of latents/<sae>.jsonl by SAE."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    records: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        found[path.stem], broken = read_lines(path)
+        records[path.stem], broken = read_lines(path)
         if broken:
             gaps.append(f"{broken} unreadable record(s) of latents/{path.name} were left out.")
-    return found
+    return records
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
