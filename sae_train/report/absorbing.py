@@ -34,7 +34,7 @@ def event_charts(sae: TrainedSAE) -> list[Chart]:
     """Words taken over by evaluation, and the outcomes of all words over training; empty where nothing was followed."""
     if sae.invalid:
         return []
-    return [chart for chart in (_taken(sae), _outcomes(sae)) if chart]
+    return [chart for chart in (_takeovers(sae), _outcomes(sae)) if chart]
 
 
 def _order(row: dict[str, Any]) -> str:
@@ -42,7 +42,7 @@ def _order(row: dict[str, Any]) -> str:
     return "before" if first < silent else "together" if first == silent else "after"
 
 
-def _taken(sae: TrainedSAE) -> Bars | None:
+def _takeovers(sae: TrainedSAE) -> Bars | None:
     log = sae.event_log.get("events", [])
     if not log:
         return None

@@ -140,7 +140,7 @@ class Run:
         return f"{self.name} ({model}{f', {hook}' if hook else ''})" if model else self.name
 
 
-def carried(word: dict[str, Any]) -> float | None:
+def carried_share(word: dict[str, Any]) -> float | None:
     """Share of the activation's projection on the letter's probe that the first absorber carries."""
     a, proj = number(word.get("a")), word["absorber_proj"]
     return number(proj[0] / a) if a and a > 0 and proj else None
@@ -190,11 +190,11 @@ def load_run(folder: Path, prefixed: bool = False) -> Run:
 def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> TrainedSAE:
     """One SAE from its entry in run.json, with what its files hold."""
     width, seed = number(entry.get("width")), number(entry.get("seed"))
-    history = [_with_dead_fraction(row, width) for row in history]
+    history = [_add_dead_fraction(row, width) for row in history]
     tokens = {row.get("step"): row.get("tokens") for row in history}
     final = {key: value for row in history for key, value in row.items() if value is not None}
     final |= {key: value for key, value in (entry.get("final") or {}).items() if value is not None}
-    final = _with_dead_fraction(final, width)
+    final = _add_dead_fraction(final, width)
     beside = entry.get("baseline") or {}
     return TrainedSAE(
         arch=str(entry.get("arch") or known["name"].split("-")[0]),
@@ -211,7 +211,7 @@ def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> T
     )
 
 
-def _with_dead_fraction(row: dict[str, Any], width: float | None) -> dict[str, Any]:
+def _add_dead_fraction(row: dict[str, Any], width: float | None) -> dict[str, Any]:
     """Add dead latents as a fraction of the width, where only their number was logged."""
     count = number(row.get("sparsity/dead_features"))
     return {"sparsity/dead_fraction": count / width} | row if count is not None and width else row

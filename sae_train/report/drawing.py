@@ -11,7 +11,7 @@ from sae_train.report.marks import (
     Scale,
     left_margin,
     line,
-    padded,
+    pad_range,
     rect,
     row_label,
     text,
@@ -53,7 +53,7 @@ def _foot(x_title: str, height: float, ticks: list[tuple[float, str]]) -> list[N
 def _curves(chart: Curves) -> Node:
     lines = [_thin(own) for own in chart.lines]
     x = Scale(0, max(max(own.x) for own in lines) or 1, LEFT, WIDTH - RIGHT)
-    y = Scale(*padded(_late(chart, lines), chart.log, chart.zero), HEIGHT - BOTTOM, TOP, chart.log)
+    y = Scale(*pad_range(_late(chart, lines), chart.log, chart.zero), HEIGHT - BOTTOM, TOP, chart.log)
     body = [line("target", (LEFT, y(at)), (WIDTH - RIGHT, y(at))) for at in chart.targets if y.low <= at <= y.high]
     body += [_band(own, x, y) for own in lines if own.low and own.high] + [_path(own, x, y) for own in lines]
     inner = {"x": LEFT, "y": TOP - 6, "width": WIDTH - LEFT - RIGHT + 6, "height": HEIGHT - TOP - BOTTOM + 9}
@@ -106,9 +106,9 @@ def _thin(own: Line) -> Line:
 
 def _scatter(chart: Scatter) -> Node:
     points = [point for _, _, series in chart.series for point in series]
-    x = Scale(*padded([p.x for p in points], chart.log), LEFT, WIDTH - RIGHT, chart.log)
+    x = Scale(*pad_range([p.x for p in points], chart.log), LEFT, WIDTH - RIGHT, chart.log)
     seen = [value for p in points for value in (p.y, p.low, p.high) if value is not None]
-    y = Scale(*padded(seen, zero=chart.zero), HEIGHT - BOTTOM, TOP)
+    y = Scale(*pad_range(seen, zero=chart.zero), HEIGHT - BOTTOM, TOP)
     nodes = _levels(y) + _foot(chart.x_title, HEIGHT, x.ticks(4))
     for _, css, series in chart.series:
         joined = [Node("polyline", points=[(x(p.x), y(p.y)) for p in series])] if len(series) > 1 else []

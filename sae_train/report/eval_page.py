@@ -28,7 +28,7 @@ def eval_page(
     about: dict[str, str],
 ) -> str:  # fmt: skip
     """Return the whole page; an invalid result gets its reason and no score."""
-    sae = evaluated(result, baselines, about)
+    sae = record_of(result, baselines, about)
     words, cut = word_lists([sae])
     changes = mean_changes(interventions)
     return render(
@@ -49,7 +49,7 @@ def eval_page(
     )
 
 
-def evaluated(
+def record_of(
     result: AbsorptionResult, baselines: dict[str, dict[str, float]], about: dict[str, str]
 ) -> TrainedSAE:  # fmt: skip
     """The result as the report's record of an SAE."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from sae_train.evals.outcomes import OUTCOMES
-from sae_train.report.data import SILENT, TrainedSAE, carried
+from sae_train.report.data import SILENT, TrainedSAE, carried_share
 from sae_train.report.text import number
 
 MEASURES = {"fraction": "absorption/mean_fraction", "full": "absorption/mean_full"}
@@ -33,7 +33,7 @@ def family_name(sae: TrainedSAE) -> str:
     return "full by projections, family" if sae.causal else "full, family"
 
 
-def measured(sae: TrainedSAE) -> list[str]:
+def usable_measures(sae: TrainedSAE) -> list[str]:
     return [measure for measure, metric in MEASURES.items() if sae.usable(metric) is not None]
 
 
@@ -55,19 +55,19 @@ def above_random(sae: TrainedSAE) -> list[str]:
     return [measure_name(sae, measure) for measure in MEASURES if against_random(sae, measure)]
 
 
-def judged(saes: list[TrainedSAE], measure: str) -> tuple[int, int, int]:
+def count_distinguishable(saes: list[TrainedSAE], measure: str) -> tuple[int, int, int]:
     """How many SAEs are distinguishable from 0 and from the random SAE, and how many have one beside them."""
     beside = [above for sae in saes if (above := against_random(sae, measure)) is not None]
     return sum(against_zero(sae, measure) is True for sae in saes), sum(beside), len(beside)
 
 
-def apart(least: TrainedSAE, most: TrainedSAE, metric: str) -> bool:
+def intervals_apart(least: TrainedSAE, most: TrainedSAE, metric: str) -> bool:
     """Whether the intervals of two SAEs do not overlap."""
     low, high = most.get(f"{metric}_low"), least.get(f"{metric}_high")
     return low is not None and high is not None and low > high
 
 
-def ranked(saes: list[TrainedSAE], metric: str) -> list[TrainedSAE]:
+def rank(saes: list[TrainedSAE], metric: str) -> list[TrainedSAE]:
     """SAEs with a usable value of a metric, from the least to the most."""
     known = [sae for sae in saes if sae.usable(metric) is not None]
     return sorted(known, key=lambda sae: (sae.get(metric), sae.label))
@@ -91,5 +91,5 @@ def is_absorbed(row: dict[str, Any]) -> bool:
 
 def _clearness(row: dict[str, Any]) -> tuple[bool, float]:
     """Prefer full absorption by a latent that carries most, but no more than all, of the direction."""
-    share = carried(row)
+    share = carried_share(row)
     return (number(row.get("full")) or 0) > 0, -abs(share - 0.9) if share is not None else -9.0

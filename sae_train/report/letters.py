@@ -36,7 +36,7 @@ def _scores(sae: TrainedSAE, measure: str) -> Chart | None:
     rows = [Row(str(row["letter"]), *_marks(row, measure, family)) for row in sae.last_letters]
     if not any(row.marks for row in rows):
         return None
-    entries = [("dot c0", "score with 95 % interval" if _with_interval(sae, measure) else "score")]
+    entries = [("dot c0", "score with 95 % interval" if _has_interval(sae, measure) else "score")]
     hollow = any(mark.css.startswith("ring") for row in rows for mark in row.marks)
     entries += [("ring c1", "family-corrected")] if hollow else []
     entries += [("rule mean", "mean")] if mean is not None else []
@@ -57,7 +57,7 @@ def _marks(row: dict[str, Any], measure: str, family: bool) -> tuple[list[Mark],
     return marks, ""
 
 
-def _with_interval(sae: TrainedSAE, measure: str) -> bool:
+def _has_interval(sae: TrainedSAE, measure: str) -> bool:
     return any(number(row.get(f"{measure}_low")) is not None for row in sae.last_letters)
 
 

@@ -22,12 +22,14 @@ class Node:
 
     def __html__(self) -> str:
         given = {name: value for name, value in ({"class": self.css} | self.attributes).items() if value != ""}
-        head = "".join(f' {name.replace("_", "-")}="{escape(_written(value))}"' for name, value in given.items())
+        head = "".join(
+            f' {name.replace("_", "-")}="{escape(_write_attribute(value))}"' for name, value in given.items()
+        )
         inside = "".join(map(escape, self.inside))
         return f"<{self.tag}{head}>{inside}</{self.tag}>" if inside else f"<{self.tag}{head}/>"
 
 
-def _written(value: object) -> str:
+def _write_attribute(value: object) -> str:
     if isinstance(value, list):
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in value)
     return f"{value:.1f}" if isinstance(value, float) else str(value)
@@ -85,7 +87,7 @@ class Scale:
         return [(self(value), tick(value)) for value in values]
 
 
-def padded(values: list[float], log: bool = False, zero: bool = False) -> tuple[float, float]:
+def pad_range(values: list[float], log: bool = False, zero: bool = False) -> tuple[float, float]:
     """Span values with some room at both sides, or from 0; never empty, positive if logarithmic."""
     if log:
         values = [value for value in values if value > 0] or [0.1, 1]

@@ -26,7 +26,7 @@ SEEDS_ASKED = 3  # a side; fewer leave the noise of training out of sight
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """b − a of each score, or why there is none; `how` says what was done to match L0."""
 
     name: str
@@ -39,7 +39,7 @@ class Compared:
         return min(self.seeds) < SEEDS_ASKED
 
 
-def comparisons(cells: list[Cell]) -> list[Compared]:
+def comparisons(cells: list[Cell]) -> list[Comparison]:
     """Architectures at one width and L0, widths of one architecture and L0, L0 of one architecture and width."""
     made = [_at_one_l0(a, b, cells) for a, b in _pairs(cells, "arch") + _pairs(cells, "width")]
     return made + [_over_l0(a, b) for a, b in _pairs(cells, "l0")]
@@ -57,35 +57,35 @@ def _pairs(cells: list[Cell], trait: str) -> list[tuple[Cell, Cell]]:
     return pairs
 
 
-def _at_one_l0(a: Cell, b: Cell, cells: list[Cell]) -> Compared:
+def _at_one_l0(a: Cell, b: Cell, cells: list[Cell]) -> Comparison:
     differs = f"{b.arch} − {a.arch}, {width_label(a.width)}" if a.arch != b.arch else ""
     differs = differs or f"{a.arch}: {width_label(b.width)} − {width_label(a.width)}"
     name = f"{differs}, L0 {a.l0:g}"
     apart = abs(math.log(b.reached / a.reached)) if a.reached and b.reached else math.inf
     if apart <= CLOSE_L0:
-        return _compared(name, "as reached", a, b)
+        return _compare(name, "as reached", a, b)
     if all(_can_interpolate(cell, cells) for cell in (a, b)):
-        return _compared(name, "interpolated", a, b, _series(a, cells), _series(b, cells))
+        return _compare(name, "interpolated", a, b, _series(a, cells), _series(b, cells))
     reason = f"not compared: L0 {percent(math.expm1(apart))} apart" if math.isfinite(apart) else "not compared: no L0"
-    return Compared(name, _seeds(a, b), reason, {})
+    return Comparison(name, _seeds(a, b), reason, {})
 
 
-def _over_l0(a: Cell, b: Cell) -> Compared:
-    return _compared(f"{a.arch}, {width_label(a.width)}: L0 {b.l0:g} − {a.l0:g}", "two L0", a, b)
+def _over_l0(a: Cell, b: Cell) -> Comparison:
+    return _compare(f"{a.arch}, {width_label(a.width)}: L0 {b.l0:g} − {a.l0:g}", "two L0", a, b)
 
 
-def _compared(
+def _compare(
     name: str, how: str, a: Cell, b: Cell, along_a: Sequence[Cell] = (), along_b: Sequence[Cell] = ()
-) -> Compared:  # fmt: skip
+) -> Comparison:  # fmt: skip
     """b − a over the labels that count in both, along a series of L0 if one is given."""
     from sae_train.evals.intervals import paired_difference
 
     labels = sorted(set.intersection(*(cell.letters for cell in (a, b, *along_a, *along_b))))
     if not labels:
-        return Compared(name, _seeds(a, b), "not compared: no label counts in both", {})
+        return Comparison(name, _seeds(a, b), "not compared: no label counts in both", {})
     sides = [(b, along_b), (a, along_a)]
     matrices = {score: [_matrix(cell, along, score, labels) for cell, along in sides] for score in SCORES}
-    return Compared(name, _seeds(a, b), how, {score: paired_difference(*pair) for score, pair in matrices.items()})
+    return Comparison(name, _seeds(a, b), how, {score: paired_difference(*pair) for score, pair in matrices.items()})
 
 
 def _series(cell: Cell, cells: list[Cell]) -> list[Cell]:

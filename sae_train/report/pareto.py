@@ -37,7 +37,7 @@ def pareto(saes: list[TrainedSAE]) -> list[Chart]:
     charts = []
     for name, (x, y) in PLOTS.items():
         log = x == "metrics/l0"
-        known = [sae for sae in usable if _known(sae, x, log) and _known(sae, y, False)]
+        known = [sae for sae in usable if _has_value(sae, x, log) and _has_value(sae, y, False)]
         series = _series(known, x, y)
         if sum(len(points) for _, _, points in series) > 1:
             zero, (dashes, legend) = y.startswith("absorption"), _legend(series)
@@ -47,7 +47,7 @@ def pareto(saes: list[TrainedSAE]) -> list[Chart]:
     return charts
 
 
-def _known(sae: TrainedSAE, metric: str, positive: bool) -> bool:
+def _has_value(sae: TrainedSAE, metric: str, positive: bool) -> bool:
     value = sae.usable(metric)
     return value is not None and (value > 0 or not positive)
 

@@ -41,14 +41,14 @@ def picture(charts: list[Chart], columns: int = 1) -> Figure:
 
 def _frame(chart: Chart, named: bool) -> tuple[list[Node], float]:
     """A chart under its title, note and legend, and the height of it all."""
-    above = [text(0, LINE, chart.title, "start", "title"), *_wrapped(chart.note)]
+    above = [text(0, LINE, chart.title, "start", "title"), *_wrap(chart.note)]
     above += _legend(chart, WIDTH, _height(above)) if named else []
     drawn = draw(chart)
     top = _height(above) + 6
     return [*above, Node("g", "", drawn, top=top)], top + float(drawn.attributes["viewBox"].split()[-1])
 
 
-def _wrapped(note: str) -> list[Node]:
+def _wrap(note: str) -> list[Node]:
     lines = re.findall(rf".{{1,{int(WIDTH / (CHARACTER - 0.8))}}}(?:\s|$)", note)
     return [text(0, (i + 2) * LINE, words.strip(), "start") for i, words in enumerate(lines)]
 

@@ -44,7 +44,7 @@ def own_names(saes: list[TrainedSAE]) -> list[str]:
     return [name for name in names if any(sae.get(name) is not None for sae in saes)]
 
 
-def beside(saes: list[TrainedSAE]) -> list[str]:
+def baselines_beside(saes: list[TrainedSAE]) -> list[str]:
     """Baselines that stand beside some SAE, the random SAE always."""
     return [name for name in BASELINES if name == "random" or any(sae.baselines.get(name) for sae in saes)]
 
@@ -52,7 +52,7 @@ def beside(saes: list[TrainedSAE]) -> list[str]:
 def score_heads(saes: list[TrainedSAE], with_family: bool) -> list[str]:
     """Heads of the overview's columns that need a valid score."""
     first = saes[0]
-    ways = {name: ", by projections" if first.causal and name in PROJECTED else "" for name in beside(saes)}
+    ways = {name: ", by projections" if first.causal and name in PROJECTED else "" for name in baselines_beside(saes)}
     heads = [f"absorption, {measure_name(first, measure)}" for measure in MEASURES]
     heads += [family_name(first)] if with_family else []
     return [*heads, *(BASELINES[name][0] + way for name, way in ways.items()), first.nouns, "mean F1"]

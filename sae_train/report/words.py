@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sae_train.report.data import SILENT, TrainedSAE, carried
+from sae_train.report.data import SILENT, TrainedSAE, carried_share
 from sae_train.report.text import number
 
 WORD_ROWS = 24_000  # in one page, over all SAEs
@@ -58,7 +58,7 @@ def _word_row(row: dict[str, Any], event: dict[str, Any] | None) -> list[Any]:
         None if activation <= SILENT else round(activation, 3),
         int(absorbers[0]) if absorbers else None,
         cosines[0] if cosines else None,
-        _round(carried(row)),
+        _round(carried_share(row)),
         _round(row.get("fraction")) or 0.0,
         int((number(row.get("full")) or 0) > 0),
         row.get("outcome") if isinstance(row.get("outcome"), str) else None,
