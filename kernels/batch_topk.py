@@ -50,9 +50,9 @@ def largest(slabs: Iterable[Tensor], count: int, floor: Float[Tensor, ""]) -> tu
     """
     values, positions, start, floor = [], [], 0, floor.clamp_min(0)
     for slab in slabs:
-        found = (slab > floor).view(-1).nonzero().view(-1)
-        values.append(slab.view(-1)[found])
-        positions.append(found + start)
+        flat = (slab > floor).view(-1).nonzero().view(-1)
+        values.append(slab.view(-1)[flat])
+        positions.append(flat + start)
         start += slab.numel()
         if sum(v.numel() for v in values) > SPARE * count:
             kept = _cut(torch.cat(values), torch.cat(positions), count)

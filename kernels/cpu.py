@@ -116,8 +116,8 @@ def _slabs(centred: Tensor, W_enc: Tensor, b_enc: Tensor):
 def _topk(centred, W_enc, b_enc, k: int) -> tuple[Tensor, Tensor]:
     """Return values and latents (batch, k) of the k largest pre-activations."""
     pays = screen.pays(centred, W_enc.shape[1], k)
-    if pays and (found := screen.topk(centred, W_enc.t().contiguous(), b_enc, k)):
-        return found
+    if pays and (selected := screen.topk(centred, W_enc.t().contiguous(), b_enc, k)):
+        return selected
     parts = [top_k(pre, k) for pre in _slabs(centred, W_enc, b_enc)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -134,8 +134,8 @@ def pre_topk(x, W_enc, b_enc, b_dec, k: int) -> tuple[Tensor, Pattern]:
 def _above(centred, W_enc, b_enc, floor: Tensor | float, few: bool) -> tuple[Tensor, Pattern]:
     """Return the pre-activations above floor, row after row, and their pattern. NaN is above any floor."""
     pays = few and screen.pays(centred, W_enc.shape[1])
-    if pays and (found := screen.above(centred, W_enc.t().contiguous(), b_enc, floor)):
-        return found
+    if pays and (selected := screen.above(centred, W_enc.t().contiguous(), b_enc, floor)):
+        return selected
     values, latents, counts = [], [], []
     for pre in _slabs(centred, W_enc, b_enc):
         flat = (~(pre <= floor)).view(-1).nonzero().view(-1)

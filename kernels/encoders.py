@@ -69,14 +69,14 @@ def above(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor, how: Plan | None =
     full = (counts > how.R).any(1)
     offsets = nnf.pad(counts.sum(1).masked_fill_(full, 0).cumsum(0), (1, 0))
     n_full, n = torch.stack([full.sum(), offsets[-1]]).tolist()
-    values, found = x.new_empty(n, dtype=torch.float32), latents.new_empty(n)
+    values, chosen = x.new_empty(n, dtype=torch.float32), latents.new_empty(n)
     block = triton.next_power_of_2(keys.shape[1])
     compact_kernel[(len(x),)](
-        keys, latents, counts, offsets, values, found, keys.shape[1], how.R, block, num_warps=warps_for(block)
+        keys, latents, counts, offsets, values, chosen, keys.shape[1], how.R, block, num_warps=warps_for(block)
     )
     if not n_full:
-        return values, found, offsets
-    return _with_redone(values, found, offsets, full, _above_dense(x[full], W, b_enc, floor))
+        return values, chosen, offsets
+    return _with_redone(values, chosen, offsets, full, _above_dense(x[full], W, b_enc, floor))
 
 
 def _path(x: Tensor) -> str:
@@ -142,21 +142,21 @@ def _group(pre: Tensor, floor: Tensor | None, how: Plan) -> tuple[Tensor, Tensor
 def _select(k: int, keys: Tensor, latents: Tensor, how: Plan, source: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Return the exact top k from candidates; source is (x, W, b_enc), or (pre,) to read members again."""
     batch, n = keys.shape
-    values, found = keys.new_empty(batch, k, dtype=torch.float32), keys.new_empty(batch, k)
+    values, chosen = keys.new_empty(batch, k, dtype=torch.float32), keys.new_empty(batch, k)
     flags = keys.new_empty(batch)
     block = triton.next_power_of_2(n)
-    select_kernel[(batch,)](keys, latents, values, found, flags, n, k, how.R, block, num_warps=warps_for(block))
+    select_kernel[(batch,)](keys, latents, values, chosen, flags, n, k, how.R, block, num_warps=warps_for(block))
     dense = len(source) == 1
     x, W, b_enc = source * 3 if dense else source
     d_sae, n_groups = x.shape[1] if dense else len(b_enc), n // how.R
     block_k = _block_k(x.shape[1], how)
     repair_kernel[(min(batch, REPAIR_PROGRAMS),)](
-        flags, keys, latents, values, found, x, x, W, b_enc, batch, d_sae, n_groups, k,
+        flags, keys, latents, values, chosen, x, x, W, b_enc, batch, d_sae, n_groups, k,
         1 if dense else x.shape[1], dense, how.R, triton.next_power_of_2(k), triton.next_power_of_2(n_groups),
         how.block_m, how.group, block_k, not dense and _packed(x), precision(), interpreted(),
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
-    return values, found
+    return values, chosen
 
 
 def _topk_dense(pre: Tensor, k: int, how: Plan) -> tuple[Tensor, Tensor]:

@@ -64,10 +64,10 @@ def latent_sums(pattern: Pattern, weights: Tensor, table: Tensor) -> tuple[Tenso
     weights, table, parts = weights.index_select(0, order), table.contiguous(), pattern.segments
     out, sums = bag(tokens, weights, table, offsets[:-1], offsets[1:] if parts is None else parts.light_ends)
     if parts is not None:
-        found, found_sums = bag(tokens, weights, table, parts.starts, parts.ends)
+        part_rows, part_sums = bag(tokens, weights, table, parts.starts, parts.ends)
         block = _block(BAG_COLUMNS, table.shape[1])
         sparse.join_kernel[(len(parts.owners), triton.cdiv(table.shape[1], block))](
-            found, found_sums, parts.owners, parts.edges, out, sums, table.shape[1], block, num_warps=4
+            part_rows, part_sums, parts.owners, parts.edges, out, sums, table.shape[1], block, num_warps=4
         )
     return out, sums
 

@@ -88,17 +88,17 @@ def topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor] | Non
     The k largest group maxima belong to k entries, so the least they can be is a bound from below on the k-th value.
     None where something is not finite: nothing is proven then.
     """
-    screen, found, counts = Screen.of(x, W, b), [], []
+    screen, candidates, counts = Screen.of(x, W, b), [], []
     if not screen.slack.isfinite().all():
         return None
     for u, slack in screen.slabs():
         maxima = _maxima(u)
         kth = kth_largest(_coarser(maxima, 8 * k).float(), k)
         latents, n = _candidates(u, maxima, kth - 2 * ROUNDING * kth.abs() - slack, slack)
-        found.append(latents)
+        candidates.append(latents)
         counts.append(n)
     counts = torch.cat(counts)
-    pre, pattern = _exact(x, W, b, torch.cat(found), counts)
+    pre, pattern = _exact(x, W, b, torch.cat(candidates), counts)
     # Rows side by side, padded to the longest; none has fewer than k.
     place = torch.arange(int(counts.max()), device=x.device) < counts[:, None]
     values, at = pre.new_full(place.shape, -torch.inf).masked_scatter_(place, pre).topk(k, dim=1, sorted=False)
@@ -110,14 +110,14 @@ def above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor | float) -> tuple[Tenso
 
     None where something is not finite.
     """
-    screen, found, counts = Screen.of(x, W, b - floor), [], []
+    screen, candidates, counts = Screen.of(x, W, b - floor), [], []
     if not screen.slack.isfinite().all():
         return None
     for u, _ in screen.raised().slabs():
         latents, n = _not_negative(u)
-        found.append(latents)
+        candidates.append(latents)
         counts.append(n)
-    pre, pattern = _exact(x, W, b, torch.cat(found), torch.cat(counts))
+    pre, pattern = _exact(x, W, b, torch.cat(candidates), torch.cat(counts))
     chosen = pre > (floor[pattern.latents] if isinstance(floor, Tensor) and floor.dim() else floor)
     ends = nnf.pad(chosen.cumsum(0), (1, 0))[pattern.offsets]
     return pre[chosen], Pattern(pattern.latents[chosen], ends, len(W))

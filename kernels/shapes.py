@@ -55,16 +55,16 @@ def plan(k: int | None, d_sae: int, itemsize: int, path: str = "fused") -> Plan:
     """
     if path != "sort":
         for R in (R_ABOVE,) if k is None else (2, 4, 8, 16):
-            found = Plan(path, GROUP[path], R, **(tile_for(itemsize) if path == "fused" else {}))
-            if fits(found, k, d_sae) and (k is None or expected_repairs(found.n_groups(d_sae), k, R) <= MAX_REPAIRED):
-                return found
+            how = Plan(path, GROUP[path], R, **(tile_for(itemsize) if path == "fused" else {}))
+            if fits(how, k, d_sae) and (k is None or expected_repairs(how.n_groups(d_sae), k, R) <= MAX_REPAIRED):
+                return how
     return Plan("sort", 1, 1)
 
 
-def fits(found: Plan, k: int | None, d_sae: int) -> bool:
+def fits(how: Plan, k: int | None, d_sae: int) -> bool:
     """Whether every group has R members, the candidates hold k entries, and a program holds the candidates."""
-    n_groups, candidates = found.n_groups(d_sae), found.candidates(d_sae)
-    return d_sae // n_groups >= found.R and (k or 0) <= candidates <= MAX_CANDIDATES
+    n_groups, candidates = how.n_groups(d_sae), how.candidates(d_sae)
+    return d_sae // n_groups >= how.R and (k or 0) <= candidates <= MAX_CANDIDATES
 
 
 def tile_for(itemsize: int) -> dict[str, int]:

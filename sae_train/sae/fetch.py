@@ -33,8 +33,8 @@ def fetch(repo: str, folder: str | None, names: Sequence[str], revision: str | N
     patterns = [glob.escape(prefix) + name for name in names] + ["config.json"]
     with hub_errors(f"no SAE {repo!r} is in a folder here, and it cannot be had from the hub"), quiet_client():
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-        found = [name for name in names if (root / prefix / name).is_file()]
-        if not set(found) - {"config.json"}:
+        fetched = [name for name in names if (root / prefix / name).is_file()]
+        if not set(fetched) - {"config.json"}:
             raise UserError(_no_sae_there(repo, folder, names, revision))
     return root / prefix
 

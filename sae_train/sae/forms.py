@@ -53,7 +53,7 @@ class ReLU(Form):
         return ops.encode_relu(x, sae.W_enc, sae.b_enc, sae.input_bias)
 
     def entries(self, sae, x):
-        return _above(ops.active_above(x, sae.W_enc, sae.b_enc, sae.input_bias, 0.0))
+        return _to_entries(ops.active_above(x, sae.W_enc, sae.b_enc, sae.input_bias, 0.0))
 
     def reconstruct(self, sae, x):
         return sae.decode(self.encode(sae, x))
@@ -88,7 +88,7 @@ class JumpReLU(Form):
         return ops.encode_jumprelu(x, sae.W_enc, sae.b_enc, sae.input_bias, sae.threshold, 1.0)
 
     def entries(self, sae, x):
-        return _above(ops.active_above(x, sae.W_enc, sae.b_enc, sae.input_bias, sae.threshold))
+        return _to_entries(ops.active_above(x, sae.W_enc, sae.b_enc, sae.input_bias, sae.threshold))
 
     def reconstruct(self, sae, x):
         return sae.decode(self.encode(sae, x))
@@ -119,6 +119,6 @@ class Gated(Form):
 FORMS: dict[str, Form] = {"relu": ReLU(), "topk": TopK(), "jumprelu": JumpReLU(), "gated": Gated()}
 
 
-def _above(found: tuple[Tensor, ops.Pattern]) -> tuple[Tensor, Tensor, Tensor]:
-    values, pattern = found
+def _to_entries(selected: tuple[Tensor, ops.Pattern]) -> tuple[Tensor, Tensor, Tensor]:
+    values, pattern = selected
     return values, pattern.latents, pattern.offsets.diff()
