@@ -148,19 +148,15 @@ def _number(value: float | None, form: str) -> str:
 def write_card(folder: Path, sae: dict[str, Any], info: dict[str, Any], measured: str) -> None:
     """Write README.md into an SAE's folder; `measured` is the line on its absorption."""
     final = sae["final"]
-
-    def shown(name: str, form: str) -> str:
-        return "not measured" if final.get(name) is None else format(final[name], form)
-
     text = SAE_CARD.format(
         name=sae["name"],
         arch=sae["arch"],
         width=sae["width"],
         l0=sae["l0"],
-        l0_reached=shown("metrics/l0", ".2f"),
-        ev=shown("metrics/explained_variance", ".4f"),
-        recovered=shown("metrics/ce_loss_score", ".4f"),
-        dead=shown("sparsity/dead_fraction", ".1%"),
+        l0_reached=_number(final.get("metrics/l0"), ".2f"),
+        ev=_number(final.get("metrics/explained_variance"), ".4f"),
+        recovered=_number(final.get("metrics/ce_loss_score"), ".4f"),
+        dead=_number(final.get("sparsity/dead_fraction"), ".1%"),
         absorption=measured,
         model=info["model"],
         hook_name=info["hook_name"],

@@ -43,16 +43,16 @@ class Candidate:
         name, final = self.entry["name"], self.entry["final"]
         if not (self.folder / "cfg.json").is_file():
             return [f"{name} is not finished ({self.entry['failed'] or 'its run was interrupted'})"]
-        found = []
+        problems = []
         if self.entry["l0"] is None:
-            found.append(f"{name} is in no run's folder, so nothing says what it was to be")
+            problems.append(f"{name} is in no run's folder, so nothing says what it was to be")
         elif final.get("metrics/l0") is None:
-            found.append(f"the L0 of {name} was not measured")
+            problems.append(f"the L0 of {name} was not measured")
         elif abs(final["metrics/l0"] / self.entry["l0"] - 1) > MAX_L0_ERROR:
-            found.append(f"{name} has L0 {final['metrics/l0']:.2f} where {self.entry['l0']:g} was asked")
+            problems.append(f"{name} has L0 {final['metrics/l0']:.2f} where {self.entry['l0']:g} was asked")
         if final.get("absorption/valid") is None and final.get("toy/mcc") is None:
-            found.append(f"the absorption eval of {name} is missing (sae-train eval {self.folder})")
-        return found
+            problems.append(f"the absorption eval of {name} is missing (sae-train eval {self.folder})")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ def find(checkpoint: Path) -> Source:
     sae, run = load_sae(folder), folder.parents[1]
     info = read_json(run / "run.json") if (run / "run.json").is_file() else {}
     entry = next((entry for entry in info.get("saes", ()) if entry["name"] == folder.name), None)
-    return Source(info, run, [_candidate(folder, entry)]) if entry else _alone(folder, sae.cfg)
+    return Source(info, run, [_candidate(folder, entry)]) if entry else _lone_source(folder, sae.cfg)
 
 
-def _alone(folder: Path, cfg: SAEConfig) -> Source:
+def _lone_source(folder: Path, cfg: SAEConfig) -> Source:
     """An SAE in no run's folder: its configuration is all that is known."""
     entry = {"name": folder.name, "arch": cfg.metadata.get("trained_as", cfg.architecture), "width": cfg.d_sae,
              "l0": None, "failed": None, "final": {}, "baseline": {}}  # fmt: skip
@@ -134,8 +134,8 @@ def _alone(folder: Path, cfg: SAEConfig) -> Source:
 def _candidate(folder: Path, entry: dict[str, Any]) -> Candidate:
     """Fill in what `sae-train eval` wrote beside the SAE, where the run itself did not evaluate it."""
     if entry["final"].get("absorption/valid") is None and (folder / "absorption.json").is_file():
-        found, beside = _evaluation(read_json(folder / "absorption.json"))
-        entry = entry | {"final": entry["final"] | found, "baseline": entry["baseline"] | beside}
+        figures, beside = _evaluation(read_json(folder / "absorption.json"))
+        entry = entry | {"final": entry["final"] | figures, "baseline": entry["baseline"] | beside}
     return Candidate(folder, entry)
 
 
@@ -144,7 +144,7 @@ def _evaluation(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     if result.get("eval_type_id") != "absorption_first_letter":
         return {}, {}
     rest, means = result["eval_result_unstructured"], result["eval_result_metrics"]["mean"]
-    found = {name: rest[name] for name in ("valid", "reason", "mean_f1")} | {
+    figures = {name: rest[name] for name in ("valid", "reason", "mean_f1")} | {
         "n_letters": len(result["eval_result_details"])
     }
     for ours, theirs in (
@@ -152,13 +152,13 @@ def _evaluation(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         ("mean_full", "mean_full_absorption_score"),
     ):
         low, high = rest["intervals"][ours]
-        found |= {ours: means[theirs], f"{ours}_low": low, f"{ours}_high": high}
-    return {f"absorption/{name}": value for name, value in found.items()}, rest["baselines"]
+        figures |= {ours: means[theirs], f"{ours}_low": low, f"{ours}_high": high}
+    return {f"absorption/{name}": value for name, value in figures.items()}, rest["baselines"]
 
 
 def _origin(info: dict[str, Any], repo: str, license: str, base_model: str | None) -> Origin:
     """Where the SAEs came from, in names that mean something elsewhere: local paths keep their last part."""
-    model, dataset = _public(info["model"]), _public(info["dataset"])
+    model, dataset = _public_name(info["model"]), _public_name(info["dataset"])
     settings = info.get("settings")
     from_text = settings and not info.get("activations")
     return Origin(
@@ -169,7 +169,7 @@ def _origin(info: dict[str, Any], repo: str, license: str, base_model: str | Non
     )  # fmt: skip
 
 
-def _public(name: str) -> str:
+def _public_name(name: str) -> str:
     return Path(name).name if Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) else name
 
 
@@ -179,7 +179,7 @@ def _on_hub(name: str) -> bool:
 
 def _stage(staged: Path, source: Source, origin: Origin) -> None:
     for candidate in source.candidates:
-        sae = _named(load_sae(candidate.folder), origin)
+        sae = _rename(load_sae(candidate.folder), origin)
         save_sae(sae, staged / candidate.entry["name"])
         _check_same(sae, load_sae(staged / candidate.entry["name"]), candidate.entry["name"])
     entries = [candidate.entry for candidate in source.candidates]
@@ -192,7 +192,7 @@ def _stage(staged: Path, source: Source, origin: Origin) -> None:
     write_text(staged / "README.md", card(origin, entries, with_curves=bool(rows)))
 
 
-def _named(sae: SAE, origin: Origin) -> SAE:
+def _rename(sae: SAE, origin: Origin) -> SAE:
     """The SAE with public names and decoder rows of norm 1, as sae-bench wants them where that changes nothing."""
     norm = sae.W_dec.norm(dim=1)
     selects_by_size = sae.cfg.architecture == "topk" and (norm.max() - norm.min()) > UNIT * norm.max()

@@ -27,11 +27,11 @@ def command(settings: dict[str, Any]) -> str:
             before = f"printf '%s\\n' {shlex.quote(json.dumps({name: list(value)}))} > drop.yaml\n"
             words += ["--config", "drop.yaml"]
         elif value is not None:
-            words += [flag, _text(name, value)]
+            words += [flag, _write_flag_value(name, value)]
     return before + shlex.join(words)
 
 
-def _text(name: str, value: Any) -> str:
+def _write_flag_value(name: str, value: Any) -> str:
     parts = value if isinstance(value, list | tuple) else [value]
     if name == "width":
         return ",".join(map(width_label, parts))
@@ -54,15 +54,15 @@ def shell_call(given: dict[str, Any], config: str | None) -> str:
 
 def python_call(settings: dict[str, Any], activations: Any = None, callbacks: Sequence[Any] = ()) -> str:
     """Write the call of `sae_train.train` that had these arguments."""
-    words = [f"{name}={_typed(value)}" for name, value in settings.items()]
+    words = [f"{name}={_write_value(value)}" for name, value in settings.items()]
     if activations is not None:
-        words.append(f"activations={_shown(activations)}")
+        words.append(f"activations={_write_activations(activations)}")
     if callbacks:
         words.append(f"callbacks=[{', '.join(getattr(each, '__name__', type(each).__name__) for each in callbacks)}]")
     return f"sae_train.train({', '.join(words)})"
 
 
-def _typed(value: Any) -> str:
+def _write_value(value: Any) -> str:
     """A setting as it can be typed again; what no setting takes stays as it is, to be refused with the others."""
     try:
         return repr(plain(value))
@@ -70,7 +70,7 @@ def _typed(value: Any) -> str:
         return repr(value)
 
 
-def _shown(activations: Any) -> str:
+def _write_activations(activations: Any) -> str:
     if isinstance(activations, str | PathLike):
         return repr(str(activations))
     shape = getattr(activations, "shape", None)
