@@ -14,7 +14,7 @@ from sae_train.cli import main
 from sae_train.config import SAESpec, resolve
 from sae_train.errors import UserError
 from sae_train.runs import finisher, plan, runner
-from sae_train.runs.plan import GIB, make_plan, named, split
+from sae_train.runs.plan import GIB, find_passes, make_plan, split
 from sae_train.runs.session import begin, enter
 from sae_train.training.learner import Learner
 
@@ -167,4 +167,4 @@ def test_passes_hold_what_fits_the_widest_first_in_grid_order():
     assert [[spec.width for spec in members] for members in passes] == [[64, 512], [128, 256]]
     assert split(specs, lambda members: True) == (tuple(specs),)
     assert len(split(specs, lambda members: False)) == 4
-    assert named(specs, [["topk-128-l0_8"]]) == ((specs[1],),)
+    assert find_passes(specs, [["topk-128-l0_8"]]) == ((specs[1],),)

@@ -81,14 +81,14 @@ class Fidelity:
 
     def __init__(self, lm: LanguageModel, data: fidelity.FidelityData, scale: float, learners: Sequence[Learner]):
         self.lm, self.data, self.scale, self.learners = lm, data, scale, learners
-        self._step, self._found = -1, {}
+        self._step, self._figures = -1, {}
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
         if step != self._step:
             makers = {each.name: partial(each.export, self.scale) for each in self.learners if each.failed is None}
-            found = fidelity.losses_recovered(self.lm, list(makers.values()), self.data)
-            self._step, self._found = step, dict(zip(makers, found, strict=True))
-        yield from self._found[learner.name].items()
+            figures = fidelity.losses_recovered(self.lm, list(makers.values()), self.data)
+            self._step, self._figures = step, dict(zip(makers, figures, strict=True))
+        yield from self._figures[learner.name].items()
 
 
 class Own:
@@ -101,7 +101,7 @@ class Own:
         return self.callback(learner.export(self.scale), step) or ()
 
 
-def checked(callback: Callback) -> Callback:
+def check_callback(callback: Callback) -> Callback:
     """Return a user's callback that yields only what JSON can hold, under names of its own; UserError for the rest."""
     who = f"the callback {getattr(callback, '__name__', type(callback).__name__)}"
 

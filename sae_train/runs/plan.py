@@ -272,7 +272,7 @@ def split(specs: Sequence[SAESpec], fits: Callable[[list[SAESpec]], bool]) -> Pa
     return tuple(tuple(sorted(members, key=specs.index)) for members in passes)
 
 
-def named(specs: Sequence[SAESpec], names: Sequence[Sequence[str]]) -> Passes:
+def find_passes(specs: Sequence[SAESpec], names: Sequence[Sequence[str]]) -> Passes:
     """Return the passes of these names, as run.json keeps them."""
     by_name = {spec.name: spec for spec in specs}
     return tuple(tuple(by_name[name] for name in members) for members in names)

@@ -134,7 +134,7 @@ def resume(folder: str | Path, *, activations: Any = None, callbacks: Sequence[C
     not given again.
     """
     from sae_train.runs import session
-    from sae_train.runs.plan import named
+    from sae_train.runs.plan import find_passes
     from sae_train.runs.process import prepare_process
     from sae_train.runs.runner import Runner
 
@@ -148,15 +148,15 @@ def resume(folder: str | Path, *, activations: Any = None, callbacks: Sequence[C
         raise UserError(f"the run {str(folder)!r} has no saved state yet: delete the folder and start it again")
     if "passes" not in info:
         raise UserError(f"the run {str(folder)!r} was begun by an earlier version of sae-train: start it again")
-    settings, given = _as_begun(folder, info, activations)
-    opened = session.open_session(settings, named(settings.specs, info["passes"]), folder, given)
+    settings, given = _restore_settings(folder, info, activations)
+    opened = session.open_session(settings, find_passes(settings.specs, info["passes"]), folder, given)
     session.load(opened, saved)
     built, _ = _assets(opened)
     about = {name: info.get(name) for name in ("command", "activations", "saes")} | {"notes": info.get("notes", [])}
     return Run(Runner(opened, folder, built, about, callbacks).go())
 
 
-def _as_begun(folder: Path, info: dict[str, Any], activations: Any) -> tuple[Settings, Given | None]:
+def _restore_settings(folder: Path, info: dict[str, Any], activations: Any) -> tuple[Settings, Given | None]:
     """The settings of an interrupted run, and its activations where they are a user's own."""
     from sae_train.data.given import given_settings
 
@@ -200,7 +200,7 @@ def evaluate_checkpoint(
     checkpoint = Path(checkpoint, folder or "")
     if out is None and not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is on the hub: name by --out a folder for what is written")
-    origin = _with_origin(given, sae, checkpoint)
+    origin = _add_origin(given, sae, checkpoint)
     settings = resolve(origin)
     device = choose_device(settings.lm.device)
     if current().size > 1:
@@ -247,7 +247,7 @@ def _write_evaluation(
     return [path for path in paths if path.exists()]
 
 
-def _with_origin(given: dict[str, Any], sae: SAE, checkpoint: Path) -> dict[str, Any]:
+def _add_origin(given: dict[str, Any], sae: SAE, checkpoint: Path) -> dict[str, Any]:
     """Fill in model and hook from the checkpoint; UserError if neither it nor the caller names them."""
     known = {"model": sae.cfg.model_name or None, "hook": sae.cfg.hook_name or None}
     merged = known | {key: value for key, value in given.items() if value is not None}

@@ -50,7 +50,7 @@ class Runner:
 
         `own` are evals of a user's own.
         """
-        known, self.own = about.get("saes"), [*opened.opened.callbacks, *map(callbacks.checked, own)]
+        known, self.own = about.get("saes"), [*opened.opened.callbacks, *map(callbacks.check_callback, own)]
         self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, about["notes"]
         self.ranks = opened.ranks
         wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
@@ -85,7 +85,7 @@ class Runner:
     def go(self) -> Path:
         """Train to the end, or until Ctrl-C; raise KeyboardInterrupt then, with everything saved."""
         opened = self.session
-        self.ranks.first(lambda: self.files.rewind(opened.reached()))
+        self.ranks.first(lambda: self.files.rewind(opened.last_steps()))
         self._write_run("running")
         for note in self.notes:
             self.display.say(note)
@@ -124,7 +124,7 @@ class Runner:
         made = [
             loop.Scheduled(figures, often | looks),
             loop.Scheduled(callbacks.HeldOut(opened.held_out * opened.scale), looks),
-            *(loop.Scheduled(look, looks) for look in self._asked()),
+            *(loop.Scheduled(look, looks) for look in self._evals()),
         ]
         if self.assets is not None:
             self.absorption = callbacks.Absorption(
@@ -137,7 +137,7 @@ class Runner:
             made.append(loop.Scheduled(self.absorption, looks if readable else frozenset({n_steps})))
         return made
 
-    def _asked(self) -> list[loop.Look]:
+    def _evals(self) -> list[loop.Look]:
         """Loss recovered where there is a language model, what the source can be asked, and evals of a user's own."""
         opened = self.session
         asked: list[loop.Look] = [callbacks.Own(each, opened.scale) for each in self.own]

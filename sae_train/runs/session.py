@@ -83,7 +83,7 @@ class Session:
         """Bring a finished learner's L0 to its target, on held-out activations of which no figure is told."""
         learner.calibrate(self.calibration * self.scale)
 
-    def reached(self) -> dict[str, int]:
+    def last_steps(self) -> dict[str, int]:
         """The last step of each SAE whose training has begun; at step 0 it begins anew."""
         done = {spec.name: self.n_steps for specs in self.passes[: self.number] for spec in specs}
         return done | {spec.name: self.step or -1 for spec in self.passes[self.number]}
@@ -188,8 +188,8 @@ def load(session: Session, saved: Path) -> None:
 
 def newest_state(folder: Path) -> Path | None:
     """Where the newest whole state of a run is, or None if it never got that far."""
-    found = sorted(path for path in (folder / "state").glob("step-*") if path.suffix != ".tmp")
-    return found[-1] if found else None
+    states = sorted(path for path in (folder / "state").glob("step-*") if path.suffix != ".tmp")
+    return states[-1] if states else None
 
 
 def _make_empty(folder: Path) -> None:

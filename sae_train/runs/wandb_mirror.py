@@ -76,7 +76,7 @@ class WandbMirror(Mirror):
         try:
             run.finish()
         except Exception as error:  # as in _open
-            print(f"W&B has not taken everything ({_words(error)}): {there}")
+            print(f"W&B has not taken everything ({_reason(error)}): {there}")
             return
         if run.offline:
             print(f"W&B: kept here, {there}")
@@ -92,13 +92,13 @@ class WandbMirror(Mirror):
                 raise RuntimeError("no API key: `wandb login`, or set WANDB_API_KEY")
             run = wandb.init(
                 mode=mode, project=os.environ.get("WANDB_PROJECT", "sae-train"), name=self.folder.name,
-                id=self._state["id"], resume="allow", config=flat(settings), dir=str(self.folder), settings=_lean(),
+                id=self._state["id"], resume="allow", config=flat(settings), dir=str(self.folder), settings=_settings(),
             )  # fmt: skip
             run.define_metric("*", step_metric="tokens")
             return run
         except Exception as error:  # beside its own errors, whatever its service's death raises
             then = "going on offline" if mode == "online" else "going on without it"
-            print(f"W&B is out of reach ({_words(error)}): {then}")
+            print(f"W&B is out of reach ({_reason(error)}): {then}")
             if wandb.run is None:
                 wandb.teardown()  # its service would go on holding the run's id
             return None
@@ -109,7 +109,7 @@ class WandbMirror(Mirror):
         try:
             what(self._run)
         except Exception as error:  # as in _open
-            print(f"W&B stopped answering ({_words(error)}): going on without it")
+            print(f"W&B stopped answering ({_reason(error)}): going on without it")
             self._broken = True
 
     def _curves(self) -> dict[str, Any]:
@@ -135,10 +135,10 @@ class WandbMirror(Mirror):
         last = table[table["step"] == table["step"].max()]
         parts = {level: last[last["level"] == level].dropna(axis="columns", how="all") for level in ("letter", "word")}
         parts = {level: part for level, part in parts.items() if len(part)}
-        return {f"absorption/{level}s": wandb.Table(dataframe=_plain(part)) for level, part in parts.items()}
+        return {f"absorption/{level}s": wandb.Table(dataframe=_write_lists(part)) for level, part in parts.items()}
 
 
-def _lean() -> Any:
+def _settings() -> Any:
     import wandb
 
     return wandb.Settings(
@@ -147,7 +147,7 @@ def _lean() -> Any:
     )  # fmt: skip
 
 
-def _plain(table: pd.DataFrame) -> pd.DataFrame:
+def _write_lists(table: pd.DataFrame) -> pd.DataFrame:
     """Lists as text, which a W&B table can sort and show."""
     shown = table.head(MOST_ROWS).copy()
     for name in shown.columns:
@@ -156,5 +156,5 @@ def _plain(table: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
-def _words(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
