@@ -14,6 +14,7 @@ def run() -> None:
     """
     code = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # os._exit runs no exit functions, and one of them closes the group of processes (training/ranks.py).
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

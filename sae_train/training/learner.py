@@ -120,7 +120,7 @@ class Learner:
         self._apply(norms, run, bad)
         for p in (*self.leaves.values(), *self.trained.values()):
             p.grad = None
-        fired, n_tokens = self.ranks.sum(run.fired()), len(x) * self.ranks.size
+        fired, n_tokens = self.ranks.sum(run.count_fired()), len(x) * self.ranks.size
         l0 = fired.sum() / n_tokens
         self.idle_tokens.add_(n_tokens).masked_fill_(fired > 0, 0)
         metrics = self._metrics(run, terms, l0, norms)
@@ -132,7 +132,7 @@ class Learner:
         """Read the failure flag (waits for the device); return and keep in `failed` what happened, or None."""
         step, what = self.failure.tolist()
         if step >= 0 and self.failed is None:
-            self.failed = f"step {step}: {self._watched()[what]} is not finite"
+            self.failed = f"step {step}: {self._names_of_watched()[what]} is not finite"
         return self.failed
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ class Learner:
             terms["sparsity_loss"] = self.control.coefficient * run.price * run.sparsity
         return terms
 
-    def _watched(self) -> list[str]:
+    def _names_of_watched(self) -> list[str]:
         gradients = [f"the gradient of {name}" for name in self.trained]
         return ["the input", "mse_loss", "aux_loss", "sparsity_loss", *gradients]
 
@@ -243,6 +243,8 @@ class Learner:
     @torch.no_grad()
     def _apply(self, norms: Tensor, run: Forward, bad: Tensor) -> None:
         """Clip, step and renormalise; a learner that has failed keeps its weights bit for bit."""
+        # Fused Adam reads these two for mixed precision: it divides gradients by grad_scale and skips the step where
+        # found_inf is set. Here that clips and stops in the optimiser's own kernel, without a wait for the device.
         self.optimiser.grad_scale = (norms.norm() / self.settings.grad_clip).clamp_min(1.0)
         self.optimiser.found_inf = bad.to(torch.float32)
         self.optimiser.step()

@@ -166,18 +166,18 @@ def _join_processes(asked: str) -> torch.device:
 
     n_gpus, n_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if asked == "cpu" or (asked == "auto" and not n_gpus):
-        return _until_exit(PartialState(cpu=True, timeout=PATIENCE)).device
+        return _close_at_exit(PartialState(cpu=True, timeout=PATIENCE)).device
     if asked not in ("auto", "cuda"):
         raise UserError(f"device {asked!r} is not for several processes: use auto, cpu or cuda (one GPU each)")
     if n_here > n_gpus:
         raise UserError(
             f"{n_here} processes were started and there are {n_gpus} GPUs: start one process a GPU, or use --device cpu"
         )
-    return _until_exit(PartialState(backend="cuda:nccl,cpu:gloo", timeout=PATIENCE)).device
+    return _close_at_exit(PartialState(backend="cuda:nccl,cpu:gloo", timeout=PATIENCE)).device
 
 
 @functools.cache
-def _until_exit(state: PartialState) -> PartialState:
+def _close_at_exit(state: PartialState) -> PartialState:
     """Close the group when the process ends: gloo's threads, left running, now and then abort it at exit."""
     atexit.register(state.destroy_process_group)
     return state

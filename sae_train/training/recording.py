@@ -48,7 +48,7 @@ class Recording:
         self.x = x.clone()
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on the device meanwhile is theirs.
-        with torch.cuda.graph(self.graph, pool=_first(x.device).pool(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=_memory_owner(x.device).pool(), capture_error_mode="thread_local"):
             numbers = step(self.x)
             self.names, self.numbers = list(numbers), torch.stack([value.float() for value in numbers.values()])
 
@@ -64,7 +64,7 @@ class Recording:
 
 
 @cache
-def _first(device: torch.device) -> torch.cuda.CUDAGraph:
+def _memory_owner(device: torch.device) -> torch.cuda.CUDAGraph:
     """Whose memory all recordings on a device share: one is played after another, none needs what another left.
 
     It is kept, since memory that no recording holds any more cannot be shared again.

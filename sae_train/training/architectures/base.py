@@ -48,7 +48,7 @@ class Forward:
     state: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
-    def fired(self) -> Tensor:
+    def count_fired(self) -> Tensor:
         """Return how many tokens of the batch each latent was active on."""
         active = (self.values > 0).to(self.values.dtype)
         return active.new_zeros(self.pattern.d_sae).scatter_add_(0, self.pattern.latents.long(), active)
