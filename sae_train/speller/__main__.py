@@ -69,11 +69,11 @@ def run_miniature(options: argparse.Namespace) -> int:
     table.to_csv(folder / "miniature.csv", index=False, float_format="%.4f")
     draw(table, folder / "miniature.svg")
     print(table.to_string(index=False, float_format="%.3f"))
-    found = slopes(table)
-    for slope in found:
+    measured = slopes(table)
+    for slope in measured:
         changes = ", ".join(f"{change:+.3f}" for change in slope.by_seed)
         print(f"{slope.name}: {changes} by seed: {'holds' if slope.holds else 'FAILS'}")
-    return 0 if all(slope.holds for slope in found) else 1
+    return 0 if all(slope.holds for slope in measured) else 1
 
 
 def positive(steps: int) -> int:

@@ -30,11 +30,11 @@ class Corpus:
             start = rng.integers(0, len(self.stories) - CONTEXT, n)
             rows = self.stories[start[:, None] + np.arange(CONTEXT)]
         else:
-            rows = np.pad(self._generated(kind, rng, n), ((0, 0), (1, 0)))
+            rows = np.pad(self._generate(kind, rng, n), ((0, 0), (1, 0)))
         rows[:, 0] = self.language.ids[BOS]
         return rows
 
-    def _generated(self, kind: str, rng: np.random.Generator, n: int) -> np.ndarray:
+    def _generate(self, kind: str, rng: np.random.Generator, n: int) -> np.ndarray:
         if kind in ("first_letter", "questions"):
             return self.language.prompts(rng, n, CONTEXT - 1, first_letter_only=kind == "first_letter")
         return getattr(self.language, kind)(rng, n, CONTEXT - 1)
@@ -46,10 +46,10 @@ class Corpus:
             shares = 0.5 * shares + 0.5 * (np.array(list(SHARES)) == "first_letter")
         counts = rng.multinomial(n_rows, shares / shares.sum())
         rows = np.concatenate([self.documents(kind, rng, n) for kind, n in zip(SHARES, counts, strict=True)])
-        return _spliced(rows, rng)
+        return _splice(rows, rng)
 
 
-def _spliced(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _splice(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Put the tail of another row before half of the rows, and push their own end out."""
     out, partner = rows.copy(), rng.permutation(len(rows))
     for i in np.flatnonzero(rng.random(len(rows)) < 0.5):

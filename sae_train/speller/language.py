@@ -145,7 +145,7 @@ class Language:
         return np.where(rng.random(own.shape) < 0.8, own, other) + self.first_word
 
     def prompts(self, rng: Rng, n_documents: int, n_tokens: int, *, first_letter_only: bool) -> Ids:
-        """Lines such as " dog has the first letter: D", after a newline; questions mixed unless told."""
+        """Lines such as " dog has the first letter: D", after a newline; questions mixed unless first_letter_only."""
         n = -(-n_tokens // 8)
         token = rng.integers(0, len(self.words), (n_documents, n))
         token = np.where(rng.random(token.shape) < 0.5, self.any_words(rng, token.shape), token)
@@ -194,5 +194,5 @@ def _shifted_rows(weights: Float[np.ndarray, "rows words"]) -> Float[np.ndarray,
 
 def _draw(rng: Rng, shifted: np.ndarray, row: np.ndarray, n_words: int) -> np.ndarray:
     """One word for each entry of `row`, from that row's distribution."""
-    found = np.searchsorted(shifted, row + rng.random(row.shape)) - row * n_words
-    return np.clip(found, 0, n_words - 1)
+    drawn = np.searchsorted(shifted, row + rng.random(row.shape)) - row * n_words
+    return np.clip(drawn, 0, n_words - 1)

@@ -164,10 +164,10 @@ def fit_probe(x: Float[Tensor, "words d_in"], labels: Int[Tensor, " words"], see
 
 def probe_f1(logits: Float[Tensor, "words 26"], labels: Int[Tensor, " words"]) -> Float[Tensor, " letters"]:
     """F1 of each letter that occurs."""
-    said: Bool[Tensor, "words 26"] = logits > 0
+    predicted: Bool[Tensor, "words 26"] = logits > 0
     true = F.one_hot(labels, 26).bool()
-    hits = (said & true).sum(0)
-    return (2 * hits / (said.sum(0) + true.sum(0)).clamp(min=1))[true.any(0)]
+    hits = (predicted & true).sum(0)
+    return (2 * hits / (predicted.sum(0) + true.sum(0)).clamp(min=1))[true.any(0)]
 
 
 def erasing(rows: Float[Tensor, "k d_in"], x: Float[Tensor, "n d_in"]) -> Callable[[Tensor], Tensor]:

@@ -34,14 +34,14 @@ def choose_words(stories: list[str], word_lists: list[Path]) -> tuple[str, ...]:
     counts = Counter(token.strip() for story in stories for token in TOKEN.findall(story))
     plain = [word for word, _ in counts.most_common() if re.fullmatch("[a-z]+", word)]
     chosen = dict.fromkeys([*REQUIRED_WORDS, *plain[:N_STORY_WORDS]])
-    spare = [word for word in _listed(word_lists) if word not in chosen]
+    spare = [word for word in _read_word_lists(word_lists) if word not in chosen]
     for letter in "abcdefghijklmnopqrstuvwxyz":
         missing = MIN_PER_LETTER - sum(word[0] == letter for word in chosen)
         chosen.update(dict.fromkeys([word for word in spare if word[0] == letter][: max(missing, 0)]))
     return tuple(sorted(chosen))
 
 
-def _listed(word_lists: list[Path]) -> list[str]:
+def _read_word_lists(word_lists: list[Path]) -> list[str]:
     """Words of three to nine letters: those in every list first, in the first list's order."""
     lists = [[line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
              for file in word_lists]  # fmt: skip
