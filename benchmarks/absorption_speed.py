@@ -114,7 +114,7 @@ def _assets(args: argparse.Namespace) -> Any:
 def _time_ours(sae: Any, assets: Any, seconds: dict[str, list[float]]) -> None:
     from sae_train.evals.absorption import evaluate
 
-    _add(seconds, "ours, per SAE", _timed(lambda: evaluate(sae, assets, "saebench")))
+    _add(seconds, "ours, per SAE", _time(lambda: evaluate(sae, assets, "saebench")))
 
 
 def _peer_runs(assets: Any, seed: int) -> list[dict[str, Any]]:
@@ -218,11 +218,11 @@ def _flops_per_second(n: int = 1024) -> float:
     import torch
 
     a = torch.randn(n, n)
-    times = [_timed(lambda: a @ a) for _ in range(20)]
+    times = [_time(lambda: a @ a) for _ in range(20)]
     return 2 * n**3 / statistics.median(times)
 
 
-def _timed(work: Callable[[], Any]) -> float:
+def _time(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -88,13 +88,13 @@ def _ours(args: argparse.Namespace, widths: str, l0s: str) -> tuple[float, float
         command += ["--save-every", str(args.tokens), "--dead-tokens", str(DEAD_STEPS * args.batch_tokens)]
         for name in ("model", "hook", "dataset", "batch_tokens"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))] if getattr(args, name) else []
-        wall = _timed(command)
+        wall = _time(command)
         info = json.loads((Path(out) / "run" / "run.json").read_text())
     assert info["status"] == "finished" and all(sae["failed"] is None for sae in info["saes"])
     return wall, info["seconds"] + info["eval_seconds"], info["seconds"]
 
 
-def _timed(command: list[str]) -> float:
+def _time(command: list[str]) -> float:
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -71,8 +71,8 @@ def _controlled(args: argparse.Namespace, model: str, width: str, targets: tuple
 
 def _by_hand(args: argparse.Namespace) -> None:
     for arch in STEERED:
-        found = _rows(args.runs / f"speller-{arch}-{BY_HAND['width']}")
-        middle = math.exp(sum(math.log(row["coefficient"]) for row in found) / len(found))
+        rows = _rows(args.runs / f"speller-{arch}-{BY_HAND['width']}")
+        middle = math.exp(sum(math.log(row["coefficient"]) for row in rows) / len(rows))
         for step in range(BY_HAND["steps"]):
             coefficient = middle * BY_HAND["factor"] ** (step - BY_HAND["steps"] // 2)
             with _uncontrolled(arch, coefficient):

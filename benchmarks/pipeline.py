@@ -173,21 +173,21 @@ def _rows(job: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> list[di
               **{key: job[key] for key in ("threads", "d_sae", "k", "batch", "tokens")},
               "model": Path(job["model"]).name}  # fmt: skip
     out = []
-    speeds = {side: [r["tokens"] / r["seconds"] for r in found] for side, found in runs.items()}
-    for side, found in runs.items():
+    speeds = {side: [r["tokens"] / r["seconds"] for r in turns] for side, turns in runs.items()}
+    for side, turns in runs.items():
         own = {
             **common,
             "side": side,
-            "n": len(found),
-            "versions": found[0]["versions"],
+            "n": len(turns),
+            "versions": turns[0]["versions"],
             "d_in": runs["sae-train"][0]["d_in"],
         }
         out.append({**own, "part": "tokens/s", **quantiles(speeds[side])})
         if side != "sae-train":
             ratios = [a / b for a, b in zip(speeds["sae-train"], speeds[side], strict=True)]
             out.append({**own, "part": "times slower than sae-train", **quantiles(ratios)})
-        for part in found[0]["parts"]:
-            shares = [100 * r["parts"][part] / r["seconds"] for r in found]
+        for part in turns[0]["parts"]:
+            shares = [100 * r["parts"][part] / r["seconds"] for r in turns]
             out.append({**own, "part": f"{part}, %", **quantiles(shares)})
     return out
 

@@ -204,11 +204,11 @@ def _measure(opened: Any, batches: str) -> Any:
         if (folder / "checked.npy").is_file():
             theirs = torch.from_numpy(np.load(folder / "checked.npy"))
             torch.testing.assert_close(sae(opened.held_out[: len(theirs)]), theirs, rtol=1e-4, atol=1e-4)
-        found = held_out_metrics(sae, opened.held_out)
+        metrics = held_out_metrics(sae, opened.held_out)
         figures = {
-            "l0": found["metrics/l0"], "ev": found["metrics/explained_variance"],
+            "l0": metrics["metrics/l0"], "ev": metrics["metrics/explained_variance"],
             "loss_recovered": fidelity.loss_recovered(language.lm, sae, data)["metrics/ce_loss_score"],
-            "silent": (found["density"] == 0).float().mean().item(),
+            "silent": (metrics["density"] == 0).float().mean().item(),
             "dead": (held_out_metrics(sae, last)["density"] == 0).float().mean().item(),
         }  # fmt: skip
         write_json(kept, figures)
@@ -219,13 +219,13 @@ def _measure(opened: Any, batches: str) -> Any:
 
 def _best(wants: list[dict[str, Any]], tried: list[dict[str, Any]]) -> dict[str, Any]:
     """The candidate with the highest EV at our L0, to be started from the coefficient that has it."""
-    found = []
+    reached = []
     for want in wants:
         figures = at([row for row in tried if row["candidate"] == want["name"]], want["l0"])
-        found += [(figures["ev"], want | {"start": figures["coefficient"]})] if figures else []
-    if not found:
+        reached += [(figures["ev"], want | {"start": figures["coefficient"]})] if figures else []
+    if not reached:
         raise SystemExit(f"SAELens: no {wants[0]['arch']} came to both sides of L0 {wants[0]['l0']:.1f}")
-    return max(found, key=lambda pair: pair[0])[1]
+    return max(reached, key=lambda pair: pair[0])[1]
 
 
 def short(value: Any) -> Any:

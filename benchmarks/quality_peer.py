@@ -42,20 +42,20 @@ def main() -> None:
 
 def search(job: dict[str, Any], want: dict[str, Any], batches: Any, held_out: torch.Tensor) -> None:
     """Train until L0 is bracketed closely, or as many SAEs are trained as may be."""
-    found = [
+    points = [
         _point(want, json.loads(path.read_text())) for path in Path(job["out"]).glob(f"{_stem(want)}-*/trained.json")
     ]
     x, slope = math.log(want["start"]), -1.5
     while True:
-        found.sort(key=lambda point: abs(point[1]))
-        if len(found) > 1:
-            slope = min((found[1][1] - found[0][1]) / (found[1][0] - found[0][0]), -0.2)
-        missing = [side for side in (1, -1) if not any(0 <= side * off <= math.log(CLOSE) for _, off in found)]
-        if not missing or len(found) >= want["tries"]:
+        points.sort(key=lambda point: abs(point[1]))
+        if len(points) > 1:
+            slope = min((points[1][1] - points[0][1]) / (points[1][0] - points[0][0]), -0.2)
+        missing = [side for side in (1, -1) if not any(0 <= side * off <= math.log(CLOSE) for _, off in points)]
+        if not missing or len(points) >= want["tries"]:
             return
-        if found:
-            x = found[0][0] + max(-2.5, min(2.5, (missing[0] * math.log(AIM) - found[0][1]) / slope))
-        found.append(_point(want, train(job, want, float(f"{math.exp(x):.4g}"), batches, held_out)))
+        if points:
+            x = points[0][0] + max(-2.5, min(2.5, (missing[0] * math.log(AIM) - points[0][1]) / slope))
+        points.append(_point(want, train(job, want, float(f"{math.exp(x):.4g}"), batches, held_out)))
 
 
 def _point(want: dict[str, Any], trained: dict[str, Any]) -> tuple[float, float]:

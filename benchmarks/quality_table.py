@@ -67,8 +67,8 @@ def _candidates(some: pd.DataFrame) -> list[str]:
     lines = [f"| sae-train {own['arch']} | " + " | ".join(f"{own[figure]:.4f}" for figure in FIGURES) + " |"]
     for name in sorted(set(peers["candidate"]), key=lambda name: (name.split("-")[:-1], float(name.split("-")[-1]))):
         ladder = _ladder(peers, name, 0)
-        found = at(ladder, own["l0"])
-        cells = [f"{found[figure]:.4f}" for figure in FIGURES] if found else [_missed(ladder), "", "", ""]
+        peer = at(ladder, own["l0"])
+        cells = [f"{peer[figure]:.4f}" for figure in FIGURES] if peer else [_explain_miss(ladder), "", "", ""]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -77,7 +77,7 @@ def _ladder(peers: pd.DataFrame, name: str, seed: int) -> list[dict[str, Any]]:
     return peers[(peers["candidate"] == name) & (peers["seed"] == seed)].to_dict("records")
 
 
-def _missed(ladder: list[dict[str, Any]]) -> str:
+def _explain_miss(ladder: list[dict[str, Any]]) -> str:
     return "L0 " + ", ".join(f"{row['l0']:.1f} at coefficient {row['coefficient']:g}" for row in ladder)
 
 

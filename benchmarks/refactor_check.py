@@ -53,8 +53,8 @@ def results(tree: Path, scratch: Path) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, flags in RUNS.items():
         sae_train(tree, scratch, [*flags, "--name", name])
-        made |= left_by(scratch / name)
-    made |= left_by(interrupted(tree, scratch))
+        made |= read_results(scratch / name)
+    made |= read_results(interrupt_and_resume(tree, scratch))
     return made
 
 
@@ -75,7 +75,7 @@ def start(tree: Path, scratch: Path, words: list[str]) -> subprocess.Popen:
         return subprocess.Popen(command, env=env, cwd=scratch, stdout=log, stderr=log)
 
 
-def interrupted(tree: Path, scratch: Path) -> Path:
+def interrupt_and_resume(tree: Path, scratch: Path) -> Path:
     """A run that got Ctrl-C after its first saved state, and was resumed."""
     folder = scratch / "stopped"
     running = start(tree, scratch, [*STOPPED, "--name", folder.name])
@@ -89,7 +89,7 @@ def interrupted(tree: Path, scratch: Path) -> Path:
     return folder
 
 
-def left_by(folder: Path) -> dict[str, Any]:
+def read_results(folder: Path) -> dict[str, Any]:
     """Digests of weights, the logged figures and the tables of one run."""
     import pandas as pd
 

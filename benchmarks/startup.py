@@ -46,14 +46,14 @@ def main() -> int:
         for pair in range(args.pairs):
             for which in (0, 1) if pair % 2 == 0 else (1, 0):
                 seen[which].append(start_of(trees[which], caches[which]))
-            print(f"pair {pair + 1}: before {shown(seen[0][-1])}, after {shown(seen[1][-1])}", flush=True)
+            print(f"pair {pair + 1}: before {render(seen[0][-1])}, after {render(seen[1][-1])}", flush=True)
     medians = [map(statistics.median, zip(*starts, strict=True)) for starts in seen]
     for name, before, after in zip(FIGURES, *medians, strict=True):
         print(f"{name}: {before:.2f} s before, {after:.2f} s after, ratio {after / before:.2f}")
     return 0
 
 
-def shown(figures: list[float]) -> str:
+def render(figures: list[float]) -> str:
     return " ".join(f"{figure:.2f}" for figure in figures)
 
 

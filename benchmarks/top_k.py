@@ -39,7 +39,7 @@ def main() -> None:
                 start = time.perf_counter()
                 way(x, k)
                 times[name].append(1e3 * (time.perf_counter() - start))
-        cells = " | ".join(f"{statistics.median(found):.1f}" for found in times.values())
+        cells = " | ".join(f"{statistics.median(way):.1f}" for way in times.values())
         print(f"| {d_sae} | {k} | {group_size(d_sae, k)} | {cells} |", flush=True)
 
 

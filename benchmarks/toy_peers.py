@@ -80,8 +80,8 @@ def rows(args: argparse.Namespace, dataset: str) -> list[dict[str, Any]]:
         for lr, start in lrs.items()
     ]  # fmt: skip
     common = {"date": time.strftime("%Y-%m-%d"), "machine": cpu(), "dataset": dataset}
-    found = [common | {key: short(value) for key, value in row.items()} for row in [*mine, *peer.train(searches)]]
-    return [{key: row.get(key) for key in COLUMNS} for row in found]
+    made = [common | {key: short(value) for key, value in row.items()} for row in [*mine, *peer.train(searches)]]
+    return [{key: row.get(key) for key in COLUMNS} for row in made]
 
 
 def _measure(opened: Any) -> Any:
@@ -97,9 +97,9 @@ def _measure(opened: Any) -> Any:
         kept = folder / "figures.json"
         if not kept.is_file():
             sae = load_sae(folder)
-            found = held_out_metrics(sae, sample.x)
+            metrics = held_out_metrics(sae, sample.x)
             known = truth(sae, opened.source.toy, sample)
-            figures = {"l0": found["metrics/l0"], "ev": found["metrics/explained_variance"]}
+            figures = {"l0": metrics["metrics/l0"], "ev": metrics["metrics/explained_variance"]}
             write_json(kept, figures | {name: known[name] for name in ("mcc", "recovered", "f1")})
         return json.loads(kept.read_text())
 

@@ -161,8 +161,8 @@ def _no_dense_block(sides: list[Side], p: Problem) -> None:
 
 
 def _check(device: str) -> None:
-    found = checks.differences(device) + (checks.differences(device, "triton") if device != "cpu" else [])
-    wrong = [d for d in found if not d.good]
+    checked = checks.differences(device) + (checks.differences(device, "triton") if device != "cpu" else [])
+    wrong = [d for d in checked if not d.good]
     for d in wrong:
         print(f"wrong: {d.case}, {d.tensor}: relative RMS {d.relative_rms:.2e} > {d.limit:.0e}", file=sys.stderr)
     if wrong:

@@ -71,8 +71,8 @@ def table(p: Problem, rows: list[dict[str, Any]]) -> str:
 
 
 def _part(rows: list[dict[str, Any]], step: dict[str, Any], part: str) -> str:
-    found = [r for r in rows if r["part"] == part and (r["side"], r["setting"]) == (step["side"], step["setting"])]
-    return f"{found[0]['p50']:.0f}" if found else "–"
+    own = [r for r in rows if r["part"] == part and (r["side"], r["setting"]) == (step["side"], step["setting"])]
+    return f"{own[0]['p50']:.0f}" if own else "–"
 
 
 def machine(device: str) -> str:

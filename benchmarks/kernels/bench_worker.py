@@ -66,13 +66,13 @@ class Worker:
         marks: list[float] = []
         backward = torch.Tensor.backward
 
-        def marked(*args: Any, **kwargs: Any) -> None:
+        def mark_and_go_on(*args: Any, **kwargs: Any) -> None:
             marks.append(self._now())
             backward(*args, **kwargs)
             marks.append(self._now())
 
         self._step(recorded=False)  # untimed, as in time
-        torch.Tensor.backward = marked
+        torch.Tensor.backward = mark_and_go_on
         try:
             start = self._now()
             self._step(recorded=False)

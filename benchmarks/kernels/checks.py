@@ -77,9 +77,9 @@ class _Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        found = out if isinstance(out, tuple | list) else (out,)
-        found = [t for t in found if isinstance(t, Tensor) and t.layout == torch.strided]
-        self.seen |= {tuple(t.shape) for t in found if t.dtype not in (torch.uint8, torch.int8)}
+        made = out if isinstance(out, tuple | list) else (out,)
+        made = [t for t in made if isinstance(t, Tensor) and t.layout == torch.strided]
+        self.seen |= {tuple(t.shape) for t in made if t.dtype not in (torch.uint8, torch.int8)}
         return out
 
 
@@ -162,10 +162,10 @@ def _run(way: str, tensors: list[Tensor], k: int, impl: str | None) -> tuple[dic
         out["blocks"] = ops.decode_blocks(values, pattern, edges, W_dec, impl)
     mask = torch.zeros(len(x), W_dec.shape[0], dtype=torch.bool, device=x.device)
     mask[pattern.tokens, pattern.latents.long()] = True
-    found = _with_gradients(out, leaves)
+    tensors = _with_gradients(out, leaves)
     if way in ("topk", "batchtopk"):
-        found["selected, sorted"] = values.detach().sort().values
-    return found, mask
+        tensors["selected, sorted"] = values.detach().sort().values
+    return tensors, mask
 
 
 def _public(way: str, leaves: list[Tensor], k: int, impl: str | None) -> Tensor | tuple[Tensor, Tensor]:

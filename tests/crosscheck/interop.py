@@ -189,19 +189,19 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str], bench: dict[str,
 
 
 def _ours(rows: list[dict[str, Any]]) -> list[list[str]]:
-    found = {(row["kind"], row["name"]): row for row in rows}
+    by_name = {(row["kind"], row["name"]): row for row in rows}
     names = [row["name"] for row in rows if row["kind"] == "disk"]
-    return [[f"`{name}`", _shown(found["disk", name]), _shown(found["hub", name])] for name in names]
+    return [[f"`{name}`", _cell(by_name["disk", name]), _cell(by_name["hub", name])] for name in names]
 
 
 def _theirs(rows: list[dict[str, Any]]) -> list[list[str]]:
     layouts = {"sae-lens": "SAELens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning",
                "gemma_scope": "Gemma Scope"}  # fmt: skip
-    return [[layouts[row["kind"]], row["name"], f"`{row['with']}`", row["form"], f"{row['l0']:.1f}", _shown(row)]
+    return [[layouts[row["kind"]], row["name"], f"`{row['with']}`", row["form"], f"{row['l0']:.1f}", _cell(row)]
             for row in rows if row["kind"] in layouts]  # fmt: skip
 
 
-def _shown(row: dict[str, Any]) -> str:
+def _cell(row: dict[str, Any]) -> str:
     if row["difference"] == 0:
         return "0"
     return f"{row['difference']:.0e}" if row["difference"] <= LIMIT else f"**{row['difference']:.0e}**"

@@ -238,8 +238,8 @@ def _objective_excess(train: tuple[Any, Any], weights: Path) -> float:
     solution = lasso.fit(latents, labels, 26, p.l1_coefficient, l2, tolerance=1e-6)
     x, penalties, fires = latents.dense().double(), (p.l1_coefficient, l2), latents.fires()[:, None]
     best = objective(x, labels, solution.weight, solution.bias, *penalties)
-    found = objective(x, labels, theirs["weight"].T.double() * fires, theirs["bias"].double(), *penalties)
-    return float(((found - best) / best).max().detach())
+    reached = objective(x, labels, theirs["weight"].T.double() * fires, theirs["bias"].double(), *penalties)
+    return float(((reached - best) / best).max().detach())
 
 
 def objective(x: Any, labels: Any, weight: Any, bias: Any, l1: float, l2: float) -> Any:
