@@ -93,11 +93,11 @@ def _prefers_onednn(x: Tensor) -> bool:
     """Whether oneDNN multiplies faster than MKL: on AVX2 and on AMD (53 ms against 71), not on a Xeon (197, 185)."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX2" or _made_by_amd()
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" or _is_amd()
 
 
 @cache
-def _made_by_amd() -> bool:
+def _is_amd() -> bool:
     return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
 
 

@@ -46,7 +46,7 @@ def topk(x: Tensor, W: Tensor, b_enc: Tensor, k: int, how: Plan | None = None) -
     """Return the k largest of each row of x·Wᵀ + b_enc: values (batch, k), latents (batch, k), in no order."""
     how = how or plan(k, W.shape[0], x.element_size(), _path(x))
     if how.path == "fused":
-        x, W_grouped = _aligned(x), _grouped(W, x.dtype, how)
+        x, W_grouped = _align(x), _regroup(W, x.dtype, how)
         keys, latents, _ = _candidates(x, W_grouped, b_enc, None, how)
         return _select(k, keys, latents, how, (x, W_grouped, b_enc))
     parts = [_topk_dense(pre, k, how) for pre in _slabs(x, W, b_enc)]
@@ -60,7 +60,7 @@ def above(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor, how: Plan | None =
     """
     how = how or plan(None, W.shape[0], x.element_size(), _path(x))
     if how.path == "fused":
-        keys, latents, counts = _candidates(_aligned(x), _grouped(W, x.dtype, how), b_enc, floor, how)
+        keys, latents, counts = _candidates(_align(x), _regroup(W, x.dtype, how), b_enc, floor, how)
     elif how.path == "slab":
         parts = [_group(pre, floor, how) for pre in _slabs(x, W, b_enc)]
         keys, latents, counts = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -76,7 +76,7 @@ def above(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor, how: Plan | None =
     )
     if not n_full:
         return values, chosen, offsets
-    return _with_redone(values, chosen, offsets, full, _above_dense(x[full], W, b_enc, floor))
+    return _insert_redone(values, chosen, offsets, full, _above_dense(x[full], W, b_enc, floor))
 
 
 def _path(x: Tensor) -> str:
@@ -84,15 +84,15 @@ def _path(x: Tensor) -> str:
     return "slab" if x.dtype == torch.float32 and precision() == "ieee" else "fused"
 
 
-def _aligned(x: Tensor) -> Tensor:
+def _align(x: Tensor) -> Tensor:
     """Pad rows with zeros, where needed, so that a tensor descriptor takes them."""
     return nnf.pad(x, (0, -x.shape[1] % ALIGNED))
 
 
-def _grouped(W: Tensor, dtype: torch.dtype, how: Plan) -> Tensor:
+def _regroup(W: Tensor, dtype: torch.dtype, how: Plan) -> Tensor:
     """Copy W in the dtype of the product, the members of a group side by side: (n_groups·group, d_in, aligned)."""
     d_sae, n_groups = W.shape[0], how.n_groups(W.shape[0])
-    W = _aligned(W)
+    W = _align(W)
     if d_sae < n_groups * how.group:
         W = nnf.pad(W, (0, 0, 0, n_groups * how.group - d_sae))
     out = W.new_empty(n_groups, how.group, W.shape[1], dtype=dtype)
@@ -110,7 +110,7 @@ def _candidates(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor | None, how: 
     encode_kernel[(triton.cdiv(batch, how.block_m) * n_groups,)](
         TensorDescriptor.from_tensor(x, [how.block_m, block_k]), TensorDescriptor.from_tensor(W, [how.group, block_k]),
         b_enc, b_enc if floor is None else floor, keys, latents, counts, batch, d_sae, n_groups, d_in,
-        floor is not None, how.R, how.block_m, how.group, block_k, BAND, _packed(x), precision(), interpreted(),
+        floor is not None, how.R, how.block_m, how.group, block_k, BAND, _cuts_keys(x), precision(), interpreted(),
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return keys, latents, counts
@@ -120,7 +120,7 @@ def _block_k(d_in: int, how: Plan) -> int:
     return max(MIN_BLOCK_K, min(how.block_k, triton.next_power_of_2(d_in)))
 
 
-def _packed(x: Tensor) -> bool:
+def _cuts_keys(x: Tensor) -> bool:
     """Whether keys are cut, to carry a latent's number: products of 2-byte numbers are not known that precisely."""
     return x.element_size() == 2
 
@@ -153,7 +153,7 @@ def _select(k: int, keys: Tensor, latents: Tensor, how: Plan, source: tuple[Tens
     repair_kernel[(min(batch, REPAIR_PROGRAMS),)](
         flags, keys, latents, values, chosen, x, x, W, b_enc, batch, d_sae, n_groups, k,
         1 if dense else x.shape[1], dense, how.R, triton.next_power_of_2(k), triton.next_power_of_2(n_groups),
-        how.block_m, how.group, block_k, not dense and _packed(x), precision(), interpreted(),
+        how.block_m, how.group, block_k, not dense and _cuts_keys(x), precision(), interpreted(),
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return values, chosen
@@ -192,7 +192,7 @@ def _above_dense(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor) -> tuple[Te
     return torch.cat(values), torch.cat(latents), nnf.pad(torch.cat(counts).cumsum(0), (1, 0))
 
 
-def _with_redone(values, latents, offsets, full, redone) -> tuple[Tensor, Tensor, Tensor]:
+def _insert_redone(values, latents, offsets, full, redone) -> tuple[Tensor, Tensor, Tensor]:
     """Put the entries of redone rows (those where full) among the others."""
     counts = offsets.diff()
     counts[full] = redone[2].diff()

@@ -199,7 +199,7 @@ def _product_dtype(W: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
 
 
-def _centred(x: Tensor, W_enc: Tensor, b_dec: Tensor) -> Tensor:
+def _centre(x: Tensor, W_enc: Tensor, b_dec: Tensor) -> Tensor:
     """Return x − b_dec in the dtype of the product."""
     return (x - b_dec).to(_product_dtype(W_enc)).contiguous()
 
@@ -207,7 +207,7 @@ def _centred(x: Tensor, W_enc: Tensor, b_dec: Tensor) -> Tensor:
 def pre_topk(x, W_enc, b_enc, b_dec, k: int) -> tuple[Tensor, Pattern]:
     """Return the k largest pre-activations of each token, flat, differentiable, and their pattern."""
     with torch.no_grad():
-        centred = _centred(x, W_enc, b_dec)
+        centred = _centre(x, W_enc, b_dec)
         values, latents = encoders.topk(centred, W_enc.t().contiguous(), b_enc, k)
         pattern = row_pattern(latents, W_enc.shape[1])
     return _Encode.apply(x, W_enc, b_enc, b_dec, centred, values.view(-1), pattern), pattern
@@ -217,7 +217,7 @@ def pre_above(x, W_enc, b_enc, b_dec, floor: Tensor | float, crossover: Crossove
     """Return the pre-activations above floor (scalar or (d_sae,)), flat, differentiable, and their pattern."""
     with torch.no_grad():
         floors = torch.as_tensor(floor, dtype=torch.float32, device=x.device).expand(W_enc.shape[1]).contiguous()
-        centred = _centred(x, W_enc, b_dec)
+        centred = _centre(x, W_enc, b_dec)
         values, latents, offsets = encoders.above(centred, W_enc.t().contiguous(), b_enc, floors)
         pattern = Pattern(latents, offsets, W_enc.shape[1])
         pattern = crossover.choose(pattern) if crossover else pattern

@@ -69,8 +69,8 @@ class Screen:
         sums = (x.shape[1] + 2) * 2**-23 * ((x_norm + x_rest) * (W_norm + W_rest) + b.abs().amax())
         return cls(x16, W16, b16, x_rest * W_norm + (x_norm + x_rest) * W_rest + b_rest + sums)
 
-    def raised(self) -> Screen:
-        """Biases so high that u ≥ 0 for every entry with pre > 0 (a hundredth of slack for the sums with them)."""
+    def raise_biases(self) -> Screen:
+        """Make biases so high that u ≥ 0 for every entry with pre > 0 (a hundredth of slack for the sums with them)."""
         b = self.b.float() + 1.01 * self.slack.amax()
         return replace(self, b=(b + 2 * ROUNDING * b.abs()).bfloat16())
 
@@ -93,7 +93,7 @@ def topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor] | Non
         return None
     for u, slack in screen.slabs():
         maxima = _maxima(u)
-        kth = kth_largest(_coarser(maxima, 8 * k).float(), k)
+        kth = kth_largest(_coarsen(maxima, 8 * k).float(), k)
         latents, n = _candidates(u, maxima, kth - 2 * ROUNDING * kth.abs() - slack, slack)
         candidates.append(latents)
         counts.append(n)
@@ -113,7 +113,7 @@ def above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor | float) -> tuple[Tenso
     screen, candidates, counts = Screen.of(x, W, b - floor), [], []
     if not screen.slack.isfinite().all():
         return None
-    for u, _ in screen.raised().slabs():
+    for u, _ in screen.raise_biases().slabs():
         latents, n = _not_negative(u)
         candidates.append(latents)
         counts.append(n)
@@ -128,7 +128,7 @@ def _maxima(u: Tensor) -> Tensor:
     return u.view(len(u), GROUP, -1).amax(1)
 
 
-def _coarser(maxima: Tensor, least: int) -> Tensor:
+def _coarsen(maxima: Tensor, least: int) -> Tensor:
     """Merge groups while at least that many remain: fewer are sorted faster, and bound the k-th value as well."""
     merged = 1
     while maxima.shape[1] % (2 * merged) == 0 and maxima.shape[1] // (2 * merged) >= least:

@@ -45,7 +45,7 @@ def _encoders(p: Problem, rows: torch.Tensor, x: torch.Tensor) -> None:
     for name, k, lowest in (("top k", p.k, None), ("above a floor", None, floor)):
         for warps in (4, 8):
             how = replace(plan(k, p.d_sae, 2), warps=warps)
-            W = encoders._grouped(rows, x16.dtype, how)
+            W = encoders._regroup(rows, x16.dtype, how)
             _report(
                 f"encoder, {name}, {warps} warps",
                 lambda W=W, lowest=lowest, how=how: encoders._candidates(x16, W, b_enc, lowest, how),
