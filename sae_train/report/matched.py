@@ -42,7 +42,10 @@ class Comparison:
 def comparisons(cells: list[Cell]) -> list[Comparison]:
     """Architectures at one width and L0, widths of one architecture and L0, L0 of one architecture and width."""
     made = [_at_one_l0(a, b, cells) for a, b in _pairs(cells, "arch") + _pairs(cells, "width")]
-    return made + [_over_l0(a, b) for a, b in _pairs(cells, "l0")]
+    return made + [
+        _compare(f"{a.arch}, {width_label(a.width)}: L0 {b.l0:g} − {a.l0:g}", "two L0", a, b)
+        for a, b in _pairs(cells, "l0")
+    ]
 
 
 def _pairs(cells: list[Cell], trait: str) -> list[tuple[Cell, Cell]]:
@@ -68,10 +71,6 @@ def _at_one_l0(a: Cell, b: Cell, cells: list[Cell]) -> Comparison:
         return _compare(name, "interpolated", a, b, _series(a, cells), _series(b, cells))
     reason = f"not compared: L0 {percent(math.expm1(apart))} apart" if math.isfinite(apart) else "not compared: no L0"
     return Comparison(name, _seeds(a, b), reason, {})
-
-
-def _over_l0(a: Cell, b: Cell) -> Comparison:
-    return _compare(f"{a.arch}, {width_label(a.width)}: L0 {b.l0:g} − {a.l0:g}", "two L0", a, b)
 
 
 def _compare(

@@ -64,13 +64,10 @@ def _series(saes: list[TrainedSAE], x: str, y: str) -> list[tuple[str, str, list
         if len(own_series) > MOST_NAMED:
             css = f"c{archs.index(arch) % COLOURS} d{widths.index(width) % DASHES} o{min(runs.index(run), 3)}"
         name = f"{f'{run} · ' if len(runs) > 1 else ''}{arch} {width_label(width)}"
-        series.append((name, css, sorted(_points(own, x, y), key=lambda point: point.x)))
+        by_l0 = groupby(sorted(own, key=lambda sae: sae.l0 or 0), key=lambda sae: sae.l0 or 0)
+        points = [_point(list(seeds), x, y) for _, seeds in by_l0]
+        series.append((name, css, sorted(points, key=lambda point: point.x)))
     return series
-
-
-def _points(saes: list[TrainedSAE], x: str, y: str) -> list[Point]:
-    order = lambda sae: sae.l0 or 0  # noqa: E731
-    return [_point(list(seeds), x, y) for _, seeds in groupby(sorted(saes, key=order), key=order)]
 
 
 def _point(seeds: list[TrainedSAE], x: str, y: str) -> Point:
