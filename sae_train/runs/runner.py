@@ -249,20 +249,21 @@ class Runner:
         whole = loop.running(self.session.own_learners)
         finals = self.ranks.first(self._finals)
         to_write = [learner for learner in whole if learner.name not in self.written]
+        # Every process comes round as often as the one with the most to write: `_write_run` waits for all of them.
         for i in range(max(self.ranks.gather(len(to_write)))):
             for learner in to_write[i : i + 1]:
                 self.written[learner.name] = self.finisher.write(learner, finals[learner.name], self.absorption)
             self._write_run("running")
 
     def _finish(self) -> Path:
-        """Write cards, run.json and the report; say the results."""
+        """Close run.json, present the results, and remove activations that nobody asked to keep."""
         self._write_run("finished" if any(self.ranks.any(bool(self.written))) else "failed")
         self.ranks.first(self._present)
         self.ranks.first(lambda: shutil.rmtree(session.run_cache(self.folder), ignore_errors=True))
         return self.folder
 
     def _present(self) -> None:
-        """Write the cards and the report; say the results."""
+        """Write the cards and the report; print the results."""
         for described in self.info["saes"]:
             if described["failed"] is None:
                 measured = measured_line(described["final"], described["baseline"].get("random"))

@@ -80,7 +80,7 @@ class Session:
         return [learner for learner in self.learners if learner.name in self.owned]
 
     def calibrate(self, learner: Learner) -> None:
-        """Bring a finished learner's L0 to its target, on held-out activations of which no figure is told."""
+        """Bring a finished learner's L0 to its target, on held-out activations that no figure is measured on."""
         learner.calibrate(self.calibration * self.scale)
 
     def last_steps(self) -> dict[str, int]:

@@ -19,21 +19,17 @@ def summary_lines(info: dict[str, Any]) -> list[str]:
 
 
 def _one(sae: dict[str, Any]) -> list[str]:
-    final = sae["final"]
+    final, random_ev = sae["final"], sae["baseline"].get("random", {}).get("explained_variance")
+    beside = "" if random_ev is None else f" (random SAE {random_ev:.2f})"
     figures = [
         f"L0 asked {sae['l0']:g}, reached {_number(final, 'metrics/l0', '.2f')}",
-        f"EV {_number(final, 'metrics/explained_variance', '.4f')}{_random_ev(sae)}",
+        f"EV {_number(final, 'metrics/explained_variance', '.4f')}{beside}",
         *([f"loss recovered {final['metrics/ce_loss_score']:.4f}"] if final.get("metrics/ce_loss_score") else []),
         f"dead {_number(final, 'sparsity/dead_fraction', '.1%')}",
     ]
     lines = [f"{sae['name']}: " + ", ".join(figures), "  " + measured_line(final, sae["baseline"].get("random"))]
     own = [f"{name} {value:.4g}" for name, value in own_figures(final).items() if isinstance(value, int | float)]
     return [*lines, "  " + ", ".join(own)] if own else lines
-
-
-def _random_ev(sae: dict[str, Any]) -> str:
-    value = sae["baseline"].get("random", {}).get("explained_variance")
-    return "" if value is None else f" (random SAE {value:.2f})"
 
 
 def measured_line(final: dict[str, Any], random: dict[str, Any] | None = None) -> str:

@@ -132,7 +132,9 @@ class Learner:
         """Read the failure flag (waits for the device); return and keep in `failed` what happened, or None."""
         step, what = self.failure.tolist()
         if step >= 0 and self.failed is None:
-            self.failed = f"step {step}: {self._names_of_watched()[what]} is not finite"
+            gradients = [f"the gradient of {name}" for name in self.trained]
+            watched = ["the input", "mse_loss", "aux_loss", "sparsity_loss", *gradients]  # in the order of `_step`
+            self.failed = f"step {step}: {watched[what]} is not finite"
         return self.failed
 
     @torch.no_grad()
@@ -214,10 +216,6 @@ class Learner:
         if self.control:
             terms["sparsity_loss"] = self.control.coefficient * run.price * run.sparsity
         return terms
-
-    def _names_of_watched(self) -> list[str]:
-        gradients = [f"the gradient of {name}" for name in self.trained]
-        return ["the input", "mse_loss", "aux_loss", "sparsity_loss", *gradients]
 
     @torch.no_grad()
     def _gradients(self) -> Tensor:

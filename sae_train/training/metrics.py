@@ -33,9 +33,9 @@ def held_out_metrics(
     error = torch.zeros((), dtype=torch.float64, device=x.device)
     counts = torch.zeros(sae.cfg.d_sae, device=x.device)
     for chunk in x.split(max(1, CHUNK_ELEMENTS // sae.cfg.d_sae)):
-        recon, fired = _run(sae, chunk)
-        error += (chunk - recon).square().sum(dtype=torch.float64)
-        counts += fired
+        values, latents, n_active = sae.encode_entries(chunk)
+        error += (chunk - sae.decode_entries(values, latents, n_active)).square().sum(dtype=torch.float64)
+        counts += torch.bincount(latents, minlength=sae.cfg.d_sae)
     spread, energy = known or totals(x)
     return {
         "metrics/l0": (counts.sum(dtype=torch.float64) / len(x)).item(),
@@ -43,9 +43,3 @@ def held_out_metrics(
         "metrics/mse": (error / energy).item(),
         "density": counts / len(x),
     }
-
-
-def _run(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the reconstruction, and on how many rows each latent is active."""
-    values, latents, counts = sae.encode_entries(x)
-    return sae.decode_entries(values, latents, counts), torch.bincount(latents, minlength=sae.cfg.d_sae)
