@@ -50,12 +50,12 @@ COLUMNS = {
 def main() -> None:
     args = _arguments()
     if args.model:
-        _controlled(args, Path(args.model).name, OTHER["width"], OTHER["l0"])
+        _train_controlled(args, Path(args.model).name, OTHER["width"], OTHER["l0"])
     else:
         for width in (w for w in WIDTHS if args.only in (None, w)):
-            _controlled(args, "speller", width, TARGETS)
+            _train_controlled(args, "speller", width, TARGETS)
         if args.only in (None, "by-hand"):
-            _by_hand(args)
+            _train_by_hand(args)
     table = _table(args.runs)
     RESULTS.parent.mkdir(exist_ok=True)
     table.to_csv(RESULTS, index=False, float_format="%.5g")
@@ -63,13 +63,13 @@ def main() -> None:
     _figure(table, FIGURE)
 
 
-def _controlled(args: argparse.Namespace, model: str, width: str, targets: tuple[int, ...]) -> None:
+def _train_controlled(args: argparse.Namespace, model: str, width: str, targets: tuple[int, ...]) -> None:
     """One run an architecture, so that an interruption costs one of them."""
     for arch in ARCHITECTURES:
         _run(args, f"{model}-{arch}-{width}", arch=arch, width=width, l0=list(targets))
 
 
-def _by_hand(args: argparse.Namespace) -> None:
+def _train_by_hand(args: argparse.Namespace) -> None:
     for arch in STEERED:
         rows = _rows(args.runs / f"speller-{arch}-{BY_HAND['width']}")
         middle = math.exp(sum(math.log(row["coefficient"]) for row in rows) / len(rows))

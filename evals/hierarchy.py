@@ -45,7 +45,7 @@ def get_hierarchy(name: str | Path | Hierarchy = "first-letter") -> Hierarchy:
         return name
     if str(name) in RULES:
         return RULES[str(name)]
-    shipped = {path.stem: path for path in _embedded().glob("*.json")}
+    shipped = {path.stem: path for path in _embedded_folder().glob("*.json")}
     path = shipped.get(str(name), Path(name))
     if path.suffix != ".json":
         known = [*RULES, *shipped]
@@ -101,7 +101,7 @@ def _names(table: dict[str, Any]) -> str:
     return ", ".join(repr(name) for name in table) or "none"
 
 
-def _embedded() -> Path:
+def _embedded_folder() -> Path:
     """Hierarchies that ship with the embedded model, in a wheel as in a checkout."""
     return Path(__file__).parents[1] / "embedded" / "hierarchies"
 

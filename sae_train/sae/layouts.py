@@ -54,7 +54,7 @@ def read_sae(folder: Path, device: str | torch.device, allow_pickle: bool = Fals
     """Read the SAE in a folder; UserError says what is missing, damaged or of a kind that is not read."""
     weights = next((name for name in LAYOUTS if (folder / name).is_file()), None)
     if weights is None:
-        raise UserError(_nothing(folder))
+        raise UserError(_say_what_is_missing(folder))
     if weights == PICKLED and not allow_pickle:
         raise UserError(
             f"{folder} holds a pickled SAE ({PICKLED}), which is read only where that is allowed: "
@@ -68,7 +68,7 @@ def read_sae(folder: Path, device: str | torch.device, allow_pickle: bool = Fals
     return fold_decoder_norm(sae) if parts.rescaled else sae
 
 
-def _nothing(folder: Path) -> str:
+def _say_what_is_missing(folder: Path) -> str:
     if (folder / "cfg.json").is_file():
         return f"{folder / WEIGHTS} does not exist: the checkpoint is incomplete; copy or save it again."
     inside = sorted(str(p.parent) for p in folder.glob("saes/*/cfg.json"))
@@ -106,7 +106,7 @@ def _sae_lens(folder: Path, weights: str) -> Parts:
     known["metadata"], known["apply_b_dec_to_input"] = metadata, bool(cfg.get("apply_b_dec_to_input", True))
     if theirs == "topk":
         known["k"] = cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k")
-    tensors = _without_ones(read_tensors(folder / weights))
+    tensors = _drop_ones(read_tensors(folder / weights))
     return Parts(FROM_SAE_LENS[theirs], tensors, known, bool(cfg.get("rescale_acts_by_decoder_norm")))
 
 
@@ -120,7 +120,7 @@ def _sparsify(folder: Path, weights: str) -> Parts:
     known = {"model_name": run.get("model"), "dataset_path": run.get("dataset"), "context_size": run.get("ctx_len")}
     known = {name: value for name, value in known.items() if value is not None}
     hook = f"blocks.{block[1]}.hook_resid_post" if block else folder.name
-    return Parts("topk", _renamed(tensors), {**known, "k": cfg.get("k"), "hook_name": hook})
+    return Parts("topk", _rename(tensors), {**known, "k": cfg.get("k"), "hook_name": hook})
 
 
 def _dictionary_learning(folder: Path, weights: str) -> Parts:
@@ -134,7 +134,7 @@ def _dictionary_learning(folder: Path, weights: str) -> Parts:
         known = ", ".join(DICTIONARIES)
         raise UserError(f"{folder}: class {trainer.get('dict_class')!r} is not read; readable are {known}.")
     architecture, apply_b_dec = DICTIONARIES[trainer["dict_class"]]
-    tensors = _renamed(_unpickled(folder / weights))
+    tensors = _rename(_unpickle(folder / weights))
     if architecture == "jumprelu" and "threshold" in tensors and "W_dec" in tensors:
         tensors["threshold"] = tensors["threshold"].to(tensors["W_dec"]).expand(len(tensors["W_dec"])).contiguous()
     dropped = {"k", "group_sizes"} | ({"threshold"} if architecture == "topk" else set())
@@ -155,7 +155,7 @@ def _gemma_scope(folder: Path, weights: str) -> Parts:
     if "embedding" in folder.parts[-3:]:
         raise UserError(f"{folder}: Gemma Scope's SAEs of the embedding are not read (they need another scale).")
     path = folder / weights
-    tensors = _without_ones(_renamed(_from_npz(path) if weights.endswith(".npz") else read_tensors(path)))
+    tensors = _drop_ones(_rename(_read_npz(path) if weights.endswith(".npz") else read_tensors(path)))
     place = re.search(r"gemma-scope-(2-)?(\d+m|\d+b)-(pt|it)(?:-(res|mlp|att))?", str(folder))
     layer = re.search(r"layer_(\d+)", str(folder))
     known: dict[str, Any] = {"apply_b_dec_to_input": False, "dataset_path": "monology/pile-uncopyrighted"}
@@ -191,12 +191,12 @@ def files_of_layouts(allow_pickle: bool) -> list[str]:
     return ["cfg.json", "config.json", *(name for name in LAYOUTS if allow_pickle or name != PICKLED)]
 
 
-def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     turned = {TRANSPOSED[name]: t.t() for name, t in tensors.items() if name in TRANSPOSED and t.ndim == 2}
     return {OTHER_NAMES.get(name, name): t for name, t in tensors.items() if name not in TRANSPOSED} | turned
 
 
-def _without_ones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _drop_ones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leave out a scaling factor that scales nothing."""
     factor = tensors.get("scaling_factor")
     if factor is None or not torch.equal(factor, torch.ones_like(factor)):
@@ -204,7 +204,7 @@ def _without_ones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if name != "scaling_factor"}
 
 
-def _from_npz(path: Path) -> dict[str, Tensor]:
+def _read_npz(path: Path) -> dict[str, Tensor]:
     import zipfile
 
     import numpy as np
@@ -215,7 +215,7 @@ def _from_npz(path: Path) -> dict[str, Tensor]:
         return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
 
-def _unpickled(path: Path) -> dict[str, Tensor]:
+def _unpickle(path: Path) -> dict[str, Tensor]:
     """Tensors of a state dict; torch's restricted reader runs none of the file's code and refuses anything else."""
     import pickle
 
