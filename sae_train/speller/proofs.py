@@ -53,8 +53,8 @@ def prove(folder: Path, n_words: int | None = None, seed: int = 0) -> list[Proof
     partner = torch.from_numpy(rng.permutation(len(prompts)))
     accuracy = {
         "clean": speller.accuracy(prompts, labels),
-        "probe": speller.accuracy(prompts, labels, erasing(rows, x[train])),
-        "random": speller.accuracy(prompts, labels, erasing(random, x[train])),
+        "probe": speller.accuracy(prompts, labels, eraser(rows, x[train])),
+        "random": speller.accuracy(prompts, labels, eraser(random, x[train])),
         "swapped": speller.accuracy(prompts, labels[partner], lambda word: word[partner]),
     }
     return [
@@ -170,7 +170,7 @@ def probe_f1(logits: Float[Tensor, "words 26"], labels: Int[Tensor, " words"]) -
     return (2 * hits / (predicted.sum(0) + true.sum(0)).clamp(min=1))[true.any(0)]
 
 
-def erasing(rows: Float[Tensor, "k d_in"], x: Float[Tensor, "n d_in"]) -> Callable[[Tensor], Tensor]:
+def eraser(rows: Float[Tensor, "k d_in"], x: Float[Tensor, "n d_in"]) -> Callable[[Tensor], Tensor]:
     """An edit after which `rows` read the same on every word, and so does all that varies with their readings.
 
     The least change that does it removes the readings along the data's own directions (LEACE, arXiv 2306.03819,
