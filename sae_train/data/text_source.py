@@ -31,6 +31,7 @@ class HookedText:
     def __init__(self, lm: LanguageModel, stream: TokenStream, drop: set[int], settings: Settings) -> None:
         self.name, self.hook_name, self.d_in = lm.name, lm.hook_name, lm.d_in
         self.lm, self.stream, self.drop_ids, self.settings = lm, stream, drop, settings
+        self.weights, self.packages = lm.weights, stream.packages  # for the record of a run
         self.cache: ActivationCache | None = None
         self._held_out: Tensor | None = None
 
@@ -54,7 +55,7 @@ class HookedText:
 
 
 class TextSource:
-    """`--model` with a language model: embedded, a local Hugging Face folder, or a hub id."""
+    """`--model` with a language model: a named one, a local Hugging Face folder, a GGUF file, or a hub id."""
 
     def problems(self, settings: Settings) -> list[str]:
         """Whatever is wrong with the model or its text shows when they are described or opened."""
@@ -115,7 +116,7 @@ def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCach
     stream.load_state_dict(start)
     made_from = {
         "data": settings.data.model_dump(mode="json", exclude={"activation_cache"}), "hook": source.hook_name,
-        "batch_tokens": settings.train.batch_tokens, "files": files_of(settings.dataset),
+        "batch_tokens": settings.train.batch_tokens, "files": stream.packages or files_of(settings.dataset),
     }  # fmt: skip
     key = key_of(made_from, first, source.held_out(settings.data.held_out_tokens))
     return ActivationCache(folder, key, source.lm.dtype)

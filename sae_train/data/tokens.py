@@ -69,7 +69,7 @@ class TokenStream:
         held_out: Int[Tensor, "rows context"],
         n_held_out_documents: int,
     ) -> None:
-        self.name = documents.name
+        self.name, self.packages = documents.name, documents.packages
         self.context = packer.context
         self.sequences = sequences
         self.held_out = held_out

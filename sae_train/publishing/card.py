@@ -15,7 +15,7 @@ tags: [saelens, sparse-autoencoder, mechanistic-interpretability]
 # {name}
 
 A {arch} sparse autoencoder with {width:,} latents for `{hook_name}` of `{model}`, trained by sae-train on
-{tokens:,} tokens of `{dataset}`.
+{tokens:,} tokens of `{dataset}`.{weights}
 
 | | |
 |---|---|
@@ -64,7 +64,8 @@ def _opening(origin: Origin, saes: list[dict[str, Any]]) -> str:
     model = f"`{origin.model}`" if origin.model else "a model that its configuration does not name"
     where = f"`{info['hook_name']}` of {model}" if info.get("hook_name") else model
     trained = f", trained by sae-train on {info['tokens']:,} tokens of `{origin.dataset}`" if info.get("tokens") else ""
-    return f"{noun} for {where}{trained}. {'It' if len(saes) == 1 else 'Each'} takes raw activations."
+    takes = f"{'It' if len(saes) == 1 else 'Each'} takes raw activations."
+    return f"{noun} for {where}{trained}. {takes}{weights_sentence(info.get('weights'))}"
 
 
 def _loading(origin: Origin, saes: list[dict[str, Any]]) -> str:
@@ -145,6 +146,19 @@ def _number(value: float | None, form: str) -> str:
     return NAN if value is None else format(value, form)
 
 
+def weights_sentence(weights: dict[str, Any] | None) -> str:
+    """Say, after a space, which weights the language model had; nothing where that is not known."""
+    if not weights:
+        return ""
+    if weights.get("hub"):
+        return f" The model's weights: revision {weights['revision'] or 'unknown'} of `{weights['hub']}` on the hub."
+    files = ", ".join(
+        f"`{file['name']}` ({file['bytes']:,} bytes, sha256 {file['sha256'] or 'not taken'})"
+        for file in weights["files"]
+    )
+    return f" The model's weights: {files}{' of the package ' + weights['package'] if 'package' in weights else ''}."
+
+
 def write_card(folder: Path, sae: dict[str, Any], info: dict[str, Any], measured: str) -> None:
     """Write README.md into an SAE's folder; `measured` is the line on its absorption."""
     final = sae["final"]
@@ -163,5 +177,6 @@ def write_card(folder: Path, sae: dict[str, Any], info: dict[str, Any], measured
         tokens=info["tokens"],
         dataset=info["dataset"],
         d_in=info["d_in"],
+        weights=weights_sentence(info.get("weights")),
     )
     write_text(folder / "README.md", text)

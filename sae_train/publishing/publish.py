@@ -27,8 +27,8 @@ from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm
 MAX_L0_ERROR = 0.02
 UNIT = 1e-5  # how far from 1 sae-bench lets the norm of a decoder row be
 HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
-KEPT = ("hook_name", "d_in", "context", "tokens", "epochs", "seconds", "eval_seconds", "processes", "versions",
-        "hardware", "git_commit")  # fmt: skip
+KEPT = ("hook_name", "d_in", "context", "tokens", "epochs", "seconds", "eval_seconds", "processes", "weights",
+        "text_packages", "versions", "hardware", "git_commit")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class Runner:
         self.info: dict[str, Any] = {
             "settings": flat(self.settings),
             "dataset": self.settings.dataset,
+            "weights": getattr(opened.source, "weights", None),
+            "text_packages": getattr(opened.source, "packages", None),
             "command": about["command"],
             "activations": about.get("activations"),
             "processes": self.ranks.size,
