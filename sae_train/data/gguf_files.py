@@ -1,7 +1,7 @@
 """Language models in GGUF files: transformers reads them, weights are dequantised, and the tokenizer is the file's own.
 
 What transformers would not do as the file says is put right or refused here: rotary scaling that it drops, numbers that
-a tokenizer splits digit by digit, a tokenizer.json beside the file that it would prefer.
+a tokenizer splits digit by digit, a token that it adds, a tokenizer.json beside the file that it would prefer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
@@ -72,11 +73,23 @@ def load_tokenizer(path: Path) -> Any:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(
             empty, gguf_file=str(path.absolute()), local_files_only=True
         )
-    if _header(path)[0].get("tokenizer.ggml.pre") in DIGIT_BY_DIGIT:
+    metadata, _ = _header(path)
+    if len(tokenizer) > metadata["tokenizer.ggml.tokens"]:
+        tokenizer = _without_made_up(tokenizer, metadata["tokenizer.ggml.tokens"])
+    if metadata.get("tokenizer.ggml.pre") in DIGIT_BY_DIGIT:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     return tokenizer
+
+
+def _without_made_up(tokenizer: Any, n_tokens: int) -> Any:
+    """Leave out what transformers adds to a vocabulary that lacks GPT-2's <|endoftext|>: an id without a weight."""
+    from tokenizers import Tokenizer
+
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["added_tokens"] = [token for token in core["added_tokens"] if token["id"] < n_tokens]
+    return type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(core)), **tokenizer.special_tokens_map)
 
 
 @contextmanager

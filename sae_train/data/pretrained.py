@@ -82,7 +82,10 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         return _folder(path, name)
     if path.suffix == gguf_files.SUFFIX or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
-        raise UserError(f"there is no model {name!r}; give a Hugging Face folder, a GGUF file, a hub id or {_names()}.")
+        raise UserError(
+            f"there is no model folder or file {name!r}; give a Hugging Face folder, a GGUF file, a hub id or "
+            f"{_names()}."
+        )
     return name, {"local_files_only": not hub_answers(name, "model")}
 
 
