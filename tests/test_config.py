@@ -15,7 +15,7 @@ from sae_train.config.merge import read_yaml
 from sae_train.config.units import parse_count, parse_width, width_label
 from sae_train.errors import UserError
 
-N_CONFIGS = 7
+N_CONFIGS = 8
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""Where in a language model the first letter can be read: a probe's F1 on held-out words after each block, as CSV.
+
+    python benchmarks/probe_by_block.py --model smollm2 --out benchmarks/results/probe_by_block_smollm2.csv
+
+Words stand in prompts as the eval's do, but share a few contexts: a context goes through the model once, and each word
+follows it as one token. All blocks are read in the same pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from csv_rows import append, cpu
+
+from sae_train.data.language_model import load_language_model
+from sae_train.evals import prompts, vocab
+from sae_train.evals.assets import ground_truth
+from sae_train.evals.hierarchy import get_hierarchy
+from sae_train.evals.presets import SAEBENCH
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONTEXTS = 16
+COLUMNS = ("model", "words", "seed", "block", "f1", "letters", "cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--words", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    lm = load_language_model(options.model)
+    g = torch.Generator().manual_seed(options.seed)
+    hierarchy = get_hierarchy()
+    fmt, words = words_of(lm, hierarchy, options.words, g)
+    is_test = vocab.split(words, SAEBENCH.test_share, g)
+    labels = torch.tensor(words.labels)
+    for block, at_block in enumerate(by_block(lm, fmt, words, is_test, g)):
+        _, figures = ground_truth(at_block, labels, is_test, len(hierarchy.labels), SAEBENCH, options.seed)
+        f1 = figures[:, 0]
+        row = {"model": options.model, "words": len(words), "seed": options.seed, "block": block, "cpu": cpu(),
+               "f1": f"{float(f1.mean()):.4f}", "letters": int((f1 > SAEBENCH.min_probe_f1).sum())}  # fmt: skip
+        append(options.out, COLUMNS, [row])
+        print(f"blocks.{block}.hook_resid_post  F1 {row['f1']}  letters that count {row['letters']}", flush=True)
+
+
+def words_of(lm: Any, hierarchy: Any, n_words: int, g: torch.Generator) -> tuple[Any, Any]:
+    """The prompt's format and a stratified sample of the words that are one token in it."""
+    found, dropped = vocab.entries(lm.tokenizer, lm.special_ids, hierarchy)
+    fmt = prompts.fit_format(lm, hierarchy, found, SAEBENCH)
+    single = vocab.keep_single_tokens(found, dropped, lambda words: prompts.single_token_words(lm, fmt, words))
+    return fmt, vocab.sample(single, n_words, g)
+
+
+@torch.no_grad()
+def by_block(lm: Any, fmt: Any, words: Any, is_test: Tensor, g: torch.Generator) -> list[Tensor]:
+    """What leaves each block at each word. Examples in a context are words of the same side of the split."""
+    model = lm._model
+    blocks = model.model.layers
+    caught: list[Tensor] = [torch.empty(0)] * len(blocks)
+
+    def catch(i: int) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            caught[i] = (output[0] if isinstance(output, tuple) else output)[:, -1].float().clone()
+
+        return hook
+
+    handles = [block.register_forward_hook(catch(i)) for i, block in enumerate(blocks)]
+    out = [torch.zeros(len(words), model.config.hidden_size) for _ in blocks]
+    for side in (is_test, ~is_test):
+        rows = side.nonzero().flatten()
+        for part in rows[torch.randperm(len(rows), generator=g)].chunk(CONTEXTS // 2):
+            others = rows[~torch.isin(rows, part)]
+            chosen = others[torch.randperm(len(others), generator=g)[: fmt.n_examples]].tolist()
+            tokens = prompts.token_rows(
+                lm, fmt, [words.words[r] for r in part.tolist()], [[words.words[r] for r in chosen]] * len(part)
+            )
+            table = torch.tensor(tokens)[:, : len(tokens[0]) + fmt.word_position + 1]
+            assert (table[:, :-1] == table[0, :-1]).all()
+            past = model(input_ids=table[:1, :-1], use_cache=True).past_key_values
+            past.batch_repeat_interleave(len(part))
+            model(input_ids=table[:, -1:], past_key_values=past, use_cache=True)
+            for x, at_block in zip(out, caught, strict=True):
+                x[part] = at_block
+    for handle in handles:
+        handle.remove()
+    return out
+
+
+if __name__ == "__main__":
+    main()
