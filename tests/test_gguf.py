@@ -17,6 +17,7 @@ from sae_train.data import gguf_files, pretrained
 from sae_train.data.language_model import LanguageModel, describe_language_model, load_language_model
 from sae_train.data.pretrained import NAMED, load_config, load_tokenizer, locate
 from sae_train.errors import UserError
+from sae_train.publishing.card import weights_sentence
 
 HOOK = "blocks.1.hook_resid_post"
 TOKENS = torch.randint(3, 300, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -164,3 +165,17 @@ def test_the_real_smollm2_has_its_bos_context_and_words() -> None:
     assert set(tokenizer.all_special_ids) == {0, 1, 2} and len(tokenizer) == 49_152
     assert tokenizer("x  12", add_special_tokens=False)["input_ids"] == [104, 256, 33, 34]
     assert load_config(source, options).max_position_embeddings == 8192
+
+
+def test_a_hub_models_weights_are_named_by_its_commit(twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    repo = tmp_path / "models--someone--tiny"
+    shutil.copytree(twins[1], repo / "snapshots" / ("0" * 39 + "7"))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 39 + "7")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    weights = load_language_model("someone/tiny", HOOK).weights
+    assert weights == {"hub": "someone/tiny", "revision": "0" * 39 + "7"}
+    assert "revision 0" in weights_sentence(weights) and "`someone/tiny`" in weights_sentence(weights)
+    assert weights_sentence(None) == ""
