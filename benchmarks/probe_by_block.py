@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from csv_rows import append, cpu
 
+from sae_train.data.hooks import find_blocks
 from sae_train.data.language_model import load_language_model
 from sae_train.evals import prompts, vocab
 from sae_train.evals.assets import ground_truth
@@ -27,14 +28,14 @@ from sae_train.evals.presets import SAEBENCH
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONTEXTS = 16
+WORDS_A_CONTEXT = 256
 COLUMNS = ("model", "words", "seed", "block", "f1", "letters", "cpu")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--words", type=int, default=3000)
+    parser.add_argument("--words", type=int, help="a stratified sample; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -53,19 +54,19 @@ def main() -> None:
         print(f"blocks.{block}.hook_resid_post  F1 {row['f1']}  letters that count {row['letters']}", flush=True)
 
 
-def words_of(lm: Any, hierarchy: Any, n_words: int, g: torch.Generator) -> tuple[Any, Any]:
-    """The prompt's format and a stratified sample of the words that are one token in it."""
+def words_of(lm: Any, hierarchy: Any, n_words: int | None, g: torch.Generator) -> tuple[Any, Any]:
+    """The prompt's format and the words that are one token in it, or a stratified sample of them."""
     found, dropped = vocab.entries(lm.tokenizer, lm.special_ids, hierarchy)
     fmt = prompts.fit_format(lm, hierarchy, found, SAEBENCH)
     single = vocab.keep_single_tokens(found, dropped, lambda words: prompts.single_token_words(lm, fmt, words))
-    return fmt, vocab.sample(single, n_words, g)
+    return fmt, vocab.sample(single, n_words, g) if n_words else single
 
 
 @torch.no_grad()
 def by_block(lm: Any, fmt: Any, words: Any, is_test: Tensor, g: torch.Generator) -> list[Tensor]:
     """What leaves each block at each word. Examples in a context are words of the same side of the split."""
     model = lm._model
-    blocks = model.model.layers
+    blocks = model.get_submodule(find_blocks(model))
     caught: list[Tensor] = [torch.empty(0)] * len(blocks)
 
     def catch(i: int) -> Any:
@@ -78,7 +79,7 @@ def by_block(lm: Any, fmt: Any, words: Any, is_test: Tensor, g: torch.Generator)
     out = [torch.zeros(len(words), model.config.hidden_size) for _ in blocks]
     for side in (is_test, ~is_test):
         rows = side.nonzero().flatten()
-        for part in rows[torch.randperm(len(rows), generator=g)].chunk(CONTEXTS // 2):
+        for part in rows[torch.randperm(len(rows), generator=g)].split(WORDS_A_CONTEXT):
             others = rows[~torch.isin(rows, part)]
             chosen = others[torch.randperm(len(others), generator=g)[: fmt.n_examples]].tolist()
             tokens = prompts.token_rows(
