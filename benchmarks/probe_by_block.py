@@ -3,17 +3,19 @@
     python benchmarks/probe_by_block.py --model smollm2 --out benchmarks/results/probe_by_block_smollm2.csv
 
 Words stand in prompts as the eval's do, but share a few contexts: a context goes through the model once, and each word
-follows it as one token. All blocks are read in the same pass.
+follows it as one token. All blocks are read in one pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parent))
 from csv_rows import append, cpu
@@ -32,10 +34,15 @@ WORDS_A_CONTEXT = 256
 COLUMNS = ("model", "words", "seed", "block", "f1", "letters", "cpu")
 
 
+class Stop(Exception):
+    """Ends a pass of the model after the last block that is read."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--words", type=int, help="a stratified sample; default: all")
+    parser.add_argument("--blocks", help="such as 0,4,8; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -45,7 +52,9 @@ def main() -> None:
     fmt, words = words_of(lm, hierarchy, options.words, g)
     is_test = vocab.split(words, SAEBENCH.test_share, g)
     labels = torch.tensor(words.labels)
-    for block, at_block in enumerate(by_block(lm, fmt, words, is_test, g)):
+    n_blocks = len(lm._model.get_submodule(find_blocks(lm._model)))
+    at = [int(block) for block in options.blocks.split(",")] if options.blocks else list(range(n_blocks))
+    for block, at_block in zip(at, by_block(lm, fmt, words, is_test, at, g), strict=True):
         _, figures = ground_truth(at_block, labels, is_test, len(hierarchy.labels), SAEBENCH, options.seed)
         f1 = figures[:, 0]
         row = {"model": options.model, "words": len(words), "seed": options.seed, "block": block, "cpu": cpu(),
@@ -63,20 +72,9 @@ def words_of(lm: Any, hierarchy: Any, n_words: int | None, g: torch.Generator) -
 
 
 @torch.no_grad()
-def by_block(lm: Any, fmt: Any, words: Any, is_test: Tensor, g: torch.Generator) -> list[Tensor]:
-    """What leaves each block at each word. Examples in a context are words of the same side of the split."""
-    model = lm._model
-    blocks = model.get_submodule(find_blocks(model))
-    caught: list[Tensor] = [torch.empty(0)] * len(blocks)
-
-    def catch(i: int) -> Any:
-        def hook(_module: Any, _args: Any, output: Any) -> None:
-            caught[i] = (output[0] if isinstance(output, tuple) else output)[:, -1].float().clone()
-
-        return hook
-
-    handles = [block.register_forward_hook(catch(i)) for i, block in enumerate(blocks)]
-    out = [torch.zeros(len(words), model.config.hidden_size) for _ in blocks]
+def by_block(lm: Any, fmt: Any, words: Any, is_test: Tensor, at: list[int], g: torch.Generator) -> list[Tensor]:
+    """What leaves the blocks `at` at each word. Examples in a context are words of the same side of the split."""
+    out = [torch.zeros(len(words), lm._model.config.hidden_size) for _ in at]
     for side in (is_test, ~is_test):
         rows = side.nonzero().flatten()
         for part in rows[torch.randperm(len(rows), generator=g)].split(WORDS_A_CONTEXT):
@@ -86,15 +84,35 @@ def by_block(lm: Any, fmt: Any, words: Any, is_test: Tensor, g: torch.Generator)
                 lm, fmt, [words.words[r] for r in part.tolist()], [[words.words[r] for r in chosen]] * len(part)
             )
             table = torch.tensor(tokens)[:, : len(tokens[0]) + fmt.word_position + 1]
-            assert (table[:, :-1] == table[0, :-1]).all()
-            past = model(input_ids=table[:1, :-1], use_cache=True).past_key_values
-            past.batch_repeat_interleave(len(part))
-            model(input_ids=table[:, -1:], past_key_values=past, use_cache=True)
-            for x, at_block in zip(out, caught, strict=True):
-                x[part] = at_block
+            for x, seen in zip(out, last_token(lm._model, table, at), strict=True):
+                x[part] = seen
+    return out
+
+
+def last_token(model: Any, table: Tensor, at: list[int]) -> list[Tensor]:
+    """What leaves the blocks `at` at the last token of rows that are alike but for it."""
+    assert (table[:, :-1] == table[0, :-1]).all()
+    blocks = model.get_submodule(find_blocks(model))
+    seen: dict[int, Tensor] = {}
+
+    def catch(i: int) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            seen[i] = (output[0] if isinstance(output, tuple) else output)[:, -1].float()
+            if i == max(at):
+                raise Stop
+
+        return hook
+
+    handles = [blocks[i].register_forward_hook(catch(i)) for i in at]
+    past = DynamicCache()
+    with suppress(Stop):
+        model(input_ids=table[:1, :-1], past_key_values=past, use_cache=True)
+    past.batch_repeat_interleave(len(table))
+    with suppress(Stop):
+        model(input_ids=table[:, -1:], past_key_values=past, use_cache=True)
     for handle in handles:
         handle.remove()
-    return out
+    return [seen[i] for i in at]
 
 
 if __name__ == "__main__":
