@@ -108,7 +108,7 @@ def _assets(args: argparse.Namespace) -> Any:
     from sae_train.evals import assets
 
     lm = load_language_model(args.model, args.hook)
-    return assets.build(lm, cache_dir=args.cache, n_words=args.eval_words)
+    return assets.build(lm, cache_dir=args.cache, n_words=args.eval_words, contexts="each")
 
 
 def _time_ours(sae: Any, assets: Any, seconds: dict[str, list[float]]) -> None:

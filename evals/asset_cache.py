@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sae_train.evals.assets import Assets
 
-_PLAIN = ("settings", "counts", "model_accuracy", "sampled_from", "seconds", "hash")
+_PLAIN = ("settings", "counts", "model_accuracy", "sampled_from", "notes", "seconds", "hash")
 _FILES = ("assets.safetensors", "words.parquet")
 
 

@@ -10,13 +10,25 @@ import json
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_train.errors import UserError
+from sae_train.config import EACH, parse_contexts
+from sae_train.errors import UserError, explaining
 from sae_train.evals import asset_cache, prompts, vocab
+from sae_train.evals.contexts import (
+    Contexts,
+    Progress,
+    answer_accuracy,
+    can_share,
+    fresh_prompts,
+    own_split_prompts,
+    read_words,
+    show_nothing,
+)
 from sae_train.evals.figures import auroc, f1_precision_recall
 from sae_train.evals.hierarchy import Hierarchy, get_hierarchy
 from sae_train.evals.presets import ASSET_FIELDS, Preset, get_preset, needed_labels
@@ -29,10 +41,8 @@ if TYPE_CHECKING:
 
     from sae_train.protocols import LanguageModel
 
-_BATCH_TOKENS = 8192
-_N_ACCURACY = 256  # prompts for the model's own accuracy, a sanity figure that takes whole forward passes
-_LOGIT_ELEMENTS = 2**26  # of one (batch, position, vocabulary) block: 256 MB in float32
 _SMALL_BATCH = 64
+_WHOLE = "words are read in whole prompts: behind a shared context {} does not give the same activations"
 _TENSORS = (
     "token_ids", "labels", "is_test", "x", "tp_rows", "tp_x", "tp_tokens", "answer_ids", "probe_weight", "probe_bias",
     "probe_figures",
@@ -66,6 +76,8 @@ class Assets:
     """how often the model itself names a true positive's first letter; None if the template asks for none"""
     sampled_from: int | None = None
     """number of words before sampling; None if all were taken"""
+    notes: list[str] = field(default_factory=list)
+    """what was done otherwise than asked"""
     seconds: dict[str, float] = field(default_factory=dict)
     hash: str = ""
 
@@ -106,11 +118,15 @@ def build(
     preset: str | Preset = "saebench",
     cache_dir: str | Path | None = None,
     n_words: int | None = None,
+    contexts: Contexts = 64,
+    progress: Progress = show_nothing,
 ) -> Assets:
     """Collect the assets, or read them from cache_dir if the same ones are there.
 
     The template takes the place of the hierarchy's own prompt line. n_words takes a sample stratified by label instead
-    of the whole vocabulary. A tokenizer that cannot write the template raises UserError.
+    of the whole vocabulary. contexts is how many sets of in-context examples the words of a split side share, or "each"
+    for SAEBench's draw, one a word. progress hears (what is being done, how much of it is done, how much there is). A
+    tokenizer that cannot write the template raises UserError.
     """
     if hook_name not in (None, lm.hook_name):
         raise UserError(f"the model is hooked at {lm.hook_name}, not at {hook_name}: load it with that hook.")
@@ -118,18 +134,26 @@ def build(
     if n_words is not None and n_words < len(asked.labels):
         raise UserError(f"the eval needs at least {len(asked.labels)} words, one per label; got {n_words}.")
     chosen = get_preset(preset)
-    key = _key(lm, asked, seed, chosen, n_words)
+    with explaining(str, ValueError):
+        contexts = parse_contexts(contexts)
+    key = _key(lm, asked, seed, chosen, n_words, contexts)
     fingerprint = _fingerprint(lm)
     if cache_dir is not None and (cached := asset_cache.read(Path(cache_dir), key, fingerprint)):
         return Assets(**cached)
-    assets = _collect(lm, asked, seed, chosen, n_words, key)
+    assets = _collect(lm, asked, seed, chosen, n_words, key, progress)
     if cache_dir is not None:
         asset_cache.write(Path(cache_dir), key, fingerprint, assets)
     return assets
 
 
 def _collect(
-    lm: LanguageModel, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None, key: dict
+    lm: LanguageModel,
+    hierarchy: Hierarchy,
+    seed: int,
+    preset: Preset,
+    n_words: int | None,
+    key: dict,
+    progress: Progress,
 ) -> Assets:
     start = time.perf_counter()
     seconds = {}
@@ -137,26 +161,33 @@ def _collect(
     def lap(name: str) -> None:
         seconds[name] = round(time.perf_counter() - start - sum(seconds.values()), 3)
 
+    progress("finding words", 0, 1)
     fmt, words, sampled_from = _vocabulary(lm, hierarchy, seed, preset, n_words)
     lap("vocabulary")
     is_test = vocab.split(words, preset.test_share, _generator(seed, "split"))
-    x = _activations(lm, fmt, _own_split_prompts(lm, fmt, words, is_test, seed))
+    contexts, place = key["contexts"], fmt.word_position
+    rows = own_split_prompts(lm, fmt, words, is_test, contexts, _generator(seed, "prompts"))
+    shared = contexts != EACH and can_share(lm, place, rows)
+    notes = [] if shared or contexts == EACH else [_WHOLE.format(lm.name)]
+    x = read_words(lm, place, rows, shared, lambda n: progress("reading words", n, len(words)))
     lap("activations")
     labels = torch.tensor(words.labels)
-    probe, figures = ground_truth(x, labels, is_test, len(hierarchy.labels), preset, seed, lm.device)
+    probe, figures = ground_truth(x, labels, is_test, len(hierarchy.labels), preset, seed, lm.device, progress)
     lap("probe")
     tp_rows = true_positives(probe, x, labels, is_test)
-    rows = _fresh_prompts(lm, fmt, words, tp_rows, seed)
-    tp_x = _activations(lm, fmt, rows)
+    rows = fresh_prompts(lm, fmt, words, tp_rows, contexts, _generator(seed, "true positives"))
+    tp_x = read_words(lm, place, rows, shared, lambda n: progress("reading true positives", n, len(rows)))
     lap("true positives")
-    every = max(1, len(rows) // _N_ACCURACY)
-    accuracy = _model_accuracy(lm, fmt, rows[::every], labels[tp_rows][::every])
+    accuracy = answer_accuracy(
+        lm, fmt, rows, labels[tp_rows], shared, lambda n, of: progress("asking the model", n, of)
+    )
     lap("model accuracy")
     settings = {**key, "n_examples": fmt.n_examples, "word_position": fmt.word_position}
     answers = torch.tensor(fmt.answer_ids or (), dtype=torch.long)
     assets = Assets(
         words.words, torch.tensor(words.token_ids), labels, is_test, x, tp_rows, tp_x, prompts.right_aligned(rows),
-        answers, probe.weight, probe.bias, figures, settings, words.counts, accuracy, sampled_from, seconds,
+        answers, probe.weight, probe.bias, figures, settings, words.counts, accuracy, sampled_from, notes,
+        seconds,
     )  # fmt: skip
     return replace(assets, hash=content_hash(assets))
 
@@ -177,60 +208,10 @@ def _vocabulary(
     return fmt, vocab.sample(words, n_words, _generator(seed, "sample")), len(words)
 
 
-def _own_split_prompts(lm: LanguageModel, fmt: Any, words: Vocabulary, is_test: Tensor, seed: int) -> list[list[int]]:
-    """A prompt per word, its examples drawn from the word's own side of the split."""
-    g = _generator(seed, "prompts")
-    examples: list[list[str]] = [[] for _ in words.words]
-    for side in (~is_test, is_test):
-        rows = side.nonzero().squeeze(1)
-        drawn = rows[prompts.draw_examples(torch.arange(len(rows)), len(rows), fmt.n_examples, g)]
-        for row, others in zip(rows.tolist(), drawn.tolist(), strict=True):
-            examples[row] = [words.words[o] for o in others]
-    return _checked(lm, fmt, words, prompts.token_rows(lm, fmt, words.words, examples))
-
-
-def _fresh_prompts(lm: LanguageModel, fmt: Any, words: Vocabulary, tp_rows: Tensor, seed: int) -> list[list[int]]:
-    """New prompts for the true positives, with examples from the whole vocabulary."""
-    drawn = prompts.draw_examples(tp_rows, len(words), fmt.n_examples, _generator(seed, "true positives"))
-    examples = [[words.words[o] for o in others] for others in drawn.tolist()]
-    chosen = words.subset(tp_rows.tolist())
-    return _checked(lm, fmt, chosen, prompts.token_rows(lm, fmt, chosen.words, examples))
-
-
-def _checked(lm: LanguageModel, fmt: Any, words: Vocabulary, rows: list[list[int]]) -> list[list[int]]:
-    for ids, token_id, word in zip(rows, words.token_ids, words.words, strict=True):
-        if ids[fmt.word_position] != token_id:
-            raise UserError(
-                f"the tokenizer of {lm.name} does not keep {word!r} as one token at position {fmt.word_position} of "
-                f"the template {fmt.hierarchy.template!r} once examples stand before it; give another template."
-            )
-        if len(ids) > lm.context:
-            raise UserError(f"a prompt of {len(ids)} tokens does not fit the {lm.context} positions of {lm.name}.")
-    return rows
-
-
-@torch.no_grad()
-def _activations(lm: LanguageModel, fmt: Any, rows: list[list[int]]) -> Float[Tensor, "n d_in"]:
-    out = torch.zeros(len(rows), lm.d_in)
-    for numbers, tokens in prompts.batches(rows, _BATCH_TOKENS):
-        out[numbers] = lm.activations(tokens.to(lm.device))[:, fmt.word_position].float().cpu()
-    return out
-
-
-@torch.no_grad()
-def _model_accuracy(lm: LanguageModel, fmt: Any, rows: list[list[int]], labels: Tensor) -> float | None:
-    if fmt.answer_ids is None or not rows:
-        return None
-    right, answers = 0, torch.tensor(fmt.answer_ids)[labels]
-    for numbers, tokens in prompts.batches(rows, min(_BATCH_TOKENS, _LOGIT_ELEMENTS // len(lm.tokenizer))):
-        said = lm.logits(tokens.to(lm.device))[:, -1].argmax(-1).cpu()
-        right += int((said == answers[numbers]).sum())
-    return right / len(rows)
-
-
 def ground_truth(
-    x: Tensor, labels: Tensor, is_test: Tensor, n_labels: int, preset: Preset, seed: int, device: Any = "cpu"
-) -> tuple[Probe, Float[Tensor, "n_labels 4"]]:
+    x: Tensor, labels: Tensor, is_test: Tensor, n_labels: int, preset: Preset, seed: int, device: Any = "cpu",
+    progress: Progress = show_nothing,
+) -> tuple[Probe, Float[Tensor, "n_labels 4"]]:  # fmt: skip
     """The linear probe of the labels, fitted on the training words, and its figures on the test words."""
     train = ~is_test
     # With few words a large batch would leave the probe near its start: some 1,500 steps at least.
@@ -238,7 +219,8 @@ def ground_truth(
     schedule = Schedule(preset.probe_lr, preset.probe_end_lr, preset.probe_weight_decay, preset.probe_epochs, batch)
     with torch.no_grad():
         probe = fit_dense(
-            x[train].to(device), labels[train].to(device), n_labels, schedule, _generator(seed, "probe")
+            x[train].to(device), labels[train].to(device), n_labels, schedule, _generator(seed, "probe"),
+            partial(progress, "fitting the probe"),
         )  # fmt: skip
         probe.weight, probe.bias = probe.weight.cpu(), probe.bias.cpu()
         logits = probe.logits(x[is_test])
@@ -253,11 +235,13 @@ def true_positives(probe: Probe, x: Tensor, labels: Tensor, is_test: Tensor) -> 
     return (is_test & right).nonzero().squeeze(1)
 
 
-def _key(lm: LanguageModel, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None) -> dict[str, Any]:
+def _key(
+    lm: LanguageModel, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None, contexts: Contexts
+) -> dict[str, Any]:
     """What decides the assets' content, apart from the model's weights."""
     vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return {
-        "version": 2,
+        "version": 3,
         "model": lm.name,
         "hook_name": lm.hook_name,
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
@@ -267,6 +251,8 @@ def _key(lm: LanguageModel, hierarchy: Hierarchy, seed: int, preset: Preset, n_w
         "template": hierarchy.template,
         "seed": seed,
         "n_words": n_words,
+        "contexts": contexts,
+        "dtype": str(lm.dtype).removeprefix("torch."),
         "context": lm.context,
         "bos_id": lm.bos_id,
         "preset": {k: v for k, v in asdict(preset).items() if k in ASSET_FIELDS},

@@ -55,12 +55,14 @@ class Probe:
 
 
 def fit_dense(
-    x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int, s: Schedule, g: torch.Generator
-) -> Probe:
-    """Fit a probe on dense rows."""
+    x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int, s: Schedule, g: torch.Generator,
+    tell: Callable[[int, int], object] = lambda epoch, of: None,
+) -> Probe:  # fmt: skip
+    """Fit a probe on dense rows; `tell` hears each epoch's number and how many there are."""
 
     def batches() -> Iterator[_Batch]:
-        for order in _shuffle(len(x), s, g, x.device):
+        for epoch, order in enumerate(_shuffle(len(x), s, g, x.device)):
+            tell(epoch, s.epochs)
             for rows in order.split(s.batch):
                 block = x.index_select(0, rows)
                 yield rows, block.matmul, lambda into, d_logits, block=block: into.addmm_(block.T, d_logits)

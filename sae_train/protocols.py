@@ -59,6 +59,8 @@ class LanguageModel(Protocol):
     hook_name: str
     d_in: int
     device: torch.device
+    dtype: torch.dtype
+    """of its activations before they are made float32"""
     tokenizer: Any
     context: int
     """largest number of positions"""
@@ -67,6 +69,11 @@ class LanguageModel(Protocol):
 
     def activations(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_in"]:
         """Return the activations at the hook."""
+
+    def activations_after(
+        self, prefix: Int[Tensor, " before"], tokens: Int[Tensor, "batch position"]
+    ) -> Float[Tensor, "batch position d_in"] | None:
+        """Return the activations of tokens that all stand behind one prefix, read once; None where it cannot be."""
 
     def start(self, tokens: Int[Tensor, "batch position"]) -> Tensor | None:
         """Return what `logits` can start from, or None where nothing comes before the hook."""
@@ -78,6 +85,11 @@ class LanguageModel(Protocol):
         start: Tensor | None = None,
     ) -> Float[Tensor, "batch position vocab"]:
         """Return next-token logits, with the activations at the hook passed through `edit`."""
+
+    def logits_after(
+        self, prefix: Int[Tensor, " before"], tokens: Int[Tensor, "batch position"]
+    ) -> Float[Tensor, "batch position vocab"] | None:
+        """Return next-token logits of tokens that all stand behind one prefix, read once; None where it cannot be."""
 
     def read_out(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n vocab"] | None:
         """Return what directions of the residual stream say of the next token; None where the hook is not in it."""

@@ -30,6 +30,7 @@ class FakeLM:
         g = torch.Generator().manual_seed(seed)
         self.name, self.tokenizer, self.hook_name = "fake", tokenizer, "blocks.0.hook_resid_post"
         self.d_in, self.device, self.context = D_IN, torch.device("cpu"), context
+        self.dtype = torch.float32
         self.bos_id, self.special_ids = tokenizer.bos_token_id, set(tokenizer.all_special_ids)
         self.letters = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=g))[0][:26]
         self.table = torch.randn(len(tokenizer), D_IN, generator=g) * 0.1
@@ -44,12 +45,18 @@ class FakeLM:
         before = torch.nn.functional.pad(here, (0, 0, 1, 0))[:, :-1]
         return here + 0.05 * before
 
+    def activations_after(self, prefix, tokens):
+        return self.activations(torch.cat([prefix.expand(len(tokens), -1), tokens], 1))[:, len(prefix) :]
+
     def start(self, tokens):
         """Nothing comes before the hook."""
 
     def logits(self, tokens, edit=None, start=None):
         x = self.activations(tokens)
         return (x if edit is None else edit(x)) @ self.unembed
+
+    def logits_after(self, prefix, tokens):
+        return self.logits(torch.cat([prefix.expand(len(tokens), -1), tokens], 1))[:, len(prefix) :]
 
     def read_out(self, directions):
         return directions @ self.unembed

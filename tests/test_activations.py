@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, save_tiny_model
+from tiny_models import FAMILIES, save_tiny_model, tiny_tokenizer
 
-from sae_train.data import hooks
+from sae_train.data import forward, hooks
 from sae_train.data.hooks import KINDS, find_blocks, hook_points, residual_point, resolve_hook, width_at
 from sae_train.data.language_model import DTYPES, LanguageModel, load_language_model
 from sae_train.errors import UserError
@@ -268,3 +268,52 @@ def test_real_models_equal_the_bridge(model: str, bos: int, context: int, shared
     cache = bridge_cache(folder, [lm.hook_name], tokens)
     torch.testing.assert_close(lm.activations(tokens), cache[lm.hook_name], rtol=1e-4, atol=1e-4)
     assert (lm.bos_id, lm.context) == (bos, context)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_word_behind_a_shared_prefix_has_the_activation_of_its_whole_prompt(family: str, tmp_path: Path) -> None:
+    lm = load_language_model(save_tiny_model(tmp_path, family))
+    prefix, words = TOKENS[0], torch.arange(3, 40)[:, None]
+    for name, point in hook_points(lm._model, family).items():
+        there = seen_from(lm, point)
+        whole = there.activations(torch.cat([prefix.expand(len(words), -1), words], 1))[:, -1:]
+        behind = there.activations_after(prefix, words)
+        if name == "blocks.0.hook_resid_pre":  # nothing has looked back yet, so nothing of the prefix is kept
+            assert behind is None
+            continue
+        assert float((behind - whole).norm() / whole.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt", "bloom"])
+def test_what_a_model_says_behind_a_shared_prefix_is_what_it_says_of_the_whole(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = load_language_model(save_tiny_model(tmp_path, family), "blocks.0.hook_resid_post")
+    whole = torch.cat([TOKENS[0].expand(12, -1), torch.arange(3, 39).reshape(12, 3)], 1)
+    expected, there = lm.logits(whole)[:, -3:], lm.activations(whole)[:, -3:]
+    for elements in (forward.CACHE_ELEMENTS, 5 * 2 * 20 * 16):  # all rows at once, and a few at a time
+        monkeypatch.setattr(forward, "CACHE_ELEMENTS", elements)
+        torch.testing.assert_close(lm.logits_after(TOKENS[0], whole[:, -3:]), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(lm.activations_after(TOKENS[0], whole[:, -3:]), there, rtol=1e-5, atol=1e-4)
+
+
+def test_a_prefix_and_what_stands_behind_it_must_fit_the_context(tmp_path: Path) -> None:
+    lm = load_language_model(save_tiny_model(tmp_path), "blocks.0.hook_resid_post")
+    with pytest.raises(UserError, match="33 tokens do not fit the 32"):
+        lm.activations_after(torch.arange(3, 33), TOKENS[:, :3])
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_a_model_that_keeps_other_states_than_keys_and_values_reads_no_prefix(family: str, tmp_path: Path) -> None:
+    import transformers as t
+
+    sizes = {"vocab_size": 72, "hidden_size": 16, "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1}
+    heads = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    mixed = {**heads, "layer_types": ["conv", "full_attention"]}
+    config = t.MambaConfig(**sizes, state_size=4) if family == "mamba" else t.Lfm2Config(**sizes, **mixed)
+    t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    lm = load_language_model(tmp_path, "blocks.1.hook_resid_post")
+    assert lm.activations_after(TOKENS[0], TOKENS[:, :1]) is None
+    assert lm.logits_after(TOKENS[0], TOKENS[:, :1]) is None
+    assert lm.activations(TOKENS).shape == (*TOKENS.shape, 16)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from eval_fakes import FakeLM, fake_words, word_tokenizer
 
+from sae_train.data.language_model import load_language_model
 from sae_train.errors import UserError
-from sae_train.evals import assets, prompts, vocab
+from sae_train.evals import assets, contexts, prompts, vocab
 from sae_train.evals.hierarchy import FIRST_LETTER
 from sae_train.evals.presets import get_preset
 
@@ -65,15 +66,29 @@ def test_examples_are_distinct_and_never_the_word_itself():
     assert many[0] == 0 and int(many[1:].min()) > 4_700
 
 
-def test_examples_come_from_the_words_own_split(lm, built):
+def test_words_that_share_contexts_are_spread_over_them_and_never_in_their_own():
+    g = torch.Generator().manual_seed(0)
+    drawn = contexts.draw(torch.arange(4000), 4000, 10, 64, g)
+    sets, sizes = drawn.unique(dim=0, return_counts=True)
+    assert len(sets) == 64 and int(sizes.min()) >= 60 and int(sizes.max()) <= 66
+    assert all(len(set(row)) == 10 for row in sets.tolist()) and int(drawn.max()) < 4000
+    assert not (drawn == torch.arange(4000)[:, None]).any()
+    crowded = contexts.draw(torch.arange(12), 12, 10, 2, g)  # most words stand in both
+    assert all(len({own, *row}) == 11 for own, row in enumerate(crowded.tolist()))
+    assert contexts.draw(torch.arange(2), 2, 10, 64, g).tolist() == [[1], [0]]
+    assert contexts.draw(torch.arange(5), 5, 0, 64, g).shape == (5, 0)
+
+
+@pytest.mark.parametrize("drawn", ["each", 64, 3])
+def test_examples_come_from_the_words_own_split(lm, built, drawn):
     words = vocab.Vocabulary(built.words, built.token_ids.tolist(), built.labels.tolist())
     found, _ = vocab.entries(lm.tokenizer, lm.special_ids, FIRST_LETTER)
     fmt = prompts.fit_format(lm, FIRST_LETTER, found, get_preset("saebench"))
     side = dict(zip(built.token_ids.tolist(), built.is_test.tolist(), strict=True))
     skip = set(fmt.answer_ids)
-    for ids, is_test in zip(
-        assets._own_split_prompts(lm, fmt, words, built.is_test, 0), built.is_test.tolist(), strict=True
-    ):
+    g = assets._generator(0, "prompts")
+    rows = contexts.own_split_prompts(lm, fmt, words, built.is_test, drawn, g)
+    for ids, is_test in zip(rows, built.is_test.tolist(), strict=True):
         # every third word-like token of a line is its word: template words are in the vocabulary too
         shown = [t for i, t in enumerate(ids) if i > 1 and ids[i - 1] == 2 and t not in skip]
         assert {side[t] for t in shown} == {is_test}
@@ -101,6 +116,62 @@ def test_sample_of_words_is_stratified_and_says_so(lm, built):
     small = assets.build(lm, n_words=130)
     assert small.sampled_from == len(built.words)
     assert abs(len(small.words) - 130) < 15 and len(set(small.labels.tolist())) == 26
+
+
+def test_each_word_has_a_context_of_its_own_if_asked(lm, built):
+    each = assets.build(lm, contexts="each")
+    prefixes = {tuple(row) for row in each.tp_tokens[:, : each.settings["word_position"]].tolist()}
+    shared = {tuple(row) for row in built.tp_tokens[:, : built.settings["word_position"]].tolist()}
+    assert len(prefixes) == len(each.tp_rows) > len(shared) and len(shared) <= 64
+    assert torch.equal(each.is_test, built.is_test)
+    assert each.hash == assets.build(lm, contexts="each").hash != built.hash
+    with pytest.raises(UserError, match="no number of contexts"):
+        assets.build(lm, contexts=0)
+
+
+class Forgetful(FakeLM):
+    """A model that keeps no cache."""
+
+    def activations_after(self, prefix, tokens):
+        return None
+
+
+class Wrong(FakeLM):
+    """A model whose cache loses the prefix."""
+
+    def activations_after(self, prefix, tokens):
+        return self.activations(tokens)
+
+
+@pytest.mark.parametrize("kind", [Forgetful, Wrong])
+def test_a_model_that_cannot_share_contexts_reads_whole_prompts_and_says_so(lm, built, kind):
+    whole = assets.build(kind(lm.tokenizer))
+    assert built.notes == [] and len(whole.notes) == 1 and "whole prompts" in whole.notes[0]
+    assert torch.equal(whole.tp_tokens, built.tp_tokens) and whole.model_accuracy is not None
+    torch.testing.assert_close(whole.x, built.x)
+    torch.testing.assert_close(whole.tp_x, built.tp_x)
+
+
+def test_shared_contexts_on_the_embedded_model_equal_whole_prompts():
+    lm, told = load_language_model("speller"), []
+    built = assets.build(lm, n_words=400, contexts=8, progress=lambda *now: told.append(now))
+    rows = [[t for t in row if t >= 0] for row in built.tp_tokens.tolist()]
+    place = built.settings["word_position"]
+    assert len(contexts.shared_prefixes(rows, place)) == 8
+    whole = torch.stack([lm.activations(torch.tensor([ids]))[0, place] for ids in rows])
+    assert float(((built.tp_x - whole).norm(dim=1) / whole.norm(dim=1)).max()) < 1e-5
+    assert built.model_accuracy > 0.9
+    stages = {doing: (done, of) for doing, done, of in told}
+    assert stages["reading words"] == (len(built.words),) * 2
+    assert stages["reading true positives"] == (len(built.tp_rows),) * 2
+
+
+def test_cache_tells_draws_and_dtypes_apart(lm, tmp_path):
+    half = FakeLM(lm.tokenizer)
+    half.dtype = torch.bfloat16
+    for model, drawn in [(lm, 64), (lm, 8), (lm, "each"), (half, 64)]:
+        assets.build(model, cache_dir=tmp_path, contexts=drawn)
+    assert len(list(tmp_path.glob("*/assets.json"))) == 4
 
 
 def test_cache_is_reused_and_rebuilt_when_stale_or_truncated(lm, built, tmp_path, monkeypatch):

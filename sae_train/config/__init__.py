@@ -11,7 +11,7 @@ PLACES = {
     "settings": (
         "CONFIGS", "DEFAULT_HUB_DATASET", "EvalSettings", "LMSettings", "SAESpec", "Settings", "TrainSettings",
     ),
-    "units": ("EVAL_PRESETS", "width_label"),
+    "units": ("EACH", "EVAL_PRESETS", "parse_contexts", "width_label"),
 }  # fmt: skip
 PLACE_OF = {name: module for module, names in PLACES.items() for name in names}
 

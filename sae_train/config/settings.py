@@ -12,6 +12,7 @@ from sae_train.config.units import (
     EVAL_PRESETS,
     listed,
     parse_arch,
+    parse_contexts,
     parse_count,
     parse_l0,
     parse_preset,
@@ -149,6 +150,11 @@ class EvalSettings(SettingsGroup):
         "is read; default: the hierarchy's own, or else 'the word is {word}'",
     )
     eval_words: Count | None = Field(None, description="words in the eval, a stratified sample; default: all")
+    eval_contexts: Annotated[int | str, BeforeValidator(parse_contexts)] = Field(
+        64,
+        description="sets of in-context examples that the words of a split side share (the model reads each once), or "
+        "each: one a word, as SAEBench draws them",
+    )
     eval_seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the split, prompts and probes")
 
 

@@ -22,6 +22,7 @@ ARCHITECTURES = {  # what --arch takes, and the class that trains it: a new one 
         "gated": "Gated",
     }.items()
 }
+EACH = "each"  # a set of in-context examples for each word of the eval
 EVAL_PRESETS = ("saebench", "saebench-adam", "saebench-0.3", "paper", "paper-exact", "paper-released")
 WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
     "65k": 2**16,
@@ -78,6 +79,19 @@ def parse_arch(value: object) -> str:
 
 def parse_preset(value: object) -> str:
     return choose(value, EVAL_PRESETS, "a preset")
+
+
+def parse_contexts(value: object) -> int | str:
+    """Read how many contexts the eval's words share, or 'each'; raise ValueError otherwise."""
+    text = str(value).strip().lower()
+    if text == EACH:
+        return EACH
+    try:
+        return parse_count(text)
+    except ValueError:
+        raise ValueError(
+            f"{value!r} is no number of contexts: give a positive whole number such as 64, or each"
+        ) from None
 
 
 def choose(value: object, names: Iterable[str], kind: str) -> str:

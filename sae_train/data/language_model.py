@@ -10,23 +10,24 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sae_train.data import gguf_files
+from sae_train.data.forward import changed, count_rows, passing_on, read_prefix, spread
 from sae_train.data.hooks import HookPoint, resolve_hook, width_at
 from sae_train.data.pretrained import describe_weights, load_config, load_errors, load_tokenizer, locate, quiet
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from jaxtyping import Float, Int
     from torch import Tensor, nn
+    from transformers import Cache
 
     from sae_train.training.ranks import Ranks
 
@@ -100,6 +101,36 @@ class LanguageModel:
         ranks.fill(x.split(n), lambda i: self._activations(parts[i]))
         return x
 
+    @torch.no_grad()
+    def activations_after(
+        self, prefix: Int[Tensor, " before"], tokens: Int[Tensor, "batch position"]
+    ) -> Float[Tensor, "batch position d_in"] | None:
+        """Return the activations in float32 of rows of tokens that all stand behind one prefix.
+
+        The prefix goes through the model once, and its keys and values are kept. None where this model keeps none.
+        """
+        cache = read_prefix(self._model, prefix, lambda cache: self._activations(prefix[None], cache))
+        if cache is None:
+            return None
+        parts = tokens.split(count_rows(cache))
+        return torch.cat([self._activations(part, spread(cache, len(part))) for part in parts]).float()
+
+    @torch.no_grad()
+    def logits_after(
+        self, prefix: Int[Tensor, " before"], tokens: Int[Tensor, "batch position"]
+    ) -> Float[Tensor, "batch position vocab"] | None:
+        """Return next-token logits in float32 of rows of tokens that all stand behind one prefix.
+
+        The prefix goes through the blocks once, and its keys and values are kept. None where this model keeps none.
+        """
+        # The blocks alone, without the unembedding: nobody asks for the prefix's own logits.
+        blocks = partial(self._model.base_model, prefix[None].to(self.device), use_cache=True)
+        cache = read_prefix(self._model, prefix, lambda cache: blocks(past_key_values=cache))
+        if cache is None:
+            return None
+        parts = tokens.split(count_rows(cache))
+        return torch.cat([self._forward(part, spread(cache, len(part))).logits for part in parts]).float()
+
     def shared_by(self, ranks: Ranks) -> LanguageModel:
         """Return this model with activations that all processes compute together, each its share of the rows.
 
@@ -110,15 +141,15 @@ class LanguageModel:
         shared._ranks = ranks
         return shared
 
-    def _activations(self, tokens: Tensor) -> Tensor:
+    def _activations(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         caught: list[Tensor] = []
 
         def catch(x: Tensor) -> Tensor:
             caught.append(x.reshape(*tokens.shape, -1))  # OPT flattens (batch, position) inside its blocks
             raise _Stop
 
-        with torch.no_grad(), _changed(self._module, self._side, catch), suppress(_Stop):
-            self._forward(tokens)
+        with torch.no_grad(), changed(self._module, self._side, catch), suppress(_Stop):
+            self._forward(tokens, cache)
         return caught[0]
 
     def start(self, tokens: Int[Tensor, "batch position"]) -> Tensor | None:
@@ -133,7 +164,7 @@ class LanguageModel:
             caught.append(x)
             raise _Stop
 
-        with torch.no_grad(), _changed(self._block, self._resumes, catch), suppress(_Stop):
+        with torch.no_grad(), changed(self._block, self._resumes, catch), suppress(_Stop):
             self._forward(tokens)
         return caught[0]
 
@@ -156,12 +187,12 @@ class LanguageModel:
         with ExitStack() as changes:
             if start is not None:
                 for block in self._before:
-                    changes.enter_context(_passing_on(block))
+                    changes.enter_context(passing_on(block))
                 if self._resumes == "out":
-                    changes.enter_context(_passing_on(self._block, self._returns_tuple))
-                changes.enter_context(_changed(self._block, "in", lambda _: start))
+                    changes.enter_context(passing_on(self._block, self._returns_tuple))
+                changes.enter_context(changed(self._block, "in", lambda _: start))
             if edit is not None:
-                changes.enter_context(_changed(self._module, self._side, replace))
+                changes.enter_context(changed(self._module, self._side, replace))
             return self._forward(tokens).logits.float()
 
     @torch.no_grad()
@@ -179,50 +210,12 @@ class LanguageModel:
         logits = logits[:-1] - logits[-1]
         return (logits - logits.mean(1, keepdim=True)).cpu()
 
-    def _forward(self, tokens: Tensor) -> Any:
-        if tokens.shape[1] > self.context:
-            raise UserError(f"{tokens.shape[1]} tokens do not fit the {self.context} positions of {self.name}.")
-        return self._model(input_ids=tokens.to(self.device), use_cache=False)
-
-
-@contextmanager
-def _changed(module: nn.Module, side: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Pass what enters a module, or its output, through `change` while the context lasts."""
-
-    def on_input(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    def on_output(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    if side == "in":
-        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(on_output)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _passing_on(block: nn.Module, as_tuple: bool = False) -> Iterator[None]:
-    """Let a block return what enters it while the context lasts."""
-
-    def forward(*args: Any, hidden_states: Tensor | None = None, **_: Any) -> Tensor | tuple[Tensor]:
-        x = args[0] if args else hidden_states
-        return (x,) if as_tuple else x
-
-    own = vars(block).get("forward")
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
-        if own is not None:
-            block.forward = own
+    def _forward(self, tokens: Tensor, cache: Cache | None = None) -> Any:
+        n = tokens.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        if n > self.context:
+            raise UserError(f"{n} tokens do not fit the {self.context} positions of {self.name}.")
+        kept = {} if cache is None else {"past_key_values": cache}
+        return self._model(input_ids=tokens.to(self.device), use_cache=cache is not None, **kept)
 
 
 def load_language_model(

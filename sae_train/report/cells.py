@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sae_train.evals.intervals import Interval
 
 SCORES = ("fraction", "full")
-SETTINGS = ("model", "hook", "preset", "hierarchy", "template", "eval_words", "eval_seed", "tokens")
+SETTINGS = ("model", "hook", "preset", "hierarchy", "template", "eval_words", "eval_contexts", "eval_seed", "tokens")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, fidelity
+from sae_train.evals.contexts import show_nothing
 from sae_train.evals.events import trace
 from sae_train.evals.hierarchy import PLAIN_TEMPLATE, get_hierarchy
 from sae_train.files import OUR_FIGURES, own_figures
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sae_train.config import EvalSettings
     from sae_train.evals.absorption import AbsorptionResult
     from sae_train.evals.assets import Assets
+    from sae_train.evals.contexts import Progress
     from sae_train.protocols import SAE, Callback, LanguageModel
     from sae_train.training.learner import Learner
     from sae_train.training.loop import Clock
@@ -157,12 +159,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae-train"
 
 
-def build_assets(lm: LanguageModel | None, settings: EvalSettings) -> tuple[Assets | None, list[str]]:
+def build_assets(
+    lm: LanguageModel | None, settings: EvalSettings, progress: Progress = show_nothing
+) -> tuple[Assets | None, list[str]]:
     """Make what the eval needs of this model, once; (None, notes) where it is off, there is no language model, or the
     tokenizer rules it out.
 
     A template that the user named must work (UserError); otherwise the hierarchy's own is taken, or else one that asks
-    for no answer.
+    for no answer. `progress` hears how far it is.
     """
     if not settings.absorption or lm is None:
         return None, []
@@ -178,6 +182,8 @@ def build_assets(lm: LanguageModel | None, settings: EvalSettings) -> tuple[Asse
                 seed=settings.eval_seed,
                 preset=settings.preset,
                 n_words=settings.eval_words,
+                contexts=settings.eval_contexts,
+                progress=progress,
                 cache_dir=cache_folder(),
             )
         except UserError as error:
@@ -185,5 +191,6 @@ def build_assets(lm: LanguageModel | None, settings: EvalSettings) -> tuple[Asse
                 raise
             problems.append(f"with the template {template!r}: {error}")
             continue
-        return built, [f"absorption eval: {problem}; the template {template!r} is used instead" for problem in problems]
+        instead = [f"{problem}; the template {template!r} is used instead" for problem in problems]
+        return built, [f"absorption eval: {note}" for note in instead + built.notes]
     return None, [f"the absorption eval cannot run on {lm.name}: {'; '.join(problems)}"]

@@ -119,9 +119,11 @@ def start(
 def _assets(opened: Session) -> tuple[Assets | None, list[str]]:
     """What the eval needs of the model, made by one process for all."""
     from sae_train.runs.callbacks import build_assets
+    from sae_train.runs.set_up import SetUpDisplay
 
     def build() -> tuple[Assets | None, list[str]]:
-        built, notes = build_assets(opened.language and opened.language.lm, opened.settings.eval)
+        with SetUpDisplay() as display:
+            built, notes = build_assets(opened.language and opened.language.lm, opened.settings.eval, display)
         return built.to("cpu") if built else None, notes
 
     return opened.ranks.first(build)
@@ -191,6 +193,7 @@ def evaluate_checkpoint(
     from sae_train.evals import absorption, baselines
     from sae_train.runs.callbacks import build_assets
     from sae_train.runs.process import prepare_process
+    from sae_train.runs.set_up import SetUpDisplay
     from sae_train.runs.summary import absorption_line
     from sae_train.sae.files import load_sae
     from sae_train.training.ranks import choose_device, current
@@ -211,7 +214,8 @@ def evaluate_checkpoint(
             f"the SAE in {str(checkpoint)!r} takes {sae.cfg.d_in} values a token and {lm.hook_name} of {lm.name} "
             f"has {lm.d_in}: name the --model and --hook that it was trained on"
         )
-    built, notes = build_assets(lm, settings.eval)
+    with SetUpDisplay() as display:
+        built, notes = build_assets(lm, settings.eval, display)
     if built is None:
         raise UserError(" ".join(notes))
     sae, built = sae.to(lm.device), built.to(lm.device)

@@ -67,7 +67,7 @@ def load_assets(args: argparse.Namespace) -> Any:
     from sae_train.evals import assets
 
     lm = load_language_model(args.model, args.hook)
-    return assets.build(lm, cache_dir=args.cache, n_words=args.eval_words)
+    return assets.build(lm, cache_dir=args.cache, n_words=args.eval_words, contexts="each")
 
 
 def export(folder: Path, assets: Any, model: str) -> None:

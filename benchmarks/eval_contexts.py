@@ -1,0 +1,122 @@
+"""What shared in-context examples do to the absorption eval: the time of its set-up and its scores with
+`--eval-contexts each` and 64, over eval seeds; rows go to benchmarks/results/eval_contexts.csv, Markdown to the screen.
+
+    python benchmarks/eval_contexts.py [--model MODEL] [--eval-words N] SAE_FOLDER ...     measure, then the tables
+    python benchmarks/eval_contexts.py --table                                            the tables of all rows
+
+The SAEs are of one model and hook. Set-up times are seconds of one core (the process' own time), so that other work on
+the machine does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from csv_rows import append, cpu
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESULTS = Path(__file__).parent / "results" / "eval_contexts.csv"
+COLUMNS = (
+    "date", "machine", "model", "words", "contexts", "seed", "core_seconds", "probe_f1", "sae", "fraction", "full",
+)  # fmt: skip
+DRAWS = ("each", 64)
+
+
+def main() -> None:
+    args = _arguments()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not args.table:
+        append(args.out, COLUMNS, measure(args))
+    import pandas as pd
+
+    print(tables(pd.read_csv(args.out)))
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Set the eval up with each draw and seed, and evaluate every SAE with it."""
+    import torch
+
+    from sae_train import load_sae
+    from sae_train.data.language_model import load_language_model
+    from sae_train.evals import absorption, assets
+
+    torch.set_num_threads(1)
+    saes = {Path(path).name: load_sae(path) for path in args.saes}
+    lm = load_language_model(args.model, args.hook or next(iter(saes.values())).cfg.hook_name)
+    rows = []
+    for seed in map(int, args.seeds.split(",")):
+        for contexts in DRAWS:
+            start = time.process_time()
+            built = assets.build(lm, n_words=args.eval_words, seed=seed, contexts=contexts)
+            common = {
+                "date": time.strftime("%Y-%m-%d"), "machine": cpu(), "model": Path(args.model).name,
+                "words": len(built.words), "contexts": contexts, "seed": seed,
+                "core_seconds": round(time.process_time() - start, 1),
+                "probe_f1": round(float(built.probe_figures[:, 0].mean()), 4),
+            }  # fmt: skip
+            for name, sae in saes.items():
+                found = absorption.evaluate(sae, built, seed=seed)
+                rows.append(common | {"sae": name, "fraction": found.mean_fraction, "full": found.mean_full})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def tables(data: pd.DataFrame) -> str:
+    """Set-up times by model, and per SAE how far the draws lie apart beside how far eval seeds of `each` do."""
+    data = data.drop_duplicates(["model", "words", "contexts", "seed", "sae"], keep="last").astype({"contexts": str})
+    return "\n".join([*_set_up(data), "", *_scores(data)])
+
+
+def _set_up(data: pd.DataFrame) -> list[str]:
+    head = "| model | words | `each`, core seconds | 64, core seconds | probe F1, `each` | 64 |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for (model, words), some in data.groupby(["model", "words"], sort=False):
+        means = some.groupby("contexts")[["core_seconds", "probe_f1"]].mean()
+        times, f1 = ([means.loc[str(draw), name] for draw in DRAWS] for name in ("core_seconds", "probe_f1"))
+        lines.append(f"| {model} | {words:,} | {times[0]:.1f} | {times[1]:.1f} | {f1[0]:.3f} | {f1[1]:.3f} |")
+    return lines
+
+
+def _scores(data: pd.DataFrame) -> list[str]:
+    lines = [
+        "| model, SAE | score | `each`, mean of n seeds | 64, mean | draws apart, same seed: mean (largest) | "
+        "two seeds of `each` apart: mean (largest) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (model, sae), some in data.groupby(["model", "sae"], sort=False):
+        for score in ("fraction", "full"):
+            each, shared = (some[some["contexts"] == str(draw)].set_index("seed")[score] for draw in DRAWS)
+            draws = (shared - each).abs().dropna()
+            seeds = [abs(b - a) for a, b in combinations(each, 2)]
+            apart = f"{draws.mean():.4f} ({draws.max():.4f}) | {mean(seeds):.4f} ({max(seeds):.4f})"
+            means = f"{each.mean():.4f} (n = {len(each)}) | {shared.mean():.4f}"
+            lines.append(f"| {model}, {sae} | {score} | {means} | {apart} |")
+    return lines
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("saes", nargs="*")
+    parser.add_argument("--model", default="speller")
+    parser.add_argument("--hook")
+    parser.add_argument("--eval-words", type=int)
+    parser.add_argument("--seeds", default="0,1,2", help="eval seeds")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if not args.table and not args.saes:
+        parser.error("name the folders of SAEs, or --table")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What the absorption eval's set-up shows, and how Ctrl-C ends it."""
+
+import io
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from sae_train.cli import main
+from sae_train.evals import assets
+from sae_train.runs import set_up
+from sae_train.runs.set_up import SetUpDisplay
+
+
+def show(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
+    monkeypatch.setattr(set_up, "FIRST_LINE", 0.05)
+    monkeypatch.setattr(set_up, "PLAIN_EVERY", 0.1)
+    out = io.StringIO()
+    with SetUpDisplay(Console(file=out, force_terminal=terminal, width=100, color_system=None)) as display:
+        display("reading words", 0, 31_586)
+        time.sleep(0.4)
+        display("reading words", 12_000, 31_586)
+        time.sleep(0.4)
+    return out.getvalue()
+
+
+def test_a_plain_line_every_few_seconds_says_how_far_it_is_and_how_long_it_takes(monkeypatch):
+    lines = show(monkeypatch, terminal=False).splitlines()
+    assert lines[0] == "reading words: 0 of 31,586" and 5 <= len(lines) <= 9
+    assert re.fullmatch(r"reading words: 12,000 of 31,586, about \d+ s left", lines[-1])
+
+
+def test_a_terminal_has_one_live_line(monkeypatch):
+    shown = show(monkeypatch, terminal=True)
+    assert "reading words: 12,000 of 31,586, about" in shown and "\x1b[2K" in shown
+
+
+def test_a_set_up_that_is_over_at_once_says_nothing(capsys):
+    with SetUpDisplay() as display:
+        display("reading words", 5, 10)
+    assert capsys.readouterr().out == ""
+
+
+def test_ctrl_c_in_the_set_up_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "sae_train", "--out", str(tmp_path / "runs"), "--eval-contexts", "each"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == "", errors
+    assert first.rstrip() and "interrupted while" in said and "start again" in said
+    assert not list(tmp_path.rglob("*.json")) and not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_while_the_assets_are_written_keeps_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assets.asset_cache, "_digest", interrupt)
+    small = ["--eval-words", "200", "--tokens", "30k", "--batch-tokens", "256", "--held-out-tokens", "2048"]
+    with pytest.raises(SystemExit, match="130"):
+        main(["--out", str(tmp_path / "runs"), *small])
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("interrupted while")
+    assert not list((tmp_path / "cache" / "sae-train").iterdir()) and not (tmp_path / "runs").exists()
