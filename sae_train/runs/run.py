@@ -165,7 +165,8 @@ def _restore_settings(folder: Path, info: dict[str, Any], activations: Any) -> t
     if not info.get("activations"):
         if activations is not None:
             raise UserError(f"the run {str(folder)!r} makes its activations itself: leave activations out")
-        return resolve(info["settings"]), None
+        # A run that names no contexts began when each word had its own.
+        return resolve({"eval_contexts": "each"} | info["settings"]), None
     if activations is None:
         activations = info["activations"].get("file")
     if activations is None:
