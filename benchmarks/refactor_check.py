@@ -1,8 +1,9 @@
 """Shows that two checkouts train alike: the same commands run with each, and what they leave is compared bit by bit.
 
-    python benchmarks/refactor_check.py BEFORE [AFTER]
+    python benchmarks/refactor_check.py BEFORE [AFTER] [--flags='--eval-contexts each']
 
-BEFORE and AFTER (default: this checkout) are checkouts that this Python can run. Compared are the weights of all six
+BEFORE and AFTER (default: this checkout) are checkouts that this Python can run; `--flags` are for AFTER's runs alone,
+such as those that keep what was once the only way. Compared are the weights of all six
 architectures on the embedded model and on the toy, every logged figure but times, the absorption of every letter and
 word, and the weights of a run that was interrupted and resumed. Exit code 1 where anything differs. About six minutes
 on two cores.
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="checkout to compare with")
     parser.add_argument("after", type=Path, nargs="?", default=ROOT, help="checkout that is checked")
+    parser.add_argument("--flags", type=str.split, default=[], help="flags of AFTER's runs alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         before = results(args.before.resolve(), Path(scratch) / "before")
-        after = results(args.after.resolve(), Path(scratch) / "after")
+        after = results(args.after.resolve(), Path(scratch) / "after", args.flags)
     different = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     for key in sorted(before.keys() | after.keys()):
         print(f"{'DIFFERS' if key in different else 'same':8}{key}")
@@ -48,13 +51,14 @@ def main() -> int:
     return 1 if different else 0
 
 
-def results(tree: Path, scratch: Path) -> dict[str, Any]:
+def results(tree: Path, scratch: Path, more: Sequence[str] = ()) -> dict[str, Any]:
     """What the runs of one checkout leave, by name."""
     made: dict[str, Any] = {}
     for name, flags in RUNS.items():
-        sae_train(tree, scratch, [*flags, "--name", name])
+        own = [] if name == "toy" else more
+        sae_train(tree, scratch, [*flags, *own, "--name", name])
         made |= read_results(scratch / name)
-    made |= read_results(interrupt_and_resume(tree, scratch))
+    made |= read_results(interrupt_and_resume(tree, scratch, more))
     return made
 
 
@@ -75,10 +79,10 @@ def start(tree: Path, scratch: Path, words: list[str]) -> subprocess.Popen:
         return subprocess.Popen(command, env=env, cwd=scratch, stdout=log, stderr=log)
 
 
-def interrupt_and_resume(tree: Path, scratch: Path) -> Path:
+def interrupt_and_resume(tree: Path, scratch: Path, more: Sequence[str] = ()) -> Path:
     """A run that got Ctrl-C after its first saved state, and was resumed."""
     folder = scratch / "stopped"
-    running = start(tree, scratch, [*STOPPED, "--name", folder.name])
+    running = start(tree, scratch, [*STOPPED, *more, "--name", folder.name])
     while not list((folder / "state").glob("step-*[0-9]")) and running.poll() is None:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
@@ -101,7 +105,8 @@ def read_results(folder: Path) -> dict[str, Any]:
         own = [{k: v for k, v in row.items() if "second" not in k} for row in rows if row["sae"] == name]
         made[f"{folder.name}: {len(own)} logged rows of {name}"] = own
     for path in sorted(folder.glob("*.parquet")):
-        made[f"{folder.name}: {path.name}"] = hashlib.sha256(pd.read_parquet(path).to_csv().encode()).hexdigest()
+        table = pd.read_parquet(path).drop(columns="asset_hash", errors="ignore")  # of the names of settings as well
+        made[f"{folder.name}: {path.name}"] = hashlib.sha256(table.to_csv().encode()).hexdigest()
     described = json.loads((folder / "run.json").read_text())
     made[f"{folder.name}: baselines"] = {sae["name"]: sae["baseline"] for sae in described["saes"]}
     return made
