@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,22 @@ def cpu() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine(device: str) -> str:
+    """Return the name of the processor with its number of cores, or the GPU's."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return f"{cpu()} x {os.cpu_count()}"
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """20th, 50th and 80th percentile."""
+    values = sorted(values)
+    ranks = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+    return {name: round(values[round(share * (len(values) - 1))], 3) for name, share in ranks.items()}
 
 
 def append(out: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from csv_rows import append
+from csv_rows import append, machine, quantiles
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pipeline.csv"
@@ -167,8 +167,6 @@ def _run(command: list[str], threads: int, huge: bool) -> dict[str, Any]:
 
 def _rows(job: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return tokens a second of each side, the ratio, and each part's share in percent."""
-    from benchmarks.kernels.bench_report import machine, quantiles
-
     common = {"date": time.strftime("%Y-%m-%d"), "machine": machine("cpu"), "load": round(os.getloadavg()[0], 2),
               **{key: job[key] for key in ("threads", "d_sae", "k", "batch", "tokens")},
               "model": Path(job["model"]).name}  # fmt: skip

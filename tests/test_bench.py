@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import functools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +91,13 @@ def test_an_unknown_package_is_missing_and_no_crash():
     answer = bench_worker.answer({"do": "build", "side": "SAELens", "equalised": False, "threads": 1,
                                   **vars(Problem("topk", 8, 64, 8, 2))}, bench_worker.Worker())  # fmt: skip
     assert "missing" in answer
+
+
+@pytest.mark.parametrize(
+    "script", sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py")), ids=lambda path: path.stem
+)
+def test_a_script_imports_what_its_own_folder_offers(script):
+    """`python benchmarks/x.py` has benchmarks/ on the path and not the root; imports within functions count."""
+    nodes = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in nodes}
+    assert not [name for name in names if name and name.split(".")[0] == "benchmarks"]

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.csv_rows import append
 from benchmarks.kernels import checks
 from benchmarks.kernels.bench_peers import PEERS
 from benchmarks.kernels.bench_problem import Problem
-from benchmarks.kernels.bench_report import append, rows_of, table
+from benchmarks.kernels.bench_report import COLUMNS, rows_of, table
 from benchmarks.kernels.bench_sides import CUDA_ONLY, SIDES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def main() -> None:
         new = measure(p, args)
         print(table(p, new) if new else f"\nnothing fits: {p}", flush=True)
         if args.out and new:
-            append(args.out, new)
+            append(args.out, COLUMNS, new)
 
 
 def measure(p: Problem, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.csv_rows import append, machine
 from benchmarks.kernels.bench_problem import Problem, batches, decoder_rows, level
-from benchmarks.kernels.bench_report import append, machine
 from benchmarks.kernels.bench_sides import Ours
 from sae_train.kernels.crossover import Crossover
 from sae_train.kernels.patterns import Pattern
@@ -78,7 +78,7 @@ def main() -> None:
         out += [{**common, "way": way, "p50": round(value, 2)} for way, value in ms.items()]
     print(f"\nthey cross at {100 * crossing(SHARES, ratios):.1f} % of all latents active")
     if args.out:
-        append(args.out, out, COLUMNS)
+        append(args.out, COLUMNS, out)
 
 
 def _now(device: str) -> float:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import platform
 import statistics
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from benchmarks.csv_rows import machine, quantiles
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from benchmarks.kernels.bench_problem import Problem
 
 COLUMNS = (
@@ -22,13 +17,6 @@ COLUMNS = (
     "setting", "part", "n", "p20", "p50", "p80", "floor_share", "transient_mib", "memory_method",
 )  # fmt: skip
 FLOOR = "encoder GEMM"
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    """20th, 50th and 80th percentile."""
-    values = sorted(values)
-    ranks = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
-    return {name: round(values[round(share * (len(values) - 1))], 3) for name, share in ranks.items()}
 
 
 def rows_of(p: Problem, sides: list[Any], threads: int) -> list[dict[str, Any]]:
@@ -73,24 +61,3 @@ def table(p: Problem, rows: list[dict[str, Any]]) -> str:
 def _part(rows: list[dict[str, Any]], step: dict[str, Any], part: str) -> str:
     own = [r for r in rows if r["part"] == part and (r["side"], r["setting"]) == (step["side"], step["setting"])]
     return f"{own[0]['p50']:.0f}" if own else "–"
-
-
-def machine(device: str) -> str:
-    """Return the processor's or the GPU's name."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()} x {os.cpu_count()}"
-
-
-def append(out: Path, rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
-    """Append rows to a CSV file, with a header where the file is new."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = not out.is_file()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)

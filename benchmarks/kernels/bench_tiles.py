@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.csv_rows import machine
 from benchmarks.kernels.bench_problem import Problem, batches, decoder_rows, level
-from benchmarks.kernels.bench_report import machine
 from benchmarks.kernels.bench_sides import Ours
 from sae_train.kernels import encoders, fused, patterns
 from sae_train.kernels.shapes import plan
