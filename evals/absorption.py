@@ -15,6 +15,7 @@ import torch
 
 from sae_train.errors import UserError
 from sae_train.evals import k_sparse, tables
+from sae_train.evals.contexts import show_nothing
 from sae_train.evals.latents import Latents, encode
 from sae_train.evals.presets import ASSET_FIELDS, Preset, get_preset
 from sae_train.evals.ranking import rank_latents
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from sae_train.evals.assets import Assets
     from sae_train.evals.causal_rate import CausalRate
+    from sae_train.evals.contexts import Progress
     from sae_train.protocols import SAE, LanguageModel
 
 __all__ = ["AbsorptionResult", "evaluate", "score_projections", "score_words"]
@@ -35,12 +37,13 @@ __all__ = ["AbsorptionResult", "evaluate", "score_projections", "score_words"]
 
 @torch.no_grad()
 def evaluate(
-    sae: SAE, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, lm: LanguageModel | None = None
-) -> AbsorptionResult:
+    sae: SAE, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, lm: LanguageModel | None = None,
+    progress: Progress = show_nothing,
+) -> AbsorptionResult:  # fmt: skip
     """Evaluate one SAE; whatever is wrong with it or with the assets ends in valid = False and a reason.
 
-    Presets of the paper ask the language model, so they need lm. UserError if it is missing, or if the assets were
-    built for a preset with other prompts or another probe.
+    Presets of the paper ask the language model, so they need lm. `progress` hears what is being done. UserError if lm
+    is missing, or if the assets were built for a preset with other prompts or another probe.
     """
     chosen = get_preset(preset)
     stored = assets.settings["preset"]
@@ -52,7 +55,7 @@ def evaluate(
         )
     if chosen.attribution and lm is None:
         raise UserError(f"the preset {chosen.name} asks the language model about each word: give it as lm.")
-    return Evaluation(sae, assets, chosen, seed, lm).run()
+    return Evaluation(sae, assets, chosen, seed, lm, progress).run()
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,11 @@ class Scored:
 class Evaluation:
     """The steps of one evaluation, in order, with the time each one took."""
 
-    def __init__(self, sae: SAE, assets: Assets, preset: Preset, seed: int, lm: LanguageModel):
+    def __init__(
+        self, sae: SAE, assets: Assets, preset: Preset, seed: int, lm: LanguageModel | None,
+        progress: Progress = show_nothing,
+    ):  # fmt: skip
+        self.progress = progress
         self.sae, self.preset, self.seed, self.lm = sae, preset, seed, lm
         self.device, self.dtype = sae.W_dec.device, sae.W_dec.dtype
         self.assets = assets.to(self.device)
@@ -94,23 +101,27 @@ class Evaluation:
         self.timings: dict[str, float] = {}
         self._start = self._last = time.perf_counter()
 
-    def run(self) -> AbsorptionResult:
-        latents = self.encode()
+    def run(self, latents: Encoded | None = None) -> AbsorptionResult:
+        """Evaluate, on the latents of the assets' words where they are at hand."""
+        latents = latents or self.encode()
         self.lap("encode")
         if fault := self.find_fault(latents):
             return self.invalid_result(fault)
         train_labels = self.assets.labels[~self.assets.is_test]
+        self.progress("ranking latents")
         ranking, how = rank_latents(latents.train, train_labels, self.n_labels, self.preset, self.seed)
         self.lap("rank latents")
+        self.progress("choosing main latents")
         chosen = self.probe_latents(latents, ranking)
         self.lap("k-sparse probes")
-        scored = self.score(latents, chosen)
+        scored = self.score(latents, chosen.is_main(latents.tp.d_sae).to(self.device))
         self.lap("score")
         if self.preset.attribution:
             if not len(self.assets.answer_ids):
                 return self.invalid_result(
                     "the prompt asks for no answer, so the model cannot be asked for its reasons"
                 )
+            self.progress("asking the model about absorbed words")
             scored = self.ask_model(scored, chosen)
             self.lap("ask the model")
         result = self.result(latents, chosen, scored, how)
@@ -118,6 +129,7 @@ class Evaluation:
         return replace(result, seconds=time.perf_counter() - self._start)
 
     def encode(self) -> Encoded:
+        self.progress("encoding words")
         x, test = self.assets.x.to(self.dtype), self.assets.is_test
         return Encoded(
             encode(self.sae, x[~test]), encode(self.sae, x[test]), encode(self.sae, self.assets.tp_x.to(self.dtype))
@@ -138,7 +150,7 @@ class Evaluation:
         test = self.assets.is_test
         return k_sparse.fit(latents.train, truth[~test], latents.test, truth[test], ranking, self.preset.f1_jump)
 
-    def score(self, latents: Encoded, chosen: k_sparse.KSparse) -> Scored:
+    def score(self, latents: Encoded, main: Bool[Tensor, "labels d_sae"]) -> Scored:
         label = self.assets.tp_labels
         acts, columns = latents.tp.padded()
         # Only the latents that fire on a true positive have cosines to compute.
@@ -147,7 +159,6 @@ class Evaluation:
         cos = (self.directions @ unit(rows).T)[label[:, None], place]
         proj = acts * cos * rows.norm(dim=1)[place]
         a = (self.assets.tp_x.float() * self.directions[label]).sum(1)
-        main = chosen.is_main(latents.tp.d_sae).to(self.device)
         family = main | self.family(latents.train)
         is_main, is_family = main[label[:, None], columns], family[label[:, None], columns]
         scores = score_entries(acts, proj, cos, is_main, a, self.preset)

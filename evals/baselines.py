@@ -13,98 +13,85 @@ import torch
 
 from sae_train.evals import assets as assets_module
 from sae_train.evals.absorption import Evaluation, evaluate
+from sae_train.evals.contexts import show_nothing
 from sae_train.evals.presets import Preset, get_preset
-from sae_train.evals.ranking import rank_latents
 from sae_train.evals.scoring import unit
+from sae_train.sae.model import SAE as RandomSAE
+from sae_train.sae.model import SAEConfig
 
 if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Float
     from torch import Tensor
 
+    from sae_train.evals.absorption import Encoded
     from sae_train.evals.assets import Assets
+    from sae_train.evals.contexts import Progress
     from sae_train.evals.result import AbsorptionResult
     from sae_train.protocols import SAE, LanguageModel
 
 _CHUNK_ELEMENTS = 2**24
-
-
-@dataclass(frozen=True)
-class RandomSAE:
-    """latents = s·act((x − b_dec)·W_enc), recon = latents·W_dec + b_dec, with W_enc the transpose of random unit rows.
-
-    act keeps the k largest positive values, or all above one threshold; s is the one number fitted to the data, so
-    that its explained variance is the best that random directions reach this way.
-    """
-
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
-    k: int | None = None
-    threshold: float = 0.0
-    gain: float = 1.0
-
-    @property
-    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
-        return self.W_dec.T
-
-    def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        pre = (x - self.b_dec) @ self.W_enc
-        if self.k is None:
-            return torch.where(pre > self.threshold, pre, 0.0) * self.gain
-        values, columns = pre.topk(self.k, dim=1)
-        return torch.zeros_like(pre).scatter_(1, columns, values.relu() * self.gain)
-
-    def decode(self, latents: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_in"]:
-        return latents @ self.W_dec + self.b_dec
-
-    def __call__(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        return self.decode(self.encode(x))
+_DRAWS = 3
 
 
 @torch.no_grad()
 def random_sae(like: SAE, x: Float[Tensor, "n d_in"], l0: float | None = None, seed: int = 0) -> RandomSAE:
     """Random SAE as wide as `like`; its L0 on x is l0, or else what `like` has there.
 
-    A topk SAE keeps its k; others get the threshold that reaches the L0 on x.
+    latents = act(s·(x − b_dec)·W_decᵀ), with random unit rows W_dec. act keeps the k largest positive values where
+    `like` has a k, else all above the one threshold that reaches the L0 on x; s is the one number fitted to x, so that
+    the explained variance is the best that random directions reach this way.
     """
     d_sae, d_in = like.W_dec.shape
     x = x.to(like.W_dec.device, torch.float32)
-    rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed)).to(x.device)
-    b_dec = x.mean(0)
     k = getattr(getattr(like, "cfg", None), "k", None)
-    sae = RandomSAE(unit(rows), b_dec, round(l0) if k and l0 else k)
+    k = round(l0) if k and l0 else k
+    sae = RandomSAE(SAEConfig("topk" if k else "jumprelu", d_in, d_sae, k), x.device).requires_grad_(False)
+    rows = unit(torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed)).to(x.device))
+    for weight, value in ((sae.W_dec, rows), (sae.W_enc, rows.T), (sae.b_dec, x.mean(0))):
+        weight.copy_(value)
     sample = x[:: max(1, len(x) * d_sae // _CHUNK_ELEMENTS)]
-    if sae.k is None:
-        target = l0 if l0 is not None else _l0(like, sample)
-        sae = RandomSAE(sae.W_dec, b_dec, threshold=_threshold((sample - b_dec) @ sae.W_enc, target))
-    return RandomSAE(sae.W_dec, b_dec, sae.k, sae.threshold, _gain(sae, sample))
+    if not k:
+        sae.threshold.fill_(_threshold((sample - sae.b_dec) @ sae.W_enc, l0 if l0 is not None else _l0(like, sample)))
+    gain = _gain(sae, sample)
+    sae.W_enc.mul_(gain)
+    if not k:
+        sae.threshold.mul_(gain)
+    return sae
 
 
 def all_scores(
-    sae: SAE, x: Float[Tensor, "n d_in"], assets: Assets, preset: str | Preset = "saebench", seed: int = 0,
-    lm: LanguageModel | None = None,
+    sae: SAE, x: Float[Tensor, "n d_in"], assets: Assets, result: AbsorptionResult, lm: LanguageModel | None = None,
+    progress: Progress = show_nothing,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Figures of every baseline by name; random SAEs have the L0 that `sae` has on x."""
-    random = random_sae(sae, x, seed=seed)
+    """Figures of every baseline by name, beside the result of the SAE itself, whose preset and seed they take.
+
+    Random SAEs have the L0 that `sae` has on x. `progress` hears what is being measured.
+    """
+    preset, seed = result.thresholds, result.seed
+    latents = Evaluation(sae, assets, preset, seed, lm).encode()
     return {
-        "random": random_score(sae, x, assets, preset, seed, lm=lm).figures()
-        | {"explained_variance": explained_variance(random, x)},
-        "shuffled_labels": shuffled_labels_score(sae, assets, preset, seed).figures(),
-        "random_directions": random_directions_score(sae, assets, preset, seed),
+        "random": random_score(sae, x, assets, preset, seed, lm=lm, progress=progress).figures()
+        | {"explained_variance": explained_variance(random_sae(sae, x, seed=seed * _DRAWS), x)},
+        "shuffled_labels": shuffled_labels_score(sae, assets, preset, seed, latents, progress).figures(),
+        "random_directions": random_directions_score(sae, assets, result, latents),
         "probe": probe_score(assets, preset, seed).figures(),
     }
 
 
 def random_score(
     like: SAE, x: Float[Tensor, "n d_in"], assets: Assets, preset: str | Preset = "saebench", seed: int = 0,
-    draws: int = 3, lm: LanguageModel | None = None,
+    draws: int = _DRAWS, lm: LanguageModel | None = None, progress: Progress = show_nothing,
 ) -> AbsorptionResult:  # fmt: skip
     """Score of random SAEs as wide and as sparse as `like`: the mean over several draws, word by word.
 
     One draw scores 0 or 1 on many words; averaging draws narrows the interval to what other words would change.
     """
-    saes = [random_sae(like, x, seed=seed * draws + i) for i in range(draws)]
-    results = [evaluate(sae, assets, preset=preset, seed=seed, lm=lm) for sae in saes]
+    results = []
+    for draw in range(draws):
+        progress("measuring random SAEs", draw, draws)
+        sae = random_sae(like, x, seed=seed * draws + draw)
+        results.append(evaluate(sae, assets, preset=preset, seed=seed, lm=lm))
     if not all(result.valid for result in results):
         return next(result for result in results if not result.valid)
 
@@ -122,12 +109,14 @@ def random_score(
 
 @torch.no_grad()
 def shuffled_labels_score(
-    sae: SAE, assets: Assets, preset: str | Preset = "saebench", seed: int = 0
-) -> AbsorptionResult:
+    sae: SAE, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, latents: Encoded | None = None,
+    progress: Progress = show_nothing,
+) -> AbsorptionResult:  # fmt: skip
     """Score of an SAE for labels dealt out at random: what the metric finds where there is no concept.
 
     Probe, true positives, ranking and main latents are made anew from the shuffled labels; every label counts, however
-    bad its probe. The true positives' activations are those of their test prompts.
+    bad its probe. The true positives' activations are those of their test prompts. `latents` are the SAE's on the
+    assets' words, where they are at hand.
     """
     chosen = get_preset(preset)
     ungated = replace(chosen, min_probe_f1=-1.0, min_letters=0, attribution=None)
@@ -136,6 +125,7 @@ def shuffled_labels_score(
     for side in (~a.is_test, a.is_test):
         rows = side.nonzero().squeeze(1)
         labels[rows] = a.labels[rows[torch.randperm(len(rows), generator=g)]]
+    progress("measuring shuffled labels")
     probe, figures = assets_module.ground_truth(a.x, labels, a.is_test, n_labels, chosen, seed, sae.W_dec.device)
     tp_rows = assets_module.true_positives(probe, a.x, labels, a.is_test)
     settings = {**a.settings, "preset": {**a.settings["preset"], "min_probe_f1": -1.0}}
@@ -143,26 +133,28 @@ def shuffled_labels_score(
         a, labels=labels, tp_rows=tp_rows, tp_x=a.x[tp_rows], tp_tokens=a.tp_tokens[:0], probe_weight=probe.weight,
         probe_bias=probe.bias, probe_figures=figures.nan_to_num(), settings=settings,
     )  # fmt: skip
-    return evaluate(sae, dealt, preset=ungated, seed=seed)
+    e = Evaluation(sae, dealt, ungated, seed, None)
+    if latents is not None:
+        places = (a.is_test.cumsum(0) - 1)[tp_rows].to(e.device)
+        latents = replace(latents, tp=latents.test.pick(places))
+    return e.run(latents)
 
 
 @torch.no_grad()
 def random_directions_score(
-    sae: SAE, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, draws: int = 10
+    sae: SAE, assets: Assets, result: AbsorptionResult, latents: Encoded | None = None, draws: int = 10
 ) -> dict[str, float]:
-    """Mean scores of an SAE, its main latents as they are, with random directions in the probe's place."""
-    e = Evaluation(sae, assets, get_preset(preset), seed, None)
-    latents = e.encode()
+    """Mean scores of an SAE, its main latents as `result` has them, with random directions in the probe's place."""
+    e = Evaluation(sae, assets, result.thresholds, result.seed, None)
+    latents = latents or e.encode()
     if e.find_fault(latents):
         return {}
-    labels = e.assets.labels
-    ranking, _ = rank_latents(latents.train, labels[~e.assets.is_test], e.n_labels, e.preset, seed)
-    chosen = e.probe_latents(latents, ranking)
+    is_main = result.is_main(latents.tp.d_sae).to(e.device)
     counts = e.assets.letters_that_count & (e.assets.tp_labels.bincount(minlength=e.n_labels) > 0)
-    g, sums = torch.Generator().manual_seed(seed), torch.zeros(2, dtype=torch.float64)
+    g, sums = torch.Generator().manual_seed(result.seed), torch.zeros(2, dtype=torch.float64)
     for _ in range(draws):
         e.directions = unit(torch.randn(e.directions.shape, generator=g)).to(e.device)
-        scores = e.score(latents, chosen).scores
+        scores = e.score(latents, is_main).scores
         for i, values in enumerate((scores.fraction, scores.full)):
             by_label = torch.zeros(e.n_labels, device=e.device).index_add_(0, e.assets.tp_labels, values.float())
             sums[i] += float((by_label / e.assets.tp_labels.bincount(minlength=e.n_labels))[counts].mean())

@@ -7,7 +7,7 @@ its tokens then go through the model once, and each of its words as a single tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from sae_train.evals.vocab import Vocabulary
     from sae_train.protocols import LanguageModel
 
-Progress = Callable[[str, int, int], None]
-"""called with what is being done, how much of it is done, and how much there is"""
 Contexts = int | str
 """how many contexts the words of a split side share, or "each" for one a word"""
 
@@ -37,7 +35,14 @@ _SAME = {torch.float32: 1e-3}  # largest relative difference of the two ways; wh
 _SAME_IN_HALF = 0.05
 
 
-def show_nothing(doing: str, done: int, of: int) -> None:
+class Progress(Protocol):
+    """Hears what is being done, how much of it is done, and how much there is; 1 where nobody counts."""
+
+    def __call__(self, doing: str, done: int = 0, of: int = 1) -> None:
+        """Take it."""
+
+
+def show_nothing(doing: str, done: int = 0, of: int = 1) -> None:
     """A Progress that shows nothing."""
 
 

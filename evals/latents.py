@@ -62,6 +62,14 @@ class Latents:
         end = int(self.row_ptr[n])
         return Latents(self.row_ptr[: n + 1], self.columns[:end], self.values[:end], self.d_sae)
 
+    def pick(self, rows: Int[Tensor, " n"]) -> Latents:
+        """Some rows, in the order in which they are asked for."""
+        counts = self.counts[rows]
+        ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        begin = (self.row_ptr[rows] - ptr[:-1]).repeat_interleave(counts)
+        entries = begin + torch.arange(int(ptr[-1]), device=begin.device)
+        return Latents(ptr, self.columns[entries], self.values[entries], self.d_sae)
+
     def take(self, columns: Int[Tensor, " n_columns"]) -> Float[Tensor, "n_rows n_columns"]:
         """Dense block of some columns (repeats allowed)."""
         unique, back = columns.unique(return_inverse=True)

@@ -19,6 +19,7 @@ from sae_train.evals.prompts import query_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    from jaxtyping import Bool
 
 _WORD_COLUMN = {
     "mean_fraction": "fraction", "mean_full": "full", "mean_full_family": "full_family",
@@ -71,6 +72,13 @@ class AbsorptionResult:
     std_fraction = property(lambda self: self._std("fraction"))
     std_full = property(lambda self: self._std("full"))
     std_n_split = property(lambda self: self._std("n_split"))
+
+    def is_main(self, d_sae: int) -> Bool[torch.Tensor, "labels d_sae"]:
+        """Which latents are main latents of which label."""
+        out = torch.zeros(len(self.by_letter), d_sae, dtype=torch.bool)
+        for label, main in enumerate(self.by_letter["main_latents"]):
+            out[label, list(main)] = True
+        return out
 
     def figures(self) -> dict[str, Any]:
         """The evaluation in numbers: validity with the reason, means with intervals, what stands beside the score."""
@@ -153,7 +161,7 @@ class AbsorptionResult:
             "prompt_template": query_of(assets.get("template", "")),
             "prompt_token_pos": assets.get("word_position", 0),
             "llm_batch_size": 1,
-            "llm_dtype": "float32",
+            "llm_dtype": assets.get("dtype", "float32"),
             "k_sparse_probe_l1_decay": preset.l1_coefficient,
             "k_sparse_probe_batch_size": preset.l1_max_batch,
             "k_sparse_probe_num_epochs": preset.l1_epochs,

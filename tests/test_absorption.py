@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from eval_fakes import D_IN, Decodes, FakeLM, fake_words, word_tokenizer
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets
 from sae_train.evals.absorption import score_projections, score_words
-from sae_train.evals.baselines import RandomSAE, random_sae
+from sae_train.evals.baselines import random_sae
 from sae_train.evals.hierarchy import FIRST_LETTER
 
 
@@ -164,9 +165,22 @@ def test_words_and_projections_agree_for_any_decoder_norm():
     assert torch.allclose(plain[0], scaled[0], atol=1e-5) and torch.equal(plain[1], scaled[1])
 
 
+class Tied(Decodes):
+    """The k largest positive pre-activations above a threshold, along the decoder's own rows."""
+
+    def __init__(self, W_dec, k, threshold=0.0):
+        self.W_dec, self.k, self.threshold = W_dec, k, threshold
+        self.cfg = SimpleNamespace(k=k)
+
+    def encode(self, x):
+        values, latents = (x @ self.W_enc).topk(self.k, dim=1)
+        values = values * (values > self.threshold)
+        return x.new_zeros(len(x), len(self.W_dec)).scatter(1, latents, values)
+
+
 def test_unreadable_letters_are_a_reason_and_no_score():
     blank = assets.build(FakeLM(word_tokenizer(fake_words()), letter_scale=0.0))
-    result = absorption.evaluate(RandomSAE(torch.eye(D_IN), torch.zeros(D_IN), k=4), blank)
+    result = absorption.evaluate(Tied(torch.eye(D_IN), k=4), blank)
     assert not result.valid and "linear probe" in result.reason
     assert result.mean_fraction != result.mean_fraction and result.interval("mean_full")[0] != 0
     assert len(result.by_letter) == 26
@@ -174,17 +188,17 @@ def test_unreadable_letters_are_a_reason_and_no_score():
 
 def _broken(kind):
     W_dec = torch.randn(64, D_IN, generator=torch.Generator().manual_seed(1))
-    sae = RandomSAE(W_dec, torch.zeros(D_IN), k=6)
+    sae = Tied(W_dec, k=6)
     if kind == "nan":
         W_dec[3] = float("nan")
     if kind == "zero rows":
         W_dec[::2] = 0
     if kind == "narrow":
-        sae = RandomSAE(W_dec[:3], torch.zeros(D_IN), k=2)
+        sae = Tied(W_dec[:3], k=2)
     if kind == "one latent":
-        sae = RandomSAE(W_dec[:1], torch.zeros(D_IN), k=1)
+        sae = Tied(W_dec[:1], k=1)
     if kind == "dead":
-        sae = RandomSAE(W_dec, torch.zeros(D_IN), threshold=1e9)
+        sae = Tied(W_dec, k=6, threshold=1e9)
     return sae
 
 

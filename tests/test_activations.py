@@ -10,8 +10,9 @@ import torch
 from tiny_models import FAMILIES, save_tiny_model, tiny_tokenizer
 
 from sae_train.data import forward, hooks
+from sae_train.data.dtypes import DTYPES
 from sae_train.data.hooks import KINDS, find_blocks, hook_points, residual_point, resolve_hook, width_at
-from sae_train.data.language_model import DTYPES, LanguageModel, load_language_model
+from sae_train.data.language_model import LanguageModel, load_language_model
 from sae_train.errors import UserError
 
 TOKENS = torch.randint(3, 60, (3, 20), generator=torch.Generator().manual_seed(0))

@@ -167,10 +167,11 @@ def test_outcomes_add_up_and_families_are_splitting(lm, planted):
 
 def test_baselines_bracket_the_score(lm, planted):
     built = assets.build(lm)
-    found = baselines.all_scores(planted, built.x, built)
+    result = absorption.evaluate(planted, built)
+    found = baselines.all_scores(planted, built.x, built, result)
     assert set(found) == {"random", "shuffled_labels", "random_directions", "probe"}
     assert found["probe"]["mean_full"] == found["probe"]["mean_fraction"] == 0
     assert found["probe"]["mean_f1"] > 0.95 and found["probe"]["mean_recall_main"] > 0.95
     assert 0 <= found["random_directions"]["mean_full"] < 0.5
     assert found["shuffled_labels"]["n_letters"] > 0 and "explained_variance" in found["random"]
-    assert found == baselines.all_scores(planted, built.x, built)
+    assert found == baselines.all_scores(planted, built.x, built, result)

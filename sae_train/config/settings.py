@@ -72,7 +72,11 @@ class LMSettings(SettingsGroup):
         None, description="TransformerLens hook name; default: residual stream after the middle block"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU if there is one")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights of the language model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="weights of the language model: auto is bfloat16 where the processor multiplies it fast, else "
+        "float32; activations come out in float32",
+    )
     trust_remote_code: bool = Field(False, description="run model code from the hub (off: such models are refused)")
 
 

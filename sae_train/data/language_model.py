@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_train.data import gguf_files
+from sae_train.data.dtypes import DTYPES, choose_dtype
 from sae_train.data.forward import changed, count_rows, passing_on, read_prefix, spread
 from sae_train.data.hooks import HookPoint, resolve_hook, width_at
 from sae_train.data.pretrained import describe_weights, load_config, load_errors, load_tokenizer, locate, quiet
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from sae_train.training.ranks import Ranks
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_CONTEXT = 2048
 # Tokens in one forward pass on a CPU: more of them leave its caches (37k tokens/s at 1,024; 24k at 4,096).
 CPU_TOKENS = 1024
@@ -228,10 +228,10 @@ def load_language_model(
     """Load a causal language model; `model` is a name of `NAMED`, a local folder, a GGUF file or a hub id.
 
     Without `hook` the model's own choice is taken (`sae_hook` in its config.json), else the residual stream
-    after its middle block. An unknown model or hook, or a hub id without network, is a UserError.
+    after its middle block; `dtype` may be "auto" (see dtypes). An unknown model or hook, or a hub id without network,
+    is a UserError.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    dtype = DTYPES[choose_dtype(dtype, torch.device(device))]
     quiet()
     source, options = locate(str(model))
     options["trust_remote_code"] = trust_remote_code
@@ -245,7 +245,7 @@ def load_language_model(
         eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
         with gguf_files.loading(options, config) as further:
             lm, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES[dtype], output_loading_info=True, **eager, **options, **further
+                source, dtype=dtype, output_loading_info=True, **eager, **options, **further
             )
     if found["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"the weights of {model} lack {min(found['missing_keys'])}: the files are incomplete.")

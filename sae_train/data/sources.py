@@ -43,6 +43,8 @@ class Facts:
     """that each token goes through"""
     look_seconds: float = 3.0
     """one look at one SAE"""
+    dtype: str = "float32"
+    """of the weights that make the activations"""
     kept_bytes: int = 0
     """what a token takes on disk where activations are kept; 0 where they are not computed but at hand"""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sae_train.data.activation_cache import ActivationCache, files_of, key_of
 from sae_train.data.buffer import LM_BATCH_TOKENS, ActivationBuffer, held_out_activations
+from sae_train.data.dtypes import choose_dtype
 from sae_train.data.language_model import LanguageModel, describe_language_model, load_language_model
 from sae_train.data.sources import Facts, Language, Opened
 from sae_train.data.tokens import open_tokens
@@ -64,11 +65,12 @@ class TextSource:
     def describe(self, settings: Settings, device: torch.device) -> Facts:
         """Sizes from the model's configuration alone; UserError for an unknown model or hook."""
         s, lm = settings, settings.lm
+        dtype = choose_dtype(lm.dtype, device)
         model = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
         evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
         lines = (
             f"model      {lm.model}: {model.architecture}, {model.n_layers} blocks, d_model {model.d_model}, "
-            f"{model.n_parameters / 1e6:,.1f} M weights, {lm.dtype} on {device}",
+            f"{model.n_parameters / 1e6:,.1f} M weights, {dtype} on {device}",
             f"hook       {model.hook_name} (d_in {model.d_in})",
             f"text       {s.dataset}, sequences of {s.context(model.context)} tokens, "
             f"{s.data.held_out_tokens:,} activations held out",
@@ -77,7 +79,7 @@ class TextSource:
         notes = () if lm.hook else (f"no hook was named: {model.hook_name} was taken",)
         return Facts(
             model.d_in, model.hook_name, lines, notes, model.n_parameters, model.n_parameters_to_hook,
-            kept_bytes=model.d_in * (4 if lm.dtype == "float32" else 2),
+            dtype=dtype, kept_bytes=model.d_in * (4 if dtype == "float32" else 2),
         )  # fmt: skip
 
     def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:

@@ -131,10 +131,11 @@ class Absorption:
 
     def __init__(
         self, lm: LanguageModel, assets: Assets, settings: EvalSettings, scale: float, last_step: int,
-        keep: Callable[[pd.DataFrame, pd.DataFrame], None],
+        keep: Callable[[pd.DataFrame, pd.DataFrame], None], progress: Progress = show_nothing,
     ):  # fmt: skip
+        """`progress` hears what a look is busy with."""
         self.lm, self.assets, self.settings, self.scale = lm, assets.to(lm.device), settings, scale
-        self.last_step, self.keep = last_step, keep
+        self.last_step, self.keep, self.progress = last_step, keep, progress
         self.results: dict[str, AbsorptionResult] = {}
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
@@ -150,8 +151,14 @@ class Absorption:
         """The result at the last look; measured now where a resumed run has had none."""
         if learner.name not in self.results:
             sae, how = learner.export(self.scale), self.settings
-            self.results[learner.name] = absorption.evaluate(sae, self.assets, how.preset, how.eval_seed, self.lm)
+            self.results[learner.name] = absorption.evaluate(
+                sae, self.assets, how.preset, how.eval_seed, self.lm, self.progress_of(learner)
+            )
         return self.results[learner.name]
+
+    def progress_of(self, learner: Learner) -> Progress:
+        """A Progress that says whose eval it is."""
+        return lambda doing, done=0, of=1: self.progress(f"{learner.name}: {doing}", done, of)
 
 
 def cache_folder() -> Path:

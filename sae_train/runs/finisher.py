@@ -45,8 +45,8 @@ class Finisher:
         save_sae(sae, self.folder / "saes" / learner.name)
         if absorption is None or not final.get("absorption/valid"):
             return {}
-        preset, seed = settings.eval.preset, learner.spec.seed
-        return baselines.all_scores(sae, opened.held_out, absorption.assets, preset, seed, absorption.lm)
+        result, progress = absorption.result_of(learner), absorption.progress_of(learner)
+        return baselines.all_scores(sae, opened.held_out, absorption.assets, result, absorption.lm, progress)
 
     def _describe_latents(self, learner: Learner, sae: SAE, absorption: Absorption) -> None:
         """Look up what the main latents and the absorbers do on held-out text."""

@@ -208,7 +208,7 @@ def memory_of(settings: Settings, facts: Facts, specs: list[SAESpec]) -> dict[st
     step += max(TRAINED[spec.arch].step_bytes(s.train, d) for spec in specs)
     weights = sum(weights_of(spec, d) for spec in specs)
     return {
-        "language model": facts.n_parameters * (4 if s.lm.dtype == "float32" else 2) * 1.2,
+        "language model": facts.n_parameters * (4 if facts.dtype == "float32" else 2) * 1.2,
         "activation buffer": 4.0 * d * (s.data.buffer_tokens + s.data.held_out_tokens * 2 + 3 * s.train.batch_tokens),
         "SAEs with optimiser": weights * TRAINING_BYTES + 4.0 * max(weights_of(spec, d) for spec in specs) * 2,
         "training step": step,

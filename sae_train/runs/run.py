@@ -6,6 +6,7 @@ A `Run` is what Python users hold of one: the folder with its metrics, absorptio
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sae_train.evals.absorption import AbsorptionResult
     from sae_train.evals.assets import Assets
     from sae_train.protocols import Callback
+    from sae_train.runs.display import Display
     from sae_train.runs.session import Session
     from sae_train.sae.model import SAE
 
@@ -99,31 +101,40 @@ def start(
 
     prepare_process()
     folder = free_folder(settings)
-    with without_collection():
-        from sae_train.runs import session
-        from sae_train.runs.plan import make_plan
-        from sae_train.runs.runner import Runner
-        from sae_train.training.ranks import current
+    with _display() as display:
+        with without_collection():
+            from sae_train.runs import session
+            from sae_train.runs.plan import make_plan
+            from sae_train.runs.runner import Runner
+            from sae_train.training.ranks import current
 
-        plan = make_plan(settings, given)
-        current().first(plan.check)
-        opened = session.open_session(settings, plan.passes, folder, given)
-        built, notes = _assets(opened)
-        session.begin(opened)
-    opened.ranks.first(lambda: folder.mkdir(parents=True))
-    own_note = [settings.run.note] if settings.run.note else []
-    about = {"notes": own_note + plan.notes + notes, "command": command, "activations": given and given.record}
-    return Run(Runner(opened, folder, built, about, callbacks).go())
+            plan = make_plan(settings, given)
+            current().first(plan.check)
+            display(f"loading {settings.lm.model} and its data")
+            opened = session.open_session(settings, plan.passes, folder, given)
+            built, notes = _assets(opened, display)
+            display("looking at the first activations")
+            session.begin(opened)
+        opened.ranks.first(lambda: folder.mkdir(parents=True))
+        own_note = [settings.run.note] if settings.run.note else []
+        about = {"notes": own_note + plan.notes + notes, "command": command, "activations": given and given.record}
+        return Run(Runner(opened, folder, built, about, display, callbacks).go())
 
 
-def _assets(opened: Session) -> tuple[Assets | None, list[str]]:
+def _display() -> Display:
+    """What a person sees; of several processes the first alone speaks."""
+    from sae_train.runs.display import Display
+
+    return Display(quiet=int(os.environ.get("RANK", "0")) > 0)
+
+
+def _assets(opened: Session, display: Display) -> tuple[Assets | None, list[str]]:
     """What the eval needs of the model, made by one process for all."""
     from sae_train.runs.callbacks import build_assets
-    from sae_train.runs.set_up import SetUpDisplay
 
     def build() -> tuple[Assets | None, list[str]]:
-        with SetUpDisplay() as display:
-            built, notes = build_assets(opened.language and opened.language.lm, opened.settings.eval, display)
+        display("setting up the absorption eval")
+        built, notes = build_assets(opened.language and opened.language.lm, opened.settings.eval, display)
         return built.to("cpu") if built else None, notes
 
     return opened.ranks.first(build)
@@ -151,11 +162,14 @@ def resume(folder: str | Path, *, activations: Any = None, callbacks: Sequence[C
     if "passes" not in info:
         raise UserError(f"the run {str(folder)!r} was begun by an earlier version of sae-train: start it again")
     settings, given = _restore_settings(folder, info, activations)
-    opened = session.open_session(settings, find_passes(settings.specs, info["passes"]), folder, given)
-    session.load(opened, saved)
-    built, _ = _assets(opened)
     about = {name: info.get(name) for name in ("command", "activations", "saes")} | {"notes": info.get("notes", [])}
-    return Run(Runner(opened, folder, built, about, callbacks).go())
+    with _display() as display:
+        display.interrupted = f"go on with: sae-train resume {folder}"
+        display(f"loading {settings.lm.model} and its data")
+        opened = session.open_session(settings, find_passes(settings.specs, info["passes"]), folder, given)
+        session.load(opened, saved)
+        built, _ = _assets(opened, display)
+        return Run(Runner(opened, folder, built, about, display, callbacks).go())
 
 
 def _restore_settings(folder: Path, info: dict[str, Any], activations: Any) -> tuple[Settings, Given | None]:
@@ -165,8 +179,9 @@ def _restore_settings(folder: Path, info: dict[str, Any], activations: Any) -> t
     if not info.get("activations"):
         if activations is not None:
             raise UserError(f"the run {str(folder)!r} makes its activations itself: leave activations out")
-        # A run that names no contexts began when each word had its own.
-        return resolve({"eval_contexts": "each"} | info["settings"]), None
+        # A run that names no contexts began when each word had its own. What "auto" meant there counts here.
+        dtype = {"dtype": info["dtype"]} if info.get("dtype") else {}
+        return resolve({"eval_contexts": "each"} | info["settings"] | dtype), None
     if activations is None:
         activations = info["activations"].get("file")
     if activations is None:
@@ -190,41 +205,48 @@ def evaluate_checkpoint(
     `given` holds settings by flag name; the model and the hook default to what the checkpoint says. Written are
     absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and absorption.html.
     """
-    from sae_train.data.sources import kind_of
-    from sae_train.evals import absorption, baselines
-    from sae_train.runs.callbacks import build_assets
     from sae_train.runs.process import prepare_process
-    from sae_train.runs.set_up import SetUpDisplay
-    from sae_train.runs.summary import absorption_line
     from sae_train.sae.files import load_sae
-    from sae_train.training.ranks import choose_device, current
+    from sae_train.training.ranks import current
 
     prepare_process()
     sae = load_sae(checkpoint, folder, allow_pickle=allow_pickle)
     checkpoint = Path(checkpoint, folder or "")
     if out is None and not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is on the hub: name by --out a folder for what is written")
-    origin = _add_origin(given, sae, checkpoint)
-    settings = resolve(origin)
-    device = choose_device(settings.lm.device)
+    settings = resolve(_add_origin(given, sae, checkpoint))
     if current().size > 1:
         raise UserError("sae-train eval is the work of one process: start it without torchrun")
-    lm = kind_of(settings).language_model(settings, device)
+    with _display() as display:
+        return _evaluate(sae, checkpoint, settings, Path(out or checkpoint), display)
+
+
+def _evaluate(sae: SAE, checkpoint: Path, settings: Settings, out: Path, display: Display) -> AbsorptionResult:
+    from sae_train.data.sources import kind_of
+    from sae_train.evals import absorption, baselines
+    from sae_train.runs.callbacks import build_assets
+    from sae_train.runs.summary import absorption_line
+    from sae_train.training.ranks import choose_device
+
+    display(f"loading {settings.lm.model}")
+    lm = kind_of(settings).language_model(settings, choose_device(settings.lm.device))
     if lm.d_in != sae.cfg.d_in:
         raise UserError(
             f"the SAE in {str(checkpoint)!r} takes {sae.cfg.d_in} values a token and {lm.hook_name} of {lm.name} "
             f"has {lm.d_in}: name the --model and --hook that it was trained on"
         )
-    with SetUpDisplay() as display:
-        built, notes = build_assets(lm, settings.eval, display)
+    built, notes = build_assets(lm, settings.eval, display)
     if built is None:
         raise UserError(" ".join(notes))
     sae, built = sae.to(lm.device), built.to(lm.device)
-    result = absorption.evaluate(sae, built, preset=settings.eval.preset, seed=settings.eval.eval_seed, lm=lm)
-    beside = baselines.all_scores(sae, built.x, built, result.preset, result.seed, lm) if result.valid else {}
-    print("\n".join([*notes, absorption_line(result.metrics(), beside.get("random"))]))
-    written = _write_evaluation(result, beside, sae, built, lm, checkpoint, Path(out or checkpoint))
-    print(f"written: {', '.join(map(str, written))}")
+    how = settings.eval
+    result = absorption.evaluate(sae, built, preset=how.preset, seed=how.eval_seed, lm=lm, progress=display)
+    beside = baselines.all_scores(sae, built.x, built, result, lm, display) if result.valid else {}
+    for line in [*notes, absorption_line(result.metrics(), beside.get("random"))]:
+        display.say(line)
+    display("trying interventions")
+    written = _write_evaluation(result, beside, sae, built, lm, checkpoint, out)
+    display.say(f"written: {', '.join(map(str, written))}")
     return result
 
 

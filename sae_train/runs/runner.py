@@ -43,7 +43,7 @@ class Runner:
     """Lives as long as one process works on a run."""
 
     def __init__(
-        self, opened: Session, folder: Path, assets: Assets | None, about: dict[str, Any],
+        self, opened: Session, folder: Path, assets: Assets | None, about: dict[str, Any], display: Display,
         own: Sequence[Callback] = (),
     ):  # fmt: skip
         """`about` is what run.json says at the start: notes, the command, and, where the run was interrupted, its SAEs.
@@ -55,7 +55,7 @@ class Runner:
         self.ranks = opened.ranks
         wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
         self.files = RunLog(folder, open_mirror(wandb, self.settings, folder))
-        self.display = self._new_display()
+        self.display = display
         self.info: dict[str, Any] = {
             "settings": flat(self.settings),
             "dataset": self.settings.dataset,
@@ -75,15 +75,6 @@ class Runner:
         self.rows: list[dict[str, Any]] = []
         self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
 
-    def _new_display(self) -> Display:
-        """One for the SAEs of the pass."""
-        return Display(
-            {spec.name: spec.l0 for spec in self.session.passes[self.session.number]},
-            self.settings.n_steps,
-            self.settings.train.batch_tokens,
-            quiet=not self.ranks.is_first,
-        )
-
     def go(self) -> Path:
         """Train to the end, or until Ctrl-C; raise KeyboardInterrupt then, with everything saved."""
         opened = self.session
@@ -96,24 +87,34 @@ class Runner:
             for number in range(opened.number + 1, len(opened.passes)):
                 session.enter(opened, number)
                 session.begin(opened)
-                self.display = self._new_display()
                 self._pass()
         return self._finish()
 
     def _pass(self) -> None:
         """Train the SAEs that are in memory to the end, and write them."""
         opened, n_steps = self.session, self.settings.n_steps
+        targets = {spec.name: spec.l0 for spec in opened.passes[opened.number]}
         if len(opened.passes) > 1:
-            self.display.say(f"pass {opened.number + 1} of {len(opened.passes)}: {', '.join(self.display.targets)}")
-        opened.save = lambda: session.save(opened, self.folder)
+            self.display.say(f"pass {opened.number + 1} of {len(opened.passes)}: {', '.join(targets)}")
+        self.display.begin(targets, n_steps, self.settings.train.batch_tokens)
+        opened.save = self._save
         opened.save_steps = loop.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps)
-        with self.display:
-            loop.fit(opened, self._callbacks(), self)
+        loop.fit(opened, self._callbacks(), self)
         if opened.stop.requested and opened.step < n_steps:
             self._interrupt()
+        self.display.end()
         self._write_saes()
         if opened.opened.cache:
             self.display.say(f"activations on disk: {opened.opened.cache.said()}")
+
+    def _save(self) -> None:
+        """Write what a resumed run starts from."""
+        session.save(self.session, self.folder)
+        self.display.interrupted = f"go on with: sae-train resume {self.folder}"
+
+    def doing(self, what: str, done: int = 0, of: int = 1) -> None:
+        """Show what is being done."""
+        self.display(what, done, of)
 
     def _callbacks(self) -> list[loop.Scheduled]:
         """Training figures often; held-out figures, loss recovered and absorption at the same, fewer steps."""
@@ -130,8 +131,9 @@ class Runner:
         ]
         if self.assets is not None:
             self.absorption = callbacks.Absorption(
-                opened.language.lm, self.assets, settings.eval, opened.scale, n_steps, self._keep_absorption
-            )
+                opened.language.lm, self.assets, settings.eval, opened.scale, n_steps, self._keep_absorption,
+                self.display,
+            )  # fmt: skip
             # Where too few letters can be read off the model itself, one look records that; more would say the same.
             readable = int(self.assets.letters_that_count.sum()) >= self.assets.n_needed(
                 get_preset(settings.eval.preset)
@@ -209,6 +211,7 @@ class Runner:
             "hook_name": opened.source.hook_name,
             "d_in": opened.source.d_in,
             "context": opened.language.context if opened.language else None,
+            "dtype": str(opened.language.lm.dtype).removeprefix("torch.") if opened.language else None,
             "scale": opened.scale,
             "tokens": opened.step * self.settings.train.batch_tokens,
             "epochs": opened.data.epoch,
@@ -237,10 +240,11 @@ class Runner:
         return finals
 
     def _interrupt(self) -> None:
-        session.save(self.session, self.folder)
+        self._save()
         self._write_run("interrupted")
         self.files.mirror.close()
-        self.display.say(f"interrupted at step {self.session.step}; go on with: sae-train resume {self.folder}")
+        self.display.say(f"interrupted at step {self.session.step}; {self.display.interrupted}")
+        self.display.interrupted = ""
         raise KeyboardInterrupt
 
     def _write_saes(self) -> None:
@@ -254,6 +258,7 @@ class Runner:
         # Every process comes round as often as the one with the most to write: `_write_run` waits for all of them.
         for i in range(max(self.ranks.gather(len(to_write)))):
             for learner in to_write[i : i + 1]:
+                self.display(f"writing {learner.name}")
                 self.written[learner.name] = self.finisher.write(learner, finals[learner.name], self.absorption)
             self._write_run("running")
 
@@ -270,6 +275,7 @@ class Runner:
             if described["failed"] is None:
                 measured = measured_line(described["final"], described["baseline"].get("random"))
                 write_card(self.folder / "saes" / described["name"], described, self.info, measured)
+        self.display("writing the report")
         report = write_report(self.folder)
         self.files.mirror.show()
         self.files.mirror.close()

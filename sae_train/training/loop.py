@@ -141,6 +141,9 @@ class Log(Protocol):
     def hand_in(self) -> None:
         """Take note that a look is over; of several processes, all come here after each."""
 
+    def doing(self, what: str, done: int = 0, of: int = 1) -> None:
+        """Take note of what is being done, how much of it is done and how much there is."""
+
 
 def fit(work: Work, callbacks: list[Scheduled], log: Log) -> None:
     """Train all learners on the same batches to the last step, or until a stop is requested.
@@ -154,6 +157,7 @@ def fit(work: Work, callbacks: list[Scheduled], log: Log) -> None:
     while True:
         if work.step > begun or begun == 0:  # a saved state was calibrated and looked at before it was saved
             for learner in running(work.learners) if work.step == work.n_steps else ():
+                log.doing(f"calibrating the L0 of {learner.name}")
                 work.calibrate(learner)
             look_at(work, callbacks, log)
         if work.step > begun and work.step in work.save_steps:
@@ -162,6 +166,7 @@ def fit(work: Work, callbacks: list[Scheduled], log: Log) -> None:
         work.stop.requested, any_left = work.ranks.any(work.stop.requested, bool(running(work.learners)))
         if work.step == work.n_steps or work.stop.requested or not any_left:
             return
+        log.doing("training steps", work.step, work.n_steps)
         taken = [next(batches) for _ in range(_turn(work, due))]
         with tf32_products(work.learners):
             for learner in running(work.learners):
@@ -212,6 +217,7 @@ def look_at(work: Work, callbacks: list[Scheduled], log: Log) -> None:
         for learner in running(work.learners):
             learner.check()
             if learner.failed is None and learner.name in work.owned:
+                log.doing(f"looking at {learner.name}, step {step:,}")
                 log.log(learner, step, {name: value for each in due for name, value in each.look(learner, step)})
         log.hand_in()
 

@@ -1,4 +1,4 @@
-"""What the absorption eval's set-up shows, and how Ctrl-C ends it."""
+"""What a run shows from its first second on, and how Ctrl-C ends its set-up."""
 
 import io
 import re
@@ -12,15 +12,16 @@ from rich.console import Console
 
 from sae_train.cli import main
 from sae_train.evals import assets
-from sae_train.runs import set_up
-from sae_train.runs.set_up import SetUpDisplay
+from sae_train.runs import display as display_module
+from sae_train.runs.activity import Activity
+from sae_train.runs.display import Display
 
 
 def show(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
-    monkeypatch.setattr(set_up, "FIRST_LINE", 0.05)
-    monkeypatch.setattr(set_up, "PLAIN_EVERY", 0.1)
+    monkeypatch.setattr(display_module, "FIRST_LINE", 0.05)
+    monkeypatch.setattr(display_module, "LONGEST_SILENCE", 0.1)
     out = io.StringIO()
-    with SetUpDisplay(Console(file=out, force_terminal=terminal, width=100, color_system=None)) as display:
+    with Display(Console(file=out, force_terminal=terminal, width=100, color_system=None)) as display:
         display("reading words", 0, 31_586)
         time.sleep(0.4)
         display("reading words", 12_000, 31_586)
@@ -39,10 +40,45 @@ def test_a_terminal_has_one_live_line(monkeypatch):
     assert "reading words: 12,000 of 31,586, about" in shown and "\x1b[2K" in shown
 
 
-def test_a_set_up_that_is_over_at_once_says_nothing(capsys):
-    with SetUpDisplay() as display:
+def test_what_is_over_at_once_is_not_mentioned(capsys):
+    with Display() as display:
         display("reading words", 5, 10)
     assert capsys.readouterr().out == ""
+
+
+def test_what_is_left_is_told_from_what_was_done_since_it_began():
+    activity = Activity()
+    activity("training steps", 900, 1000)  # a resumed run
+    time.sleep(0.2)
+    activity("training steps", 950, 1000)
+    assert activity.sentence() == "training steps: 950 of 1,000, about 0 s left"
+
+
+def row(step: int) -> dict:
+    return {"sae": "topk-16k-l0_50", "step": step, "tokens": step * 4, "metrics/l0": 49.5, "losses/loss": 1.0}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_shows_figures_and_what_goes_on_between_them(monkeypatch, terminal):
+    monkeypatch.setattr(display_module, "LONGEST_SILENCE", 0.1)
+    out = io.StringIO()
+    with Display(Console(file=out, force_terminal=terminal, width=100, color_system=None)) as display:
+        display.begin({"topk-16k-l0_50": 50.0}, 100, 4)
+        display.row(row(0))
+        display("topk-16k-l0_50: ranking latents")
+        time.sleep(0.6)
+        display.row(row(100))
+        display.end()
+    shown = out.getvalue()
+    assert "49.5 / 50" in shown and "topk-16k-l0_50: ranking latents" in shown
+    assert terminal or "step 100/100, 400 tokens" in shown
+
+
+def test_ctrl_c_says_where_and_what_to_do(capsys):
+    with pytest.raises(KeyboardInterrupt), Display() as display:
+        display("reading words", 5, 10)
+        raise KeyboardInterrupt
+    assert capsys.readouterr().out == "interrupted while reading words; nothing of it is kept: start again\n"
 
 
 def test_ctrl_c_in_the_set_up_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):

@@ -1,0 +1,33 @@
+"""What a process is busy with, how much of it is done, and how long the rest will take."""
+
+from __future__ import annotations
+
+import time
+
+
+class Activity:
+    """A Progress (evals/contexts.py): it is told what is done, and puts it into a sentence."""
+
+    def __init__(self, doing: str = "starting"):
+        self.doing, self.done, self.of = doing, 0, 1
+        self._since, self._before = time.perf_counter(), 0
+
+    def __call__(self, doing: str, done: int = 0, of: int = 1) -> None:
+        """Take how much is done of what there is to do; `of` is 1 where nobody counts."""
+        if doing != self.doing:
+            self._since, self._before = time.perf_counter(), done
+        self.doing, self.done, self.of = doing, done, of
+
+    @property
+    def total(self) -> int | None:
+        """How much there is to do, where it is counted."""
+        return self.of if self.of > 1 else None
+
+    def sentence(self) -> str:
+        """Such as "reading words: 12,000 of 31,586, about 40 s left"."""
+        if self.total is None:
+            return self.doing
+        newly = self.done - self._before
+        left = (time.perf_counter() - self._since) * (self.of - self.done) / newly if newly > 0 else None
+        tail = "" if left is None else f", about {left:.0f} s left"
+        return f"{self.doing}: {self.done:,} of {self.of:,}{tail}"
