@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import embedding_bag, one_hot
+from torch.optim.adam import adam
 
 from sae_train.evals.latents import Latents
 from sae_train.evals.threads import one_thread
@@ -121,19 +122,33 @@ def _shuffle(n: int, s: Schedule, g: torch.Generator, device: torch.device) -> I
 
 def _descend(probe: Probe, batches: Iterator[_Batch], labels: Tensor, s: Schedule) -> Probe:
     targets, steps_per_epoch = _Targets(labels, len(probe.bias)), math.ceil(len(labels) / s.batch)
-    adam = torch.optim.Adam([probe.weight, probe.bias], lr=s.lr, weight_decay=s.weight_decay, fused=True)
-    probe.weight.grad = torch.zeros_like(probe.weight)  # one buffer: a fresh one each step costs page faults
+    take_step = _adam([probe.weight, probe.bias], s.weight_decay)
+    gradient = torch.zeros_like(probe.weight)  # one buffer: a fresh one each step costs page faults
     with one_thread():
         for step, (rows, times, add_transposed) in enumerate(batches):
-            if step % steps_per_epoch == 0:
-                adam.param_groups[0]["lr"] = s.rate(step // steps_per_epoch)
             d_logits = targets.gradient(times(probe.weight).add_(probe.bias), rows)
-            torch.sign(probe.weight, out=probe.weight.grad).mul_(s.l1 / len(probe.bias))
-            add_transposed(probe.weight.grad, d_logits)
-            probe.bias.grad = d_logits.sum(0)
-            adam.step()
-    probe.weight.grad = probe.bias.grad = None
+            if s.l1:
+                torch.sign(probe.weight, out=gradient).mul_(s.l1 / len(probe.bias))
+            else:
+                gradient.zero_()
+            add_transposed(gradient, d_logits)
+            take_step([gradient, d_logits.sum(0)], s.rate(step // steps_per_epoch))
     return probe
+
+
+def _adam(weights: list[Tensor], weight_decay: float) -> Callable[[list[Tensor], float], None]:
+    """Return Adam's step by gradients and rate: torch's function, without torch's Optimizer, which takes longer than
+    the step of so few weights."""
+    mean, square = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    count = [torch.zeros((), device=w.device) for w in weights]
+
+    def take_step(gradients: list[Tensor], lr: float) -> None:
+        adam(
+            weights, gradients, mean, square, [], count, fused=True, amsgrad=False, beta1=0.9, beta2=0.999, lr=lr,
+            weight_decay=weight_decay, eps=1e-8, maximize=False,
+        )  # fmt: skip
+
+    return take_step
 
 
 def _sparse_batches(latents: Latents, order: Tensor, batch: int) -> Iterator[_Batch]:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sae_train.training.ranks import Ranks
 
 MOST_HELD_OUT = 5  # at most one row in so many is held out
-LOOK_SECONDS = 0.4
 LEAST_STEPS = 1000  # of a run whose tokens were not asked for
 ROWS_CHECKED = 16  # at either end, when a run is resumed
 KINDS = "a tensor or an array (rows, d_in), a .npy or .safetensors file, or an object with d_in, held_out and batches"
@@ -177,7 +176,7 @@ class Given:
             passes = settings.n_steps * batch / (n - held_out)
             if passes > 1:
                 notes.append(f"the run goes over its {n - held_out:,} rows {passes:.1f} times")
-        return Facts(d_in, self.hook, (f"{line}, on {device}",), tuple(notes), look_seconds=LOOK_SECONDS)
+        return Facts(d_in, self.hook, (f"{line}, on {device}",), tuple(notes))
 
     def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:
         """Take the activations as they are; each process takes all of them."""

@@ -49,6 +49,8 @@ class ModelFacts:
     hook_name: str
     n_parameters: int
     n_parameters_to_hook: int
+    is_quantised: bool
+    """in a GGUF file, so that the weights are made whole again while it is loaded"""
 
 
 class _Stop(Exception):
@@ -280,6 +282,7 @@ def describe_language_model(model: str, hook: str | None = None, trust_remote_co
         hook_name=point.name,
         n_parameters=sum(p.numel() for p in empty.parameters()),
         n_parameters_to_hook=per_block * (1 + int(point.name.split(".")[1])),
+        is_quantised="gguf_file" in options,
     )
 
 

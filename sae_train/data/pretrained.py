@@ -168,6 +168,13 @@ def load_config(source: str, options: dict[str, Any]) -> Any:
     return AutoConfig.from_pretrained(source, **options)
 
 
+def tokenizer_of(name: str, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer alone; UserError for what cannot be read."""
+    source, options = locate(name)
+    with load_errors(name):
+        return load_tokenizer(source, options | {"trust_remote_code": trust_remote_code})
+
+
 def load_tokenizer(source: str, options: dict[str, Any]) -> Any:
     """Load the tokenizer, taking a tokenizer.json as it is where the folder declares no class of its own.
 

@@ -5,6 +5,7 @@ A new kind is one class and one line in `KINDS`; nothing else asks which kind it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -41,8 +42,14 @@ class Facts:
     """of what makes the activations and stays in memory"""
     n_parameters_to_hook: int = 0
     """that each token goes through"""
-    look_seconds: float = 3.0
-    """one look at one SAE"""
+    is_quantised: bool = False
+    """so that its weights are made whole again while it is loaded"""
+    look_seconds: float = 0.4
+    """one look at one SAE, where there is no absorption eval"""
+    context: int = 0
+    """positions of the language model"""
+    tokenizer: Callable[[], Any] | None = None
+    """loads the language model's; None where there is none"""
     dtype: str = "float32"
     """of the weights that make the activations"""
     kept_bytes: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from sae_train.data.activation_cache import ActivationCache, files_of, key_of
 from sae_train.data.buffer import LM_BATCH_TOKENS, ActivationBuffer, held_out_activations
 from sae_train.data.dtypes import choose_dtype
 from sae_train.data.language_model import LanguageModel, describe_language_model, load_language_model
+from sae_train.data.pretrained import tokenizer_of
 from sae_train.data.sources import Facts, Language, Opened
 from sae_train.data.tokens import open_tokens
 from sae_train.errors import UserError
@@ -79,7 +81,9 @@ class TextSource:
         notes = () if lm.hook else (f"no hook was named: {model.hook_name} was taken",)
         return Facts(
             model.d_in, model.hook_name, lines, notes, model.n_parameters, model.n_parameters_to_hook,
-            dtype=dtype, kept_bytes=model.d_in * (4 if dtype == "float32" else 2),
+            dtype=dtype, is_quantised=model.is_quantised, context=model.context,
+            tokenizer=partial(tokenizer_of, lm.model, lm.trust_remote_code),
+            kept_bytes=model.d_in * (4 if dtype == "float32" else 2),
         )  # fmt: skip
 
     def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:

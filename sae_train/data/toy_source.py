@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from sae_train.protocols import SAE
     from sae_train.training.ranks import Ranks
 
-LOOK_SECONDS = 0.4
-
 
 class ToyStream(NumberedBatches):
     """Endless batches (batch_tokens, d_in) on the toy's device: the i-th depends on the seed and i alone."""
@@ -78,7 +76,7 @@ class ToySource:
         looks = f"{s.eval.absorption_evals} evaluations" if s.eval.absorption else "off"
         lines = (f"toy        {s.dataset} (d_in {toy.d_in}) on {device}, {held_out}", f"truth      {looks}")
         n = toy.directions.numel()
-        return Facts(toy.d_in, toy.hook_name, lines, n_parameters=n, look_seconds=LOOK_SECONDS)
+        return Facts(toy.d_in, toy.hook_name, lines, n_parameters=n)
 
     def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:
         """Plant it; each process makes all samples."""

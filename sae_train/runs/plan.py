@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +26,6 @@ TRAINING_BYTES = 4 * (1 + 1 + 2)  # float32 weights, gradients and Adam's two mo
 SLAB_BYTES = 128 * 2**20  # pre-activations that a step holds at a time, with selection
 ENTRY_BYTES = 64  # what one active latent of one token costs: value, indices, both sort orders, gradients
 HEADROOM = 0.9
-EFFICIENCY = 0.5  # share of that matrix rate which the parts of a step reach
-ENCODER_SHARE = 2.0  # a whole step in encoder products; 1.9 measured at d_in 256, width 16k, L0 50
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,18 @@ class Plan:
     available: float
     budget: float
     passes: Passes
-    flops: float
-    """that the busiest process computes, looks aside"""
+    trained: list[SAESpec]
+    """by the busiest process, in all passes"""
     notes: list[str] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
     division: Division | None = None
-    n_trained: int = 0
-    """SAEs of the busiest process"""
 
-    def seconds(self) -> float:
-        """Training at the speed of a matrix product measured now, and the looks."""
-        looks = self.settings.eval.absorption_evals * self.n_trained * self.facts.look_seconds
-        return self.flops / (_matrix_rate(self.device) * EFFICIENCY) + looks
+    def seconds(self) -> dict[str, float]:
+        """Seconds by part, from the speed of matrix products measured now."""
+        from sae_train.runs.estimate import Estimate
+
+        together = bool(self.division and self.division.together)
+        return Estimate(self.settings, self.facts, self.trained, self.device, self.ranks.size, together).parts()
 
     def check(self) -> None:
         """Raise UserError if the memory needed is not there, or the room on disk."""
@@ -93,10 +90,18 @@ class Plan:
             *(f"memory     {size / GIB:6.2f} GiB {part}" for part, size in self.memory.items()),
             f"memory     {sum(self.memory.values()) / GIB:6.2f} GiB in all{self._each()}, "
             f"{self.available / GIB:.1f} GiB free, {self.budget / GIB:.2f} GiB to take",
-            f"time       about {_duration(self.seconds())} (from the speed of a matrix product just now)",
+            *self._time(),
             *(f"note       {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _time(self) -> list[str]:
+        parts = self.seconds()
+        total = _duration(sum(parts.values()))
+        return [
+            f"time       about {total} (from the speed of matrix products just now): "
+            + ", ".join(f"{part} {_duration(seconds)}" for part, seconds in parts.items())
+        ]
 
     def _each(self) -> str:
         return f" for each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
@@ -176,8 +181,7 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
         available=available,
         budget=budget,
         passes=passes,
-        flops=_flops(settings, facts, trained, division, ranks),
-        n_trained=len(trained),
+        trained=trained,
         notes=_notes(settings, facts, passes),
         ranks=ranks,
         division=division,
@@ -213,27 +217,6 @@ def memory_of(settings: Settings, facts: Facts, specs: list[SAESpec]) -> dict[st
         "SAEs with optimiser": weights * TRAINING_BYTES + 4.0 * max(weights_of(spec, d) for spec in specs) * 2,
         "training step": step,
     }
-
-
-def _flops(settings: Settings, facts: Facts, specs: list[SAESpec], division: Division, ranks: Ranks) -> float:
-    """What the process that trains `specs` computes in the run, looks aside."""
-    per_token = 2.0 * facts.n_parameters_to_hook / ranks.size
-    for spec in specs:
-        per_token += 2.0 * facts.d_in * spec.width * ENCODER_SHARE / (ranks.size if division.together else 1)
-    return per_token * settings.n_steps * settings.train.batch_tokens
-
-
-def _matrix_rate(device) -> float:
-    """FLOP/s of a float32 matrix product on this device, measured in a moment."""
-    import torch
-
-    a = torch.ones(2048, 1024, device=device)
-    (a @ a.T).sum().item()
-    start = time.perf_counter()
-    for _ in range(5):
-        product = a @ a.T
-    product.sum().item()
-    return 5 * 2.0 * 2048 * 2048 * 1024 / (time.perf_counter() - start)
 
 
 def _available(device) -> float:

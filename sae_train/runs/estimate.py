@@ -1,0 +1,111 @@
+"""How long a run will take, part by part: what there is to compute over what this machine computes in a second.
+
+The shares below were measured on two cores of a Xeon with AMX; benchmarks/estimate.py compares the sum with real runs.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae_train.config import EACH
+from sae_train.data.dtypes import DTYPES
+from sae_train.evals import vocab
+from sae_train.evals.hierarchy import get_hierarchy
+
+if TYPE_CHECKING:
+    from sae_train.config import SAESpec, Settings
+    from sae_train.data.sources import Facts
+
+START = 6.0  # seconds: imports, the first activations
+QUANTISED_WEIGHTS = 10e6  # made whole again in a second
+STEP_EFFICIENCY = 0.5  # share of the rate of a matrix product which a training step reaches
+ENCODER_SHARE = 2.0  # a whole step in encoder products; 1.9 measured at d_in 256, width 16k, L0 50
+LM_EFFICIENCY = 0.45  # share which a language model's blocks reach
+TRUE_POSITIVES = 0.19  # of the words are read a second time
+PROMPT = 80  # tokens
+PROBE_EPOCHS, PROBE_BATCH, PROBE_STEP = 50, 64, 150e-6
+ENCODING = 0.8  # of an SAE's latents, in encoder products at a step's efficiency
+RANKING = 3.0e-6  # seconds for an active latent of a word
+BASELINES = 5  # of an SAE, in looks: three random SAEs, shuffled labels, its own latents
+FIDELITY = 2 * 4096  # tokens that go through the whole language model in a look at an SAE
+END = 4.0  # seconds: files and report
+
+
+class Estimate:
+    """Seconds of a process that trains `specs`, of `n_processes` that share the language model's work.
+
+    Where they train `together`, each SAE's steps are shared as well.
+    """
+
+    def __init__(
+        self, settings: Settings, facts: Facts, specs: list[SAESpec], device: str, n_processes: int = 1,
+        together: bool = False,
+    ):  # fmt: skip
+        self.settings, self.facts, self.specs = settings, facts, specs
+        self.n_processes, self.together = n_processes, together
+        rate = matrix_rate(device, torch.float32)
+        self.step_rate, self.lm_rate = rate * STEP_EFFICIENCY, rate * LM_EFFICIENCY
+        if facts.dtype != "float32":
+            self.lm_rate = matrix_rate(device, DTYPES[facts.dtype]) * LM_EFFICIENCY
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by part."""
+        facts, n_looks = self.facts, self.settings.eval.absorption_evals
+        start = START + facts.is_quantised * facts.n_parameters / QUANTISED_WEIGHTS
+        if facts.tokenizer is None or not self.settings.eval.absorption:
+            looks = n_looks * len(self.specs) * facts.look_seconds
+            return {"start": start, "training": self.training(), "looks": looks, "end": END}
+        n_words = self.count_words()
+        looks = [self.look(spec, n_words) for spec in self.specs]
+        set_up = self.reading(n_words) + self.probe(n_words)
+        end = END + sum(BASELINES * look + self.probe(n_words) for look in looks)
+        fidelity = FIDELITY * 2.0 * facts.n_parameters / self.lm_rate
+        return {
+            "start": start, "set-up of the eval": set_up, "training": self.training(),
+            "looks": n_looks * (sum(looks) + fidelity * len(looks)), "end": end,
+        }  # fmt: skip
+
+    def count_words(self) -> int:
+        """Tokenizer entries that the eval asks about, before those are left out that a prompt splits."""
+        how, tokenizer = self.settings.eval, self.facts.tokenizer()
+        found, _ = vocab.entries(tokenizer, set(tokenizer.all_special_ids), get_hierarchy(how.hierarchy))
+        return min(len(found), how.eval_words or len(found))
+
+    def training(self) -> float:
+        """The language model up to the hook and the SAEs' steps."""
+        lm = 2.0 * self.facts.n_parameters_to_hook / self.n_processes / self.lm_rate
+        per_step = self.n_processes if self.together else 1
+        encoders = sum(2.0 * self.facts.d_in * spec.width for spec in self.specs) / per_step
+        tokens = self.settings.n_steps * self.settings.train.batch_tokens
+        return tokens * (lm + encoders * ENCODER_SHARE / self.step_rate)
+
+    def reading(self, n_words: int) -> float:
+        """The words of the eval and its true positives, each a token behind a shared context or a whole prompt."""
+        contexts = self.settings.eval.eval_contexts
+        read = n_words * (1 + TRUE_POSITIVES)
+        tokens = read * PROMPT if contexts == EACH else read + 3 * contexts * PROMPT
+        return tokens * 2.0 * self.facts.n_parameters_to_hook / self.lm_rate
+
+    def probe(self, n_words: int) -> float:
+        """Fitting the linear probe of the labels."""
+        return n_words / PROBE_BATCH * PROBE_EPOCHS * PROBE_STEP
+
+    def look(self, spec: SAESpec, n_words: int) -> float:
+        """The absorption eval of one SAE."""
+        read = n_words * (1 + TRUE_POSITIVES)
+        encoding = ENCODING * 2.0 * self.facts.d_in * spec.width / self.step_rate
+        return read * encoding + n_words * spec.l0 * RANKING
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product on this device, measured in a moment."""
+    a = torch.ones(2048, 1024, device=device, dtype=dtype)
+    (a @ a.T).sum().item()
+    start = time.perf_counter()
+    for _ in range(5):
+        product = a @ a.T
+    product.sum().item()
+    return 5 * 2.0 * 2048 * 2048 * 1024 / (time.perf_counter() - start)
