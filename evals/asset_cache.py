@@ -1,66 +1,101 @@
-"""Assets on disk: a folder per content key holds assets.safetensors, words.parquet and assets.json; what is stale,
-truncated or not ours is ignored, so that it gets rebuilt."""
+"""Assets on disk: an entry is one safetensors file, named by what decides its content and by a hash of
+that content and its model.
+
+An entry gets its name when it is whole and is never changed after, so nobody waits for anybody: two writers of one
+name write the same, and a reader keeps the file that it has opened even if it is removed meanwhile. What is truncated,
+altered or another model's is passed over, so that it gets built again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_train.files import whole_folder
+from sae_train.errors import UserError, explaining, first_line
+from sae_train.sae.tensor_files import write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_train.evals.assets import Assets
 
-_PLAIN = ("settings", "counts", "model_accuracy", "sampled_from", "notes", "seconds", "hash")
-_FILES = ("assets.safetensors", "words.parquet")
+NOWHERE = "none"
+MOST_BYTES = 4 * 2**30  # of all entries in a folder; docs/absorption.md names it
+FINGERPRINT, PLAIN = "fingerprint", "plain"
+_PLAIN = ("words", "settings", "counts", "model_accuracy", "sampled_from", "notes", "seconds", "hash")
+_ENTRY = re.compile(r"\.?[0-9a-f]{16}-[0-9a-f]{16}\.safetensors(?P<temporary>\..*\.tmp)?")
+_A_DAY = 86_400  # seconds; a temporary file of that age has no writer any more
 
 
-def folder_of(cache_dir: Path, key: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir / digest
-
-
-def read(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor) -> dict[str, Any] | None:
-    """Return the fields of the cached assets, or None if there are none that are whole and of this very model."""
-    from pandas import read_parquet
-    from safetensors.torch import load_file
-
-    folder = folder_of(cache_dir, key)
-    try:
-        plain = json.loads((folder / "assets.json").read_text())
-        if any(_digest(folder / name) != plain["digests"][name] for name in _FILES):
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+def cache_folder(asked: str | None = None) -> Path | None:
+    """Where the eval's set-up is kept: in the folder that was asked for, by default $XDG_CACHE_HOME/sae-train (in
+    ~/.cache where that is not set), or, with "none", nowhere."""
+    if asked == NOWHERE:
         return None
-    tensors = load_file(folder / "assets.safetensors")
-    seen = tensors.pop("fingerprint")
-    # Thread counts change the last bits of an activation; other weights change far more.
-    if seen.shape != fingerprint.shape or not torch.allclose(seen, fingerprint, rtol=1e-3, atol=1e-4):
-        return None
-    words = read_parquet(folder / "words.parquet")["word"].tolist()
-    return {"words": words, **tensors, **{name: plain[name] for name in _PLAIN}}
+    default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/sae-train"
+    with explaining(lambda error: f"eval_cache: {first_line(error)} Name a folder, or none.", RuntimeError):
+        folder = Path(asked or default).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"eval_cache {asked!r} is a file: name a folder, or none to keep nothing of the eval's set-up")
+    return folder
 
 
-def write(cache_dir: Path, key: dict[str, Any], fingerprint: Tensor, assets: Assets) -> None:
-    """Write them into the folder of their key: readers see all or nothing."""
-    import pandas as pd
-    from safetensors.torch import save_file
+def read(folder: Path, key: dict[str, Any], is_of_the_model: Callable[[Tensor], bool]) -> Iterator[dict[str, Any]]:
+    """Yield the fields of the assets under a key that can be read and whose fingerprint passes, and mark them used."""
+    from safetensors import SafetensorError, safe_open
 
-    tensors = {name: value.contiguous() for name, value in vars(assets).items() if isinstance(value, torch.Tensor)}
-    columns = {name: getattr(assets, name).numpy() for name in ("token_ids", "labels", "is_test")}
+    for path in sorted(folder.glob(f"{_digest(key)}-*.safetensors")):
+        with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError), safe_open(path, "pt") as file:
+            if not is_of_the_model(file.get_tensor(FINGERPRINT)):
+                continue
+            plain = json.loads(file.metadata()[PLAIN])
+            fields = {name: plain[name] for name in _PLAIN}
+            fields |= {name: file.get_tensor(name) for name in file.keys() if name != FINGERPRINT}  # noqa: SIM118
+            with suppress(OSError):  # of a folder that may only be read
+                os.utime(path)
+            yield fields
+
+
+def write(folder: Path, key: dict[str, Any], fingerprint: Tensor, assets: Assets) -> None:
+    """Add an entry, then remove those that were not used for longest until MOST_BYTES are left.
+
+    UserError where it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    tensors = {name: value for name, value in vars(assets).items() if isinstance(value, torch.Tensor)}
     plain = {name: getattr(assets, name) for name in _PLAIN}
-    with whole_folder(folder_of(cache_dir, key)) as folder:
-        save_file({**tensors, "fingerprint": fingerprint.contiguous()}, folder / "assets.safetensors")
-        pd.DataFrame({"word": assets.words, **columns}).to_parquet(folder / "words.parquet", index=False)
-        plain["digests"] = {name: _digest(folder / name) for name in _FILES}
-        (folder / "assets.json").write_text(json.dumps(plain, indent=2))
+    path = folder / f"{_digest(key)}-{_digest([assets.hash, fingerprint.tolist()])}.safetensors"
+    sentence = "the eval's set-up could not be kept in {}: {}; --eval-cache names another folder, or none"
+    with explaining(lambda error: sentence.format(folder, first_line(error)), OSError, SafetensorError):
+        write_tensors({**tensors, FINGERPRINT: fingerprint}, path, {PLAIN: json.dumps(plain)})
+        _prune(folder, path)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _prune(folder: Path, new: Path) -> None:
+    """What a writer that was killed left behind counts as an entry too."""
+    entries = []
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process removes entries as well
+            name, stat = _ENTRY.fullmatch(path.name), path.stat()
+            if name and not (name["temporary"] and time.time() - stat.st_mtime < _A_DAY):
+                entries.append((path == new, stat.st_mtime_ns, stat.st_size, path))
+    left = MOST_BYTES
+    for is_new, _, size, path in sorted(entries, reverse=True):
+        left -= size
+        if left < 0 and not is_new:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _digest(key: Any) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

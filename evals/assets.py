@@ -1,6 +1,5 @@
 """What every evaluation of a model shares: a language model and a hierarchy come in; words, their activations at the
-hook, and the ground-truth probe go out. Built once per (model, hook, hierarchy, template, seed, preset), kept on disk
-if asked.
+hook, and the ground-truth probe go out. Built once for all that decides them (`_key`), kept on disk if asked.
 """
 
 from __future__ import annotations
@@ -137,12 +136,17 @@ def build(
     with explaining(str, ValueError):
         contexts = parse_contexts(contexts)
     key = _key(lm, asked, seed, chosen, n_words, contexts)
+    if cache_dir is None:
+        return _collect(lm, asked, seed, chosen, n_words, key, progress)
     fingerprint = _fingerprint(lm)
-    if cache_dir is not None and (cached := asset_cache.read(Path(cache_dir), key, fingerprint)):
-        return Assets(**cached)
+    for fields in asset_cache.read(Path(cache_dir), key, partial(_is_same, lm.dtype, fingerprint)):
+        if content_hash(kept := Assets(**fields)) == kept.hash:
+            return kept
     assets = _collect(lm, asked, seed, chosen, n_words, key, progress)
-    if cache_dir is not None:
+    try:
         asset_cache.write(Path(cache_dir), key, fingerprint, assets)
+    except UserError as error:  # what was computed is not lost with it
+        return replace(assets, notes=[*assets.notes, str(error)])
     return assets
 
 
@@ -239,12 +243,12 @@ def _key(
     lm: LanguageModel, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None, contexts: Contexts
 ) -> dict[str, Any]:
     """What decides the assets' content, apart from the model's weights."""
-    vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return {
         "version": 3,
         "model": lm.name,
         "hook_name": lm.hook_name,
-        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+        "tokenizer": _tokenizer_digest(lm.tokenizer),
+        "special_ids": sorted(lm.special_ids),
         "hierarchy": hierarchy.name,
         "hierarchy_digest": hierarchy.digest,
         "labels": list(hierarchy.labels),
@@ -259,18 +263,39 @@ def _key(
     }
 
 
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Hash of the vocabulary and, where they are known (of a fast tokenizer), of the rules that cut a text."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    rules = getattr(tokenizer, "backend_tokenizer", None)
+    # How a batch is padded and cut off is left in the rules by the last call.
+    rules = {} if rules is None else json.loads(rules.to_str()) | {"padding": None, "truncation": None}
+    return hashlib.sha256(json.dumps([vocabulary, tokenizer.unk_token_id, rules]).encode()).hexdigest()[:16]
+
+
 @torch.no_grad()
-def _fingerprint(lm: LanguageModel) -> Float[Tensor, "16 d_in"]:
-    """Activations of 16 entries spread over the vocabulary: they tell when a model's weights changed under its name."""
-    tokens = (torch.arange(16) * len(lm.tokenizer) // 16)[None]
-    return lm.activations(tokens.to(lm.device))[0].float().cpu()
+def _fingerprint(lm: LanguageModel) -> Float[Tensor, "16 d"]:
+    """Activations and some logits of 16 entries spread over the vocabulary: they tell when a model's weights changed
+    under its name, before the hook or behind it."""
+    ids = torch.arange(16) * len(lm.tokenizer) // 16
+    tokens = ids[None].to(lm.device)
+    return torch.cat([lm.activations(tokens)[0].float().cpu(), lm.logits(tokens)[0].float().cpu()[:, ids]], 1)
+
+
+def _is_same(dtype: torch.dtype, now: Tensor, then: Tensor) -> bool:
+    """Tell whether two fingerprints, of activations and 16 logits a row, are of the same weights."""
+    if now.shape != then.shape:
+        return False
+    # Thread counts change the last bits of an activation; other weights change far more.
+    most = max(1e-3, torch.finfo(dtype).eps)
+    parts = zip(now.tensor_split((-16,), 1), then.tensor_split((-16,), 1), strict=True)
+    return all(float((a - b).norm()) <= most * float(a.norm()) for a, b in parts)
 
 
 def content_hash(assets: Assets) -> str:
     """Hash of the settings and of every number that an evaluation reads."""
     h = hashlib.sha256(json.dumps([assets.settings, assets.words], sort_keys=True).encode())
     for name in _TENSORS:
-        h.update(getattr(assets, name).contiguous().cpu().numpy().tobytes())
+        h.update(getattr(assets, name).contiguous().cpu().numpy())
     return h.hexdigest()[:16]
 
 

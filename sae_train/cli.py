@@ -47,7 +47,7 @@ BRANCHES = {
 FLAT = Parameter(name="*")  # a dataclass whose fields are flags of the command's own
 OF_AN_EVAL = (
     "model", "hook", "device", "dtype", "trust_remote_code", "preset", "hierarchy", "template", "eval_words",
-    "eval_contexts", "eval_seed",
+    "eval_contexts", "eval_seed", "eval_cache",
 )  # fmt: skip
 
 

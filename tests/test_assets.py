@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from eval_fakes import FakeLM, fake_words, word_tokenizer
@@ -164,34 +162,6 @@ def test_shared_contexts_on_the_embedded_model_equal_whole_prompts():
     stages = {doing: (done, of) for doing, done, of in told}
     assert stages["reading words"] == (len(built.words),) * 2
     assert stages["reading true positives"] == (len(built.tp_rows),) * 2
-
-
-def test_cache_tells_draws_and_dtypes_apart(lm, tmp_path):
-    half = FakeLM(lm.tokenizer)
-    half.dtype = torch.bfloat16
-    for model, drawn in [(lm, 64), (lm, 8), (lm, "each"), (half, 64)]:
-        assets.build(model, cache_dir=tmp_path, contexts=drawn)
-    assert len(list(tmp_path.glob("*/assets.json"))) == 4
-
-
-def test_cache_is_reused_and_rebuilt_when_stale_or_truncated(lm, built, tmp_path, monkeypatch):
-    first = assets.build(lm, cache_dir=tmp_path)
-    monkeypatch.setattr(assets, "_collect", lambda *a: pytest.fail("the cache was not used"))
-    cached = assets.build(lm, cache_dir=tmp_path)
-    monkeypatch.undo()
-    assert cached.hash == first.hash == built.hash == assets.content_hash(cached)
-    assert cached.words == built.words and torch.equal(cached.tp_x, built.tp_x)
-
-    (folder,) = tmp_path.iterdir()
-    whole = (folder / "assets.safetensors").read_bytes()
-    (folder / "assets.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert assets.build(lm, cache_dir=tmp_path).hash == built.hash
-    (folder / "assets.json").write_text(json.dumps({"digests": 3}))
-    assert assets.build(lm, cache_dir=tmp_path).hash == built.hash
-
-    other = FakeLM(lm.tokenizer, seed=5)  # other weights under the same name
-    assert assets.build(other, cache_dir=tmp_path).hash != built.hash
-    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
 
 
 def test_tokenizer_that_cannot_write_the_template_says_what_is_missing():

@@ -1,6 +1,7 @@
 """What a run shows from its first second on, and how Ctrl-C ends its set-up."""
 
 import io
+import os
 import re
 import signal
 import subprocess
@@ -11,7 +12,6 @@ import pytest
 from rich.console import Console
 
 from sae_train.cli import main
-from sae_train.evals import assets
 from sae_train.runs import display as display_module
 from sae_train.runs.activity import Activity
 from sae_train.runs.display import Display
@@ -99,7 +99,7 @@ def test_ctrl_c_while_the_assets_are_written_keeps_none(tmp_path, monkeypatch, c
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(assets.asset_cache, "_digest", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     small = ["--eval-words", "200", "--tokens", "30k", "--batch-tokens", "256", "--held-out-tokens", "2048"]
     with pytest.raises(SystemExit, match="130"):
         main(["--out", str(tmp_path / "runs"), *small])

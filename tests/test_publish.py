@@ -306,7 +306,7 @@ def test_the_command_line_publishes_by_the_hubs_own_variables(tmp_path):
         {"width": "16k", "l0": 50},
         {"model": "toy", "width": "64,512", "l0": 3, "dataset": "trees"},
         {"model": "org/lm", "arch": "relu,topk", "width": "1000,4k", "l0": "8,32", "seed": "0,1", "lr": 3e-4,
-         "absorption": False, "template": "{word} starts with: {label}", "drop": ["a b", ",", "\n"], "name": "mine"},
+         "absorption": False, "template": "{word} starts with: {label}", "drop": ["a b", ",", "\n"], "name": "mine", "eval_cache": "/home/me/words", "activation_cache": "/home/me/x"},
     ],
 )  # fmt: skip
 def test_the_command_of_a_run_gives_its_settings_again(given, tmp_path):
@@ -321,7 +321,8 @@ def test_the_command_of_a_run_gives_its_settings_again(given, tmp_path):
             again[flag.removeprefix("no-").replace("-", "_")] = False
         else:
             again[flag.replace("-", "_")] = words.pop(0)
-    kept = {"name", "out", "note", "log_every", "save_every", "wandb"}
+    kept = {"name", "out", "note", "log_every", "save_every", "wandb", "eval_cache", "activation_cache"}
+    assert "/home/me" not in line
     file = again.pop("config", None) and tmp_path / "drop.yaml"
     assert {k: v for k, v in flat(resolve(again, file)).items() if k not in kept} == {
         k: v for k, v in settings.items() if k not in kept

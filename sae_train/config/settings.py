@@ -160,6 +160,11 @@ class EvalSettings(SettingsGroup):
         "each: one a word, as SAEBench draws them",
     )
     eval_seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the split, prompts and probes")
+    eval_cache: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="folder that keeps the words' activations and probes for later runs, or none; default: "
+        "$XDG_CACHE_HOME/sae-train, else ~/.cache/sae-train",
+    )
 
 
 class RunSettings(SettingsGroup):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KINDS = {"toy": "sae_train.data.toy_source:ToySource", "activations": "sae_train.data.given:Given"}
 TEXT_SETTINGS = (  # that mean nothing where there is no text
     "hook", "dtype", "trust_remote_code", "text_column", "context", "buffer_tokens", "drop", "preset", "hierarchy",
-    "template", "eval_words", "eval_contexts", "eval_seed", "activation_cache",
+    "template", "eval_words", "eval_contexts", "eval_seed", "eval_cache", "activation_cache",
 )  # fmt: skip
 ANY_OTHER = "sae_train.data.text_source:TextSource"  # a language model, wherever it is loaded from
 

@@ -11,14 +11,18 @@ from typing import Any
 from sae_train.config import LMSettings, flat, groups, leaves, resolve
 from sae_train.config.units import plain, width_label
 
+CACHES = ("activation_cache", "eval_cache")
+
 
 def command(settings: dict[str, Any]) -> str:
-    """Name every setting that differs from the model's defaults; where a run is kept and shown is left out."""
+    """Name every setting that differs from the model's defaults; where things are kept and shown is left out."""
     usual = flat(resolve({"model": settings["model"]})) | {"model": LMSettings().model}
     group_of, models = leaves(), groups()
     words, before = ["sae-train"], ""
     for name, value in settings.items():
-        if name not in usual or group_of[name] == "run" or (value == usual[name] and name not in ("width", "l0")):
+        if name not in usual or group_of[name] == "run" or name in CACHES:
+            continue
+        if value == usual[name] and name not in ("width", "l0"):
             continue
         flag = f"--{name.replace('_', '-')}"
         if models[group_of[name]].model_fields[name].annotation is bool:

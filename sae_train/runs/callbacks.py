@@ -5,17 +5,16 @@ Each class is called with (learner, step) and yields (name, value) pairs for met
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, fidelity
+from sae_train.evals.asset_cache import cache_folder
 from sae_train.evals.contexts import show_nothing
 from sae_train.evals.events import trace
 from sae_train.evals.hierarchy import PLAIN_TEMPLATE, get_hierarchy
@@ -161,11 +160,6 @@ class Absorption:
         return lambda doing, done=0, of=1: self.progress(f"{learner.name}: {doing}", done, of)
 
 
-def cache_folder() -> Path:
-    """Where eval assets are kept between runs: $XDG_CACHE_HOME/sae-train, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sae-train"
-
-
 def build_assets(
     lm: LanguageModel | None, settings: EvalSettings, progress: Progress = show_nothing
 ) -> tuple[Assets | None, list[str]]:
@@ -177,7 +171,7 @@ def build_assets(
     """
     if not settings.absorption or lm is None:
         return None, []
-    hierarchy = get_hierarchy(settings.hierarchy)
+    hierarchy, folder = get_hierarchy(settings.hierarchy), cache_folder(settings.eval_cache)
     problems = []
     fallbacks = dict.fromkeys([hierarchy.template, PLAIN_TEMPLATE])
     for template in [settings.template] if settings.template else fallbacks:
@@ -191,7 +185,7 @@ def build_assets(
                 n_words=settings.eval_words,
                 contexts=settings.eval_contexts,
                 progress=progress,
-                cache_dir=cache_folder(),
+                cache_dir=folder,
             )
         except UserError as error:
             if settings.template:

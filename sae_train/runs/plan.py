@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sae_train.config import width_label
 from sae_train.errors import UserError
+from sae_train.evals.asset_cache import cache_folder
 from sae_train.sae.forms import FORMS
 from sae_train.training.architectures import TRAINED
 from sae_train.training.ranks import Division, Ranks, current, divide
@@ -157,6 +158,7 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
     from sae_train.data.sources import kind_of
     from sae_train.training.ranks import choose_device
 
+    cache_folder(settings.eval.eval_cache)
     device = choose_device(settings.lm.device)
     kind = kind or kind_of(settings)
     of_architectures = [line for arch in settings.sae.arch for line in TRAINED[arch].problems(settings)]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from sae_train.errors import UserError
+from sae_train.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "checkpoints" / "speller"
@@ -65,8 +66,7 @@ def run_miniature(options: argparse.Namespace) -> int:
 
     table = measure(ROOT / "checkpoints")
     folder = ROOT / "docs"
-    folder.mkdir(exist_ok=True)
-    table.to_csv(folder / "miniature.csv", index=False, float_format="%.4f")
+    write_text(folder / "miniature.csv", table.to_csv(index=False, float_format="%.4f"))
     draw(table, folder / "miniature.svg")
     print(table.to_string(index=False, float_format="%.3f"))
     measured = slopes(table)
