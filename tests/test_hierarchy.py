@@ -102,7 +102,7 @@ def test_a_file_of_classes_runs_through_the_whole_eval(tmp_path, colours):
 
     table["red"], table["blue"] = table["blue"], table["red"]  # another file under the same name
     assert assets.build(lm, hierarchy=write(tmp_path, {"colour": table}), template="{word} has", cache_dir=tmp_path)
-    assert len(list(tmp_path.glob("*/assets.json"))) == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_a_hierarchy_that_the_model_does_not_tell_is_no_score(colours):

@@ -306,7 +306,8 @@ def test_the_command_line_publishes_by_the_hubs_own_variables(tmp_path):
         {"width": "16k", "l0": 50},
         {"model": "toy", "width": "64,512", "l0": 3, "dataset": "trees"},
         {"model": "org/lm", "arch": "relu,topk", "width": "1000,4k", "l0": "8,32", "seed": "0,1", "lr": 3e-4,
-         "absorption": False, "template": "{word} starts with: {label}", "drop": ["a b", ",", "\n"], "name": "mine", "eval_cache": "/home/me/words", "activation_cache": "/home/me/x"},
+         "absorption": False, "template": "{word} starts with: {label}", "drop": ["a b", ",", "\n"], "name": "mine",
+         "eval_cache": "/home/me/words", "activation_cache": "/home/me/x"},
     ],
 )  # fmt: skip
 def test_the_command_of_a_run_gives_its_settings_again(given, tmp_path):
