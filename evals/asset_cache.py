@@ -24,9 +24,11 @@ from sae_train.errors import UserError, explaining, first_line
 from sae_train.sae.tensor_files import write_tensors
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from sae_train.evals.assets import Assets
+    from sae_train.protocols import LanguageModel
 
 NOWHERE = "none"
 MOST_BYTES = 4 * 2**30  # of all entries in a folder; docs/absorption.md names it
@@ -79,6 +81,25 @@ def write(folder: Path, key: dict[str, Any], fingerprint: Tensor, assets: Assets
     with explaining(lambda error: sentence.format(folder, first_line(error)), OSError, SafetensorError):
         write_tensors({**tensors, FINGERPRINT: fingerprint}, path, {PLAIN: json.dumps(plain)})
         _prune(folder, path)
+
+
+@torch.no_grad()
+def fingerprint_of(lm: LanguageModel) -> Float[Tensor, "16 d"]:
+    """Activations and some logits of 16 entries spread over the vocabulary: they tell when a model's weights changed
+    under its name, before the hook or behind it."""
+    ids = torch.arange(16) * len(lm.tokenizer) // 16
+    tokens = ids[None].to(lm.device)
+    return torch.cat([lm.activations(tokens)[0].float().cpu(), lm.logits(tokens)[0].float().cpu()[:, ids]], 1)
+
+
+def is_same(dtype: torch.dtype, now: Tensor, then: Tensor) -> bool:
+    """Tell whether two fingerprints, of activations and 16 logits a row, are of the same weights."""
+    if now.shape != then.shape:
+        return False
+    # Thread counts change the last bits of an activation; other weights change far more.
+    most = max(1e-3, torch.finfo(dtype).eps)
+    parts = zip(now.tensor_split((-16,), 1), then.tensor_split((-16,), 1), strict=True)
+    return all(float((a - b).norm()) <= most * float(a.norm()) for a, b in parts)
 
 
 def _prune(folder: Path, new: Path) -> None:

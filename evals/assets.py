@@ -138,8 +138,8 @@ def build(
     key = _key(lm, asked, seed, chosen, n_words, contexts)
     if cache_dir is None:
         return _collect(lm, asked, seed, chosen, n_words, key, progress)
-    fingerprint = _fingerprint(lm)
-    for fields in asset_cache.read(Path(cache_dir), key, partial(_is_same, lm.dtype, fingerprint)):
+    fingerprint = asset_cache.fingerprint_of(lm)
+    for fields in asset_cache.read(Path(cache_dir), key, partial(asset_cache.is_same, lm.dtype, fingerprint)):
         if content_hash(kept := Assets(**fields)) == kept.hash:
             return kept
     assets = _collect(lm, asked, seed, chosen, n_words, key, progress)
@@ -270,25 +270,6 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     # How a batch is padded and cut off is left in the rules by the last call.
     rules = {} if rules is None else json.loads(rules.to_str()) | {"padding": None, "truncation": None}
     return hashlib.sha256(json.dumps([vocabulary, tokenizer.unk_token_id, rules]).encode()).hexdigest()[:16]
-
-
-@torch.no_grad()
-def _fingerprint(lm: LanguageModel) -> Float[Tensor, "16 d"]:
-    """Activations and some logits of 16 entries spread over the vocabulary: they tell when a model's weights changed
-    under its name, before the hook or behind it."""
-    ids = torch.arange(16) * len(lm.tokenizer) // 16
-    tokens = ids[None].to(lm.device)
-    return torch.cat([lm.activations(tokens)[0].float().cpu(), lm.logits(tokens)[0].float().cpu()[:, ids]], 1)
-
-
-def _is_same(dtype: torch.dtype, now: Tensor, then: Tensor) -> bool:
-    """Tell whether two fingerprints, of activations and 16 logits a row, are of the same weights."""
-    if now.shape != then.shape:
-        return False
-    # Thread counts change the last bits of an activation; other weights change far more.
-    most = max(1e-3, torch.finfo(dtype).eps)
-    parts = zip(now.tensor_split((-16,), 1), then.tensor_split((-16,), 1), strict=True)
-    return all(float((a - b).norm()) <= most * float(a.norm()) for a, b in parts)
 
 
 def content_hash(assets: Assets) -> str:

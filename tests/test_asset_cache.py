@@ -174,7 +174,7 @@ def asset_key(lm: FakeLM) -> dict:
 def test_writers_of_one_key_and_readers_do_not_meet(lm, built, tmp_path, monkeypatch):
     """Eight threads write one entry over and over, with room for no other, while it is read."""
     monkeypatch.setattr(asset_cache, "MOST_BYTES", 1)
-    fingerprint, key, ended, wrong = assets._fingerprint(lm), asset_key(lm), threading.Event(), []
+    fingerprint, key, ended, wrong = asset_cache.fingerprint_of(lm), asset_key(lm), threading.Event(), []
 
     def write() -> None:
         try:

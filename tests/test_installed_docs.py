@@ -1,6 +1,5 @@
 """Documentation strings of installed packages: parsed and never run, each once, in one order, resumable anywhere."""
 
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -36,8 +35,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def read(docs: InstalledDocs, state: dict | None = None) -> list[str]:
-    found = Documents("docs", docs.open, "text").reads(state)
-    return [text for _, texts in found for text in texts]
+    return [text for part in Documents("docs", docs.open, "text").reads(state) for _, text in part]
 
 
 def test_each_long_string_comes_once_in_the_order_of_the_files(files: list[Path]) -> None:
@@ -48,16 +46,17 @@ def test_each_long_string_comes_once_in_the_order_of_the_files(files: list[Path]
 
 
 def test_reading_goes_on_at_every_position(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "DOCUMENTS_PER_READ", 2)
-    whole = list(Documents("docs", InstalledDocs(files, PACKAGES).open, "text").reads())
-    assert len(whole) == 7
-    for i, (state, _) in enumerate(whole):
-        again = Documents("docs", InstalledDocs(files, PACKAGES).open, "text").reads(state)
-        assert list(again) == whole[i:]
+    monkeypatch.setattr(documents, "DOCUMENTS_AT_A_TIME", 2)
+    (whole,) = Documents("docs", InstalledDocs(files, PACKAGES).open, "text").reads()
+    assert len(whole) == 13
+    for i, (place, _) in enumerate(whole):
+        (again,) = Documents("docs", InstalledDocs(files, PACKAGES).open, "text").reads(place)
+        assert again == whole[i:]
 
 
 def test_tokens_resume_bit_equally(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "DOCUMENTS_PER_READ", 3)
+    monkeypatch.setattr(documents, "DOCUMENTS_AT_A_TIME", 3)
+    monkeypatch.setattr(documents, "CHARACTERS_PER_READ", 1_000)
 
     def stream() -> TokenStream:
         docs = Documents("docs", InstalledDocs(files, PACKAGES).open, "text", PACKAGES)
@@ -79,21 +78,19 @@ def test_files_are_read_as_far_as_strings_are_asked_for(files: list[Path]) -> No
 
 
 def test_other_versions_of_the_packages_are_refused_on_resume(files: list[Path]) -> None:
-    state = InstalledDocs(files, PACKAGES).open().state_dict()
+    state = {"reader": InstalledDocs(files, PACKAGES).open().state_dict(), "skip": 0}
     with pytest.raises(UserError, match="text_packages"):
         read(InstalledDocs(files, {"made-up": "1.1"}), state)
 
 
-def test_the_environments_own_packages_are_found_in_the_same_order_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "DOCUMENTS_PER_READ", 50)
+def test_the_environments_own_packages_are_found_in_the_same_order_twice() -> None:
     firsts = []
     for _ in range(2):
         docs, apart = find_documents("installed-docs")
         assert apart is None and docs.packages["torch"].startswith("2.")
         assert not docs.packages.keys() & {"sae-train", "plotly"}
-        (_, texts), *_ = islice(docs.reads(), 1)
-        firsts.append(texts)
-    assert firsts[0] == firsts[1] and len(set(firsts[0])) == len(firsts[0]) == 50
+        firsts.append([text for _, text in next(docs.reads(characters=50_000))])
+    assert firsts[0] == firsts[1] and len(set(firsts[0])) == len(firsts[0]) > 50
     assert min(map(len, firsts[0])) >= LEAST_CHARACTERS
 
 

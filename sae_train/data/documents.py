@@ -1,6 +1,6 @@
 """Where text comes from, by a dataset's name: what is embedded or installed here, local files, the hub.
 
-Documents are its texts in order, read many at a time, which can be entered again at any read.
+Documents are its texts in order, some characters' worth at a time, which can be entered again at any of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sae_train.errors import UserError, explaining, first_line
 EMBEDDED_TEXT = EMBEDDED / "text"
 INSTALLED_DOCS = "installed-docs"
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
-DOCUMENTS_PER_READ = 512
+CHARACTERS_PER_READ = 500_000
+DOCUMENTS_AT_A_TIME = 16  # that a reader gives: few enough to be whole books
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,40 @@ class Documents:
     packages: dict[str, str] | None = None
     """versions of the packages that the texts are from, where they are"""
 
-    def reads(self, state: dict | None = None) -> Iterator[tuple[dict, list[str]]]:
-        """Yield (state before the read, texts), from the start or from such a state."""
+    def reads(
+        self, start: dict[str, Any] | None = None, characters: int | None = None
+    ) -> Iterator[list[tuple[dict[str, Any], str]]]:
+        """Yield the next texts, each with its place, as few at a time as have so many characters (CHARACTERS_PER_READ).
+
+        They begin at the first text, or at the one whose place is `start`.
+        """
+        read, size = [], 0
+        for place, text in self._places(start):
+            read.append((place, text))
+            size += len(text)
+            if size >= (characters or CHARACTERS_PER_READ):
+                yield read
+                read, size = [], 0
+        if read:
+            yield read
+
+    def _places(self, start: dict[str, Any] | None) -> Iterator[tuple[dict[str, Any], str]]:
+        """Yield every text with its place: a state of the reader, and how many texts after it this one comes."""
         with _read_errors(self.name):
             dataset = self.open()
-            if state is not None:
-                dataset.load_state_dict(state)
-            before = state or dataset.state_dict()
-            batches = dataset.iter(batch_size=DOCUMENTS_PER_READ)
+            if start is not None:
+                dataset.load_state_dict(start["reader"])
+            reader, skip = (start["reader"], start["skip"]) if start else (dataset.state_dict(), 0)
+            batches = dataset.iter(batch_size=DOCUMENTS_AT_A_TIME)
         while True:
             with _read_errors(self.name):
                 batch = next(batches, None)
             if batch is None:
                 return
-            yield before, self._texts(batch)
-            before = dataset.state_dict()
+            texts = self._texts(batch)
+            for i, text in enumerate(texts[skip:], start=skip):
+                yield {"reader": reader, "skip": i}, text
+            reader, skip = dataset.state_dict(), max(0, skip - len(texts))
 
     def _texts(self, batch: dict[str, list]) -> list[str]:
         if self.text_column not in batch:

@@ -123,6 +123,7 @@ def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCach
     made_from = {
         "data": settings.data.model_dump(mode="json", exclude={"activation_cache"}), "hook": source.hook_name,
         "batch_tokens": settings.train.batch_tokens, "files": stream.packages or files_of(settings.dataset),
+        "positions": 2,  # how the place after a block is written
     }  # fmt: skip
     key = key_of(made_from, first, source.held_out(settings.data.held_out_tokens))
     return ActivationCache(folder, key, source.lm.dtype)

@@ -9,13 +9,17 @@ small Llama on stories at context 128; 4.72, 4.73, 5.67 for a small GPT-2 on sin
 
 from __future__ import annotations
 
+import copy
 import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from sae_train.data.documents import Documents, find_documents
+from sae_train.data.documents import CHARACTERS_PER_READ, Documents, find_documents
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,11 +58,37 @@ class Packer:
         return torch.cat([rows.new_full((len(rows), 1), self.bos_id), rows], dim=1)
 
 
+@dataclass(frozen=True)
+class Read:
+    """Tokenised documents, of which the first is number `document` of an epoch: their ids, and where each one's end."""
+
+    epoch: int
+    document: int
+    places: list[dict[str, Any]]
+    ids: Int[np.ndarray, " tokens"]
+    ends: Int[np.ndarray, " documents"]
+
+    def position(self, used: int) -> dict[str, Any]:
+        """Where one is with so many ids used, as plain JSON values: in a document, the same one whatever is read."""
+        i = int(np.searchsorted(self.ends, used))
+        used_of_it = used - self._start(i)
+        return {"epoch": self.epoch, "document": self.document + i, "source": self.places[i], "used": used_of_it}
+
+    def used_at(self, position: dict[str, Any]) -> int | None:
+        """Return how many ids are used at a position, None where it is not in these documents."""
+        i = position["document"] - self.document
+        inside = position["epoch"] == self.epoch and 0 <= i < len(self.ends)
+        return self._start(i) + position["used"] if inside else None
+
+    def _start(self, i: int) -> int:
+        return int(self.ends[i - 1]) if i else 0
+
+
 class TokenStream:
     """Endless iterator over (sequences, context) token rows; `epoch` counts how often the data began anew.
 
-    The position in the data is (state of the reader before the current read, tokens used of that read), and
-    the state holds nothing else: on resume one read of documents is tokenised again.
+    While the documents of one read are handed out, a thread tokenises those of the next. The position is that of what
+    was handed out: a document and how many of its tokens are used.
     """
 
     def __init__(
@@ -76,8 +106,9 @@ class TokenStream:
         self._n_skipped = n_held_out_documents
         self._documents = documents
         self._packer = packer
+        self._thread = ThreadPoolExecutor(1, "tokenise")
         self._leave: weakref.finalize | None = None
-        self.load_state_dict({"epoch": 0, "document": 0, "source": None, "used": 0})
+        self._begin({"epoch": 0, "document": 0, "source": None, "used": 0})
 
     def __iter__(self) -> TokenStream:
         return self
@@ -89,71 +120,106 @@ class TokenStream:
             piece = self._take(needed)
             pieces.append(piece)
             needed -= len(piece)
+        self._next = self._next or self._read_on()
         return self._packer.rows(np.concatenate(pieces))
+
+    @property
+    def epoch(self) -> int:
+        """How often the data began anew."""
+        return self._read.epoch if self._read else self._start["epoch"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as plain JSON values."""
-        return {"epoch": self.epoch, "document": self._document, "source": self._source, "used": self._used}
+        return self._read.position(self._used) if self._read else self._start
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position; the next rows are bit-equal to those that followed it."""
-        self.epoch = state["epoch"]
-        self._document = state["document"]
-        self._source = state["source"]
-        self._used = state["used"]
-        self._enter(self._source)
-        self._n_read = 0
-        self._ids: np.ndarray | None = None
+        if state["source"] is not None and "skip" not in state["source"]:
+            raise UserError(
+                f"this position in {self.name} was saved by an earlier version of sae-train, which read texts in other "
+                "portions: start the run again."
+            )
+        used = self._read.used_at(state) if self._read else None
+        if used is None:
+            self._begin(state)
+        else:
+            self._used = used
 
     def check_size(self) -> None:
         """Refuse data that cannot fill one batch without repeating itself."""
         start = self.state_dict()
         needed = self.sequences * self._packer.room
         found = 0
-        while found < needed and self.epoch == 0:
-            self._advance()
-            found += len(self._ids) if self.epoch == 0 else 0
-        if found < needed:
-            apart = f" besides the {self.held_out.numel()} held out" if self.held_out.numel() else ""
-            _refuse_small(self.name, found, f"one batch takes {needed}{apart}")
+        while found < needed:
+            self._load()
+            if self.epoch > 0:
+                apart = f" besides the {self.held_out.numel()} held out" if self.held_out.numel() else ""
+                _refuse_small(self.name, found, f"one batch takes {needed}{apart}")
+            found += len(self._read.ids)
         self.load_state_dict(start)
 
-    def _enter(self, source: dict | None) -> None:
-        """Begin to read at a state of the reader, or at the start."""
+    def _begin(self, position: dict[str, Any]) -> None:
+        """Open the documents at a position."""
         if self._leave is not None:
             self._leave()
-        self._reads = self._documents.reads(source)
+        self._start, self._used = position, position["used"]
+        self._read: Read | None = None
+        self._next: Future[Read] | None = None
+        self._reads = _reads_from(self._documents, position)
         # Before the interpreter shuts down: a reader that is torn down later complains on stderr.
         self._leave = weakref.finalize(self, self._reads.close)
 
-    def _take(self, wanted: int) -> np.ndarray:
+    def _take(self, wanted: int) -> Int[np.ndarray, " tokens"]:
         """Return at most `wanted` of the next ids, none where a read has no text."""
-        if self._ids is None:
+        if self._read is None:
             self._load()
-        elif self._used == len(self._ids):
-            self._advance()
-        piece = self._ids[self._used : self._used + wanted]
+        elif self._used == len(self._read.ids):
+            self._load()
+            self._used = 0
+        piece = self._read.ids[self._used : self._used + wanted]
         self._used += len(piece)
         return piece
 
-    def _advance(self) -> None:
-        """Go to the start of the next read."""
-        self._document += self._n_read
-        self._used = 0
-        self._load()
-
     def _load(self) -> None:
-        """Tokenise the read at the position; where the data ends the next epoch begins."""
-        read = next(self._reads, None)
+        """Put the next read in the place of the last."""
+        self._next = self._next or self._read_on()
+        self._read = self._next.result()
+        self._next = None
+
+    def _read_on(self) -> Future[Read]:
+        """Read the next documents and let the thread tokenise them; errors come with the result, when it is needed."""
+        try:
+            epoch, document, documents = next(self._reads)
+        except UserError as error:
+            failed: Future[Read] = Future()
+            failed.set_exception(error)
+            return failed
+        places, texts = zip(*documents, strict=True)
+        n_held_out = min(len(texts), max(0, self._n_skipped - document))
+        return self._thread.submit(_tokenise, self._packer, epoch, document, places, texts, n_held_out)
+
+
+def _reads_from(
+    documents: Documents, position: dict[str, Any]
+) -> Iterator[tuple[int, int, list[tuple[dict[str, Any], str]]]]:
+    """Yield (epoch, number of the first document, documents with their places), without end."""
+    epoch, document, source = position["epoch"], position["document"], position["source"]
+    while True:
+        read = None
+        for read in documents.reads(source):
+            yield epoch, document, read
+            document += len(read)
         if read is None:
-            self.epoch += 1
-            self._document = 0
-            self._enter(None)
-            read = next(self._reads)
-        self._source, texts = read
-        self._n_read = len(texts)
-        n_held_out = min(len(texts), max(0, self._n_skipped - self._document))
-        self._ids = np.concatenate([np.zeros(0, np.int64), *self._packer.encode(texts[n_held_out:])])
+            _refuse_small(documents.name, 0, "it has no rows")
+        epoch, document, source = epoch + 1, 0, None
+
+
+def _tokenise(
+    packer: Packer, epoch: int, document: int, places: list[dict[str, Any]], texts: list[str], n_held_out: int
+) -> Read:
+    """Tokenise documents; those held out count as empty."""
+    ids = [np.zeros(0, np.int64)] * n_held_out + packer.encode(list(texts[n_held_out:]))
+    return Read(epoch, document, places, np.concatenate(ids), np.cumsum([len(each) for each in ids]))
 
 
 def open_tokens(
@@ -174,7 +240,8 @@ def open_tokens(
     """
     if context < 2 or sequences < 1:
         raise UserError(f"context {context} with {sequences} sequences makes no batch; at least 2 and 1 are needed.")
-    packer = Packer(tokenizer, context, bos_id)
+    # A copy: a call with truncation or padding elsewhere changes a tokenizer under a thread that is using it.
+    packer = Packer(copy.deepcopy(tokenizer), context, bos_id)
     documents, apart = find_documents(str(dataset), text_column)
     held_out, n_documents = _hold_out(apart or documents, packer, held_out_tokens)
     stream = TokenStream(documents, packer, sequences, held_out, n_documents if apart is None else 0)
@@ -189,8 +256,8 @@ def _hold_out(documents: Documents, packer: Packer, n_tokens: int) -> tuple[Int[
     needed = -(-n_tokens // packer.context) * packer.room
     kept: list[np.ndarray] = []
     n_kept = 0
-    for _, texts in documents.reads():
-        for ids in packer.encode(texts):
+    for read in documents.reads(characters=min(CHARACTERS_PER_READ, 6 * needed)):
+        for ids in packer.encode([text for _, text in read]):
             kept.append(ids)
             n_kept += len(ids)
             if n_kept >= needed:
