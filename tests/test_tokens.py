@@ -192,7 +192,9 @@ def test_the_next_text_is_tokenised_while_this_one_is_handed_out(tmp_path: Path,
     stream = TokenStream(stream._documents, stream._packer, 4, stream.held_out, 0)
     stream._packer._tokenizer = gated(tiny_tokenizer(), gate, seen)
     first = [next(stream) for _ in range(len(stream_ids(stream)) // 28 - 1)]
-    assert len(first) > 5 and len(seen) == 2 and all(name.startswith("tokenise") for name in seen)
+    while len(seen) < 2 and not gate.wait(0.01):
+        pass  # until the thread has begun
+    assert len(first) > 5 and all(name.startswith("tokenise") for name in seen)
     gate.set()
     rows = [*first, *(next(stream) for _ in range(len(expected) - len(first)))]
     assert all(torch.equal(*pair) for pair in zip(rows, expected, strict=True))
