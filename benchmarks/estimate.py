@@ -37,7 +37,7 @@ def main() -> int:
             taken = time.perf_counter() - start
         asked, unit = re.search(r"about ([\d.]+) (s|min|h)", planned).groups()
         seconds = float(asked) * UNITS[unit]
-        print(f"{flags or '(defaults)'}\n  {planned}\n  took {taken:.0f} s, {taken / seconds:.2f} times the plan", flush=True)
+        print(f"{flags}\n  {planned}\n  took {taken:.0f} s, {taken / seconds:.2f} times the plan", flush=True)
     return 0
 
 
