@@ -65,8 +65,10 @@ class WithoutOutliers:
 
     def peek(self, n: int) -> Float[Tensor, "n d_in"]:
         """Return about the next n activations that are kept, and stay where it is."""
-        x = self._batches.peek(n)
+        if self._rows is None and self._used:
+            self._look()
         ahead = [] if self._rows is None else [self._rows[self._used :]]
+        x = self._batches.peek(n)
         return torch.cat([*ahead, x[is_kept(x, self.limit)]])[:n]
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,15 +90,21 @@ class WithoutOutliers:
         for _ in range(MOST_EMPTY):
             self._start, self._left_out_before = self._batches.state_dict(), self.left_out
             x = next(self._batches)
-            if x.is_cuda:
-                x = torch.cat([x, *(next(self._batches) for _ in range(LOOK_AHEAD - 1))])
+            if more := _n_together(x) - 1:
+                x = torch.cat([x, *(next(self._batches) for _ in range(more))])
             kept = is_kept(x, self.limit)
             self._rows = x if bool(kept.all()) else x[kept]
             self.left_out += len(x) - len(self._rows)
-            self._used, used = used, 0
+            self._used = min(used, len(self._rows))
+            used -= self._used
             if self._used < len(self._rows):
                 return
         raise UserError(
             f"no activation of {MOST_EMPTY} batches has a norm of at most {self.limit:.4g}, which the first ones had: "
             "shuffle them, or keep outliers by --outlier-norm none"
         )
+
+
+def _n_together(x: Tensor) -> int:
+    """How many batches like x are looked through together."""
+    return LOOK_AHEAD if x.is_cuda else 1

@@ -39,11 +39,12 @@ class HookedText:
         self.weights, self.packages = lm.weights, stream.packages  # for the record of a run
         self.cache: ActivationCache | None = None
         self._held_out: Tensor | None = None
+        self._asked = 0
 
     def held_out(self, n_tokens: int) -> Float[Tensor, "n d_in"]:
         """Return the first n activations of the held-out rows."""
-        if self._held_out is None or len(self._held_out) < n_tokens:
-            rows = self.stream.held_out
+        if self._held_out is None or self._asked < n_tokens:
+            rows, self._asked = self.stream.held_out, n_tokens
             self._held_out = held_out_activations(self.lm, rows, self.drop_ids, n_tokens, skip_first=self.skip_first)
         return self._held_out[:n_tokens]
 

@@ -95,14 +95,15 @@ class Session:
         """Keep activations whose norm is above the limit away from training and from all held-out figures."""
         assert isinstance(self.data, WithoutOutliers)
         self.limit = self.data.limit = limit
-        before = len(self.held_out) + len(self.calibration)
-        self.held_out, self.calibration = (x[is_kept(x, limit)] for x in (self.held_out, self.calibration))
-        if not len(self.held_out) or not len(self.calibration):
+        x = _hold_out(self.settings, self.opened, self.device)
+        kept = x[is_kept(x, limit)]
+        self.held_out_left_out = len(x) - len(kept)
+        self.held_out, self.calibration = _split(kept)
+        if not len(self.held_out):
             raise UserError(
-                f"too few held-out activations have a norm of at most {limit:.4g}, as the first training ones do: "
-                "hold out more, or keep outliers by --outlier-norm none"
+                f"hardly a held-out activation has a norm of at most {limit:.4g}, as the first training ones have: "
+                "hold out others, or keep outliers by --outlier-norm none"
             )
-        self.held_out_left_out += before - len(self.held_out) - len(self.calibration)
 
     @property
     def outliers(self) -> dict[str, Any] | None:
@@ -167,18 +168,25 @@ def open_session(
     passes = passes or (tuple(settings.specs),)
     keep = run_cache(folder) if folder and len(passes) > 1 else None
     opened = (kind or kind_of(settings)).open(settings, device, ranks, keep)
-    held_out = opened.source.held_out(settings.data.held_out_tokens).to(device)
+    held_out = _hold_out(settings, opened, device)
     check_activations(held_out, opened.source)
     data = opened.source.batches(settings.train.batch_tokens)
     if settings.outlier_norm is not None:
         data = WithoutOutliers(data, settings.train.batch_tokens)
-    for_calibration = torch.arange(len(held_out), device=device) % CALIBRATION_PERIOD == 0
-    session = Session(
-        settings, device, opened, data, held_out[~for_calibration], held_out[for_calibration], passes, ranks,
-        data.state_dict(),
-    )  # fmt: skip
+    session = Session(settings, device, opened, data, *_split(held_out), passes, ranks, data.state_dict())
     enter(session, 0)
     return session
+
+
+def _hold_out(settings: Settings, opened: Opened, device: torch.device) -> Tensor:
+    """The source's held-out activations, the same ones at every call."""
+    return opened.source.held_out(settings.data.held_out_tokens).to(device)
+
+
+def _split(held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Those that figures are measured on, and those that calibrate."""
+    for_calibration = torch.arange(len(held_out), device=held_out.device) % CALIBRATION_PERIOD == 0
+    return held_out[~for_calibration], held_out[for_calibration]
 
 
 def run_cache(folder: Path) -> Path:
