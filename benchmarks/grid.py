@@ -116,7 +116,7 @@ def _settings(args: argparse.Namespace) -> Any:
     from sae_train.config import resolve
 
     given = {name: getattr(args, name) for name in ("model", "hook", "dataset", "tokens", "batch_tokens")}
-    given |= {"width": args.widths, "l0": ",".join(map(str, L0S)), "device": "cpu"}
+    given |= {"width": args.widths, "l0": ",".join(map(str, L0S)), "device": "cpu", "outlier_norm": "none"}
     return resolve({**given, "dead_tokens": DEAD_STEPS * args.batch_tokens})
 
 

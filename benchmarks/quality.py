@@ -146,10 +146,12 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _session(args: argparse.Namespace) -> Any:
     from sae_train.config import resolve
     from sae_train.errors import UserError
-    from sae_train.runs.session import open_session
+    from sae_train.runs.session import begin, open_session
 
     try:
-        return open_session(resolve(_settings(args)))
+        opened = open_session(resolve(_settings(args)))
+        begin(opened)  # from here on outliers are left out, as in the run
+        return opened
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -5,6 +5,7 @@ model's next token.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,19 @@ class Sample:
 
 
 @torch.no_grad()
-def sample(lm: LanguageModel, tokens: Int[Tensor, "rows position"], left_out: Int[Tensor, " ids"]) -> Sample:
-    """Run the model over the rows; tokens with ids in left_out are shown but not encoded."""
-    seen = ~torch.isin(tokens.to(left_out.device), left_out)
-    x = torch.cat([lm.activations(part.to(lm.device))[keep.to(lm.device)]
-                   for part, keep in zip(tokens.split(64), seen.split(64), strict=True)])  # fmt: skip
-    return Sample(tokens.cpu(), seen.cpu(), x)
+def sample(
+    lm: LanguageModel,
+    tokens: Int[Tensor, "rows position"],
+    is_seen: Callable[[Tensor, Tensor], Bool[Tensor, "rows position"]],
+) -> Sample:
+    """Run the model over the rows; tokens that `is_seen` (of tokens and activations) denies are shown, not encoded."""
+    seen, x = [], []
+    for part in tokens.split(64):
+        part = part.to(lm.device)
+        rows = lm.activations(part)
+        seen.append(is_seen(part, rows))
+        x.append(rows[seen[-1]])
+    return Sample(tokens.cpu(), torch.cat(seen).cpu(), torch.cat(x))
 
 
 def choose(result: AbsorptionResult | None) -> dict[int, dict[str, list[str]]]:

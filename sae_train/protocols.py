@@ -145,8 +145,8 @@ class Learner(Protocol):
     def calibrate(self, held_out: Float[Tensor, "n d_in"]) -> None:
         """Bring L0 on held-out activations to the target, after the last step."""
 
-    def export(self, scale: float) -> SAE:
-        """Return the SAE for raw activations of this one, which is trained on scale · raw."""
+    def export(self, scale: float, mean: Float[Tensor, " d_in"] | None = None) -> SAE:
+        """Return the SAE for raw activations of this one, which is trained on scale · (raw − mean)."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a bit-equal resume needs: nested dictionaries of tensors and JSON values."""

@@ -8,7 +8,14 @@ import torch
 from test_tokens import sentences, write
 from tiny_models import save_tiny_model
 
-from sae_train.data.buffer import ActivationBuffer, check_activations, estimate_scale, held_out_activations
+from sae_train.data.buffer import (
+    ActivationBuffer,
+    check_activations,
+    dropped,
+    estimate_scale,
+    held_out_activations,
+    kept_activations,
+)
 from sae_train.data.language_model import LanguageModel, load_language_model
 from sae_train.data.tokens import TokenStream, open_tokens
 from sae_train.errors import UserError
@@ -111,6 +118,18 @@ def test_held_out_activations_are_in_order_without_dropped_tokens(lm: LanguageMo
     assert torch.equal(held_out_activations(lm, rows, [DROPPED], n_tokens=7, sequences=3), x[:7])
     with pytest.raises(UserError, match=r"0 of .* tokens are left"):
         held_out_activations(lm, rows, range(100))
+
+
+def test_the_first_position_of_each_row_is_left_out_where_that_is_asked_for(lm: LanguageModel, text: Path) -> None:
+    rows = stream(lm, text).held_out
+    drop = dropped(lm, [DROPPED])
+    rest = kept_activations(lm, rows, drop, skip_first=True)
+    first = rows[:, 0]
+    assert len(kept_activations(lm, rows, drop)) - len(rest) == int((~torch.isin(first, drop)).sum())
+    assert torch.equal(held_out_activations(lm, rows, [DROPPED], sequences=len(rows), skip_first=True), rest)
+    no_bos = open_tokens(text, lm.tokenizer, context=16, sequences=4, bos_id=None)
+    rows = next(no_bos)
+    assert rows.shape == (4, 16) and len(kept_activations(lm, rows, dropped(lm), skip_first=True)) == 4 * 15
 
 
 def test_a_stream_of_dropped_tokens_ends_in_a_sentence(lm: LanguageModel, text: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_latent_s_record_says_how_often_where_and_for_which_tokens_it_fires(lm
     rows[0, 7] = rows[2, 3] = a
     rows[:, 0] = lm.bos_id
     sae = OneWordEach(lm, torch.tensor([a, b]), torch.tensor([2.5, 1.0]))
-    text = latent_pages.sample(lm, rows, torch.tensor([lm.bos_id]))
+    text = latent_pages.sample(lm, rows, lambda tokens, x: tokens != lm.bos_id)
     assert text.seen.sum() == 4 * 19 and len(text.x) == 4 * 19
     roles = {0: {"main_of": ["A"], "absorbs": []}, 1: {"main_of": [], "absorbs": ["w"]}}
     first, second = latent_pages.describe(sae, roles, text, lm)

@@ -139,8 +139,12 @@ def test_export_takes_raw_activations(arch):
     with torch.enable_grad():
         for x in batches()[:5]:
             a.step(x)
-    x = batches()[9]
+    x, mean = batches()[9], torch.linspace(-3, 3, D)
     torch.testing.assert_close(a.export(scale)(x / scale), a.sae(x) / scale, rtol=1e-5, atol=1e-5)
+    raw, exported = x / scale + mean, a.export(scale, mean)
+    torch.testing.assert_close(exported(raw), a.sae(x) / scale + mean, rtol=1e-5, atol=1e-5)
+    latents = a.sae.encode(x) * a.sae.W_dec.norm(dim=1) / scale
+    torch.testing.assert_close(exported.encode(raw), latents, rtol=1e-4, atol=1e-4)
 
 
 def test_learning_rate_rises_holds_and_falls():

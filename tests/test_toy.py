@@ -199,7 +199,7 @@ def test_an_interrupted_toy_run_resumes_to_the_unbroken_one(tmp_path):
     session.begin(opened)
     for x, _ in zip(opened.batches(), range(40), strict=False):
         opened.learners[0].step(x)
-    opened.data.load_state_dict({"batch": 40})
+    opened.data.load_state_dict({"batches": {"batch": 40}, "used": 0, "left_out": 0})
     folder = tmp_path / "cut"
     folder.mkdir()
     opened.step = 40

@@ -10,11 +10,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from sae_train.config.units import (
     ARCHITECTURES,
     EVAL_PRESETS,
+    NONE,
     listed,
     parse_arch,
     parse_contexts,
     parse_count,
     parse_l0,
+    parse_outlier_norm,
     parse_preset,
     parse_seed,
     parse_share,
@@ -111,6 +113,14 @@ class TrainSettings(SettingsGroup):
 
     tokens: Count = Field(100_000_000, description="activations each SAE is trained on")
     batch_tokens: Count = Field(4096, description="activations per step")
+    outlier_norm: Annotated[float | str, BeforeValidator(parse_outlier_norm)] = Field(
+        10.0,
+        description="activations of more than so many times the median norm are left out of training and held-out "
+        "figures, and so is the first position of models without BOS; none keeps all",
+    )
+    center: bool = Field(
+        False, description="subtract the mean activation in training; the saved SAE takes raw activations all the same"
+    )
     lr: Annotated[float, Field(gt=0)] | None = Field(None, description="learning rate; default: by width")
     lr_warm_up: Fraction = Field(0.05, description="share of the steps with a rising learning rate")
     lr_decay: Fraction = Field(0.2, description="share of the steps, at the end, with a falling learning rate")
@@ -246,6 +256,11 @@ class Settings(SettingsGroup):
                 "lower --context"
             )
         return self.data.context or min(positions, MAX_DEFAULT_CONTEXT)
+
+    @property
+    def outlier_norm(self) -> float | None:
+        """The multiple of the median norm from which on an activation is an outlier, None where none is."""
+        return None if self.train.outlier_norm == NONE else float(self.train.outlier_norm)
 
     @property
     def n_steps(self) -> int:

@@ -23,6 +23,7 @@ ARCHITECTURES = {  # what --arch takes, and the class that trains it: a new one 
     }.items()
 }
 EACH = "each"  # a set of in-context examples for each word of the eval
+NONE = "none"  # no activation is an outlier
 EVAL_PRESETS = ("saebench", "saebench-adam", "saebench-0.3", "paper", "paper-exact", "paper-released")
 WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
     "65k": 2**16,
@@ -92,6 +93,18 @@ def parse_contexts(value: object) -> int | str:
         raise ValueError(
             f"{value!r} is no number of contexts: give a positive whole number such as 64, or each"
         ) from None
+
+
+def parse_outlier_norm(value: object) -> float | str:
+    """Read a multiple of the median norm, or 'none'; raise ValueError otherwise."""
+    text = str(value).strip().lower()
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if text != NONE and not 1 < number < math.inf:
+        raise ValueError(f"{value!r} is no multiple of the median norm: give a number above 1 such as 10, or none")
+    return NONE if text == NONE else number
 
 
 def choose(value: object, names: Iterable[str], kind: str) -> str:

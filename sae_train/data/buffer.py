@@ -17,7 +17,7 @@ import torch
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from sae_train.data.activation_cache import ActivationCache
@@ -40,10 +40,12 @@ class ActivationBuffer:
         buffer_tokens: int,
         batch_tokens: int,
         drop_ids: Collection[int] = (),
+        skip_first: bool = False,
         seed: int = 0,
         cache: ActivationCache | None = None,
     ) -> None:
-        """Special ids and `drop_ids` are left out; `buffer_tokens` is rounded up to whole batches.
+        """Special ids and `drop_ids` are left out, with `skip_first` the first position of each row as well;
+        `buffer_tokens` is rounded up to whole batches.
 
         Blocks that `cache` has are read, and the others are written to it.
         """
@@ -51,7 +53,7 @@ class ActivationBuffer:
         self.tokens = tokens
         self.batch_tokens = batch_tokens
         self.buffer_tokens = max(1, -(-buffer_tokens // batch_tokens)) * batch_tokens
-        self._drop = dropped(lm, drop_ids)
+        self._drop, self._skip_first = dropped(lm, drop_ids), skip_first
         self._seed, self._cache = seed, cache
         self.load_state_dict({"tokens": tokens.state_dict(), "skip": 0, "block": 0, "offset": 0})
 
@@ -156,7 +158,7 @@ class ActivationBuffer:
     def _next_kept(self) -> Float[Tensor, "tokens d_in"]:
         """Return the kept activations of the next batch of tokens, which `peek` may have computed."""
         tokens = next(self.tokens)
-        return self._ahead.pop(0) if self._ahead else kept_activations(self.lm, tokens, self._drop)
+        return self._ahead.pop(0) if self._ahead else kept_activations(self.lm, tokens, self._drop, self._skip_first)
 
     def _nothing(self) -> str:
         return f"all tokens of {self.tokens.name} are special or dropped: there is nothing to train on."
@@ -169,6 +171,7 @@ def held_out_activations(
     n_tokens: int | None = None,
     sequences: int = 32,
     at_least: int = 1,
+    skip_first: bool = False,
 ) -> Float[Tensor, "tokens d_in"]:
     """Return the activations of the kept tokens of held-out rows in order, at most `n_tokens` of them.
 
@@ -178,7 +181,7 @@ def held_out_activations(
     kept = []
     n_kept = 0
     for part in rows.split(sequences):
-        kept.append(kept_activations(lm, part, drop))
+        kept.append(kept_activations(lm, part, drop, skip_first))
         n_kept += len(kept[-1])
         if n_tokens is not None and n_kept >= n_tokens:
             break
@@ -193,11 +196,21 @@ def held_out_activations(
 
 
 def kept_activations(
-    lm: LanguageModel, tokens: Int[Tensor, "batch position"], drop: Int[Tensor, " ids"]
+    lm: LanguageModel, tokens: Int[Tensor, "batch position"], drop: Int[Tensor, " ids"], skip_first: bool = False
 ) -> Float[Tensor, "tokens d_in"]:
-    """Return the activations of the tokens that are not in `drop`, in reading order."""
+    """Return the activations of the tokens that `is_seen` tells, in reading order."""
     tokens = tokens.to(lm.device)
-    return lm.activations(tokens)[~torch.isin(tokens, drop)]
+    return lm.activations(tokens)[is_seen(tokens, drop, skip_first)]
+
+
+def is_seen(
+    tokens: Int[Tensor, "batch position"], drop: Int[Tensor, " ids"], skip_first: bool
+) -> Bool[Tensor, "batch position"]:
+    """Say which tokens SAEs are trained on: those not in `drop`, with `skip_first` but for the first of each row."""
+    seen = ~torch.isin(tokens, drop)
+    if skip_first:
+        seen[:, 0] = False
+    return seen
 
 
 def dropped(lm: LanguageModel, drop_ids: Collection[int] = ()) -> Int[Tensor, " ids"]:

@@ -64,6 +64,8 @@ class Language:
     rows: Int[Tensor, "rows context"]
     drop_ids: set[int]
     """ids left out of SAE training, beside the special ones"""
+    skip_first: bool = False
+    """whether the first position of each row is left out as well"""
 
     @property
     def context(self) -> int:

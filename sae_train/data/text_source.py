@@ -34,14 +34,18 @@ class HookedText:
     def __init__(self, lm: LanguageModel, stream: TokenStream, drop: set[int], settings: Settings) -> None:
         self.name, self.hook_name, self.d_in = lm.name, lm.hook_name, lm.d_in
         self.lm, self.stream, self.drop_ids, self.settings = lm, stream, drop, settings
+        # Without BOS it is the first token that attention falls back on, with a norm of many times the usual.
+        self.skip_first = lm.bos_id is None and settings.outlier_norm is not None
         self.weights, self.packages = lm.weights, stream.packages  # for the record of a run
         self.cache: ActivationCache | None = None
         self._held_out: Tensor | None = None
+        self._asked = 0
 
     def held_out(self, n_tokens: int) -> Float[Tensor, "n d_in"]:
         """Return the first n activations of the held-out rows."""
-        if self._held_out is None or len(self._held_out) < n_tokens:
-            self._held_out = held_out_activations(self.lm, self.stream.held_out, self.drop_ids, n_tokens)
+        if self._held_out is None or self._asked < n_tokens:
+            rows, self._asked = self.stream.held_out, n_tokens
+            self._held_out = held_out_activations(self.lm, rows, self.drop_ids, n_tokens, skip_first=self.skip_first)
         return self._held_out[:n_tokens]
 
     def batches(self, batch_tokens: int) -> ActivationBuffer:
@@ -52,6 +56,7 @@ class HookedText:
             batch_tokens=batch_tokens,
             buffer_tokens=self.settings.data.buffer_tokens,
             drop_ids=self.drop_ids,
+            skip_first=self.skip_first,
             seed=0,
             cache=self.cache,
         )
@@ -104,7 +109,7 @@ class TextSource:
         asked = settings.data.activation_cache
         if asked or folder:
             source.cache = open_cache(source, Path(asked).expanduser() if asked else folder, ranks)
-        return Opened(source, Language(lm, stream.held_out, drop), cache=source.cache)
+        return Opened(source, Language(lm, stream.held_out, drop, source.skip_first), cache=source.cache)
 
     def language_model(self, settings: Settings, device: torch.device) -> LanguageModel:
         """Load the language model that the settings name."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from sae_train.files import write_text
 from sae_train.publishing.hub import Origin, front_matter
+from sae_train.report.text import leaves_out, left_out
 
 SAE_CARD = """---
 library_name: saelens
@@ -15,7 +16,7 @@ tags: [saelens, sparse-autoencoder, mechanistic-interpretability]
 # {name}
 
 A {arch} sparse autoencoder with {width:,} latents for `{hook_name}` of `{model}`, trained by sae-train on
-{tokens:,} tokens of `{dataset}`.{weights}
+{tokens:,} tokens of `{dataset}`.{weights}{outliers}
 
 | | |
 |---|---|
@@ -65,7 +66,7 @@ def _opening(origin: Origin, saes: list[dict[str, Any]]) -> str:
     where = f"`{info['hook_name']}` of {model}" if info.get("hook_name") else model
     trained = f", trained by sae-train on {info['tokens']:,} tokens of `{origin.dataset}`" if info.get("tokens") else ""
     takes = f"{'It' if len(saes) == 1 else 'Each'} takes raw activations."
-    return f"{noun} for {where}{trained}. {takes}{weights_sentence(info.get('weights'))}"
+    return f"{noun} for {where}{trained}. {takes}{weights_sentence(info.get('weights'))}{outliers_sentence(info)}"
 
 
 def _loading(origin: Origin, saes: list[dict[str, Any]]) -> str:
@@ -159,6 +160,11 @@ def weights_sentence(weights: dict[str, Any] | None) -> str:
     return f" The model's weights: {files}{' of the package ' + weights['package'] if 'package' in weights else ''}."
 
 
+def outliers_sentence(info: dict[str, Any]) -> str:
+    """Say, after a space, what was left out of training and figures; nothing where nothing was."""
+    return f" Left out of training and of all figures but loss recovered: {left_out(info)}." if leaves_out(info) else ""
+
+
 def write_card(folder: Path, sae: dict[str, Any], info: dict[str, Any], measured: str) -> None:
     """Write README.md into an SAE's folder; `measured` is the line on its absorption."""
     final = sae["final"]
@@ -178,5 +184,6 @@ def write_card(folder: Path, sae: dict[str, Any], info: dict[str, Any], measured
         dataset=info["dataset"],
         d_in=info["d_in"],
         weights=weights_sentence(info.get("weights")),
+        outliers=outliers_sentence(info),
     )
     write_text(folder / "README.md", text)

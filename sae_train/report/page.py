@@ -9,7 +9,7 @@ from sae_train.report.cells import cells
 from sae_train.report.data import Run
 from sae_train.report.latents import latent_lists
 from sae_train.report.render import render
-from sae_train.report.text import duration, number, tick
+from sae_train.report.text import duration, left_out, number, tick
 from sae_train.report.words import word_columns, word_lists
 
 
@@ -45,6 +45,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "status": facts.get("status") or "unknown",
         "tokens": tick(tokens) if tokens else None,
         "time": duration(seconds) + rate if seconds else None,
+        "left out as outliers": left_out(facts),
         "git commit": facts.get("git_commit") or "not known",
         "hardware": facts.get("hardware"),
         "versions": facts.get("versions"),

@@ -84,6 +84,27 @@ def duration(seconds: object) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{finite:.3g} s"
 
 
+def left_out(facts: dict[str, Any]) -> str:
+    """Say, from what run.json holds, which activations were outliers; empty where none was to be left out."""
+    outliers, norm = facts.get("outliers"), (facts.get("settings") or {}).get("outlier_norm")
+    if not outliers:
+        return ""
+    seen = (number(facts.get("tokens")) or 0) + outliers["trained"]
+    share = percent(outliers["trained"] / seen, 2) if seen else ABSENT
+    sinks = ", and the first position of each sequence" if outliers["first_position"] else ""
+    median = "" if outliers["median_norm"] is None else f" of {short(outliers['median_norm'])}"
+    return (
+        f"{outliers['trained']:,} training activations ({share}) and {outliers['held_out']:,} held-out ones, of more "
+        f"than {norm:g} times the median norm{median}{sinks}"
+    )
+
+
+def leaves_out(facts: dict[str, Any]) -> bool:
+    """Whether a run left anything out as an outlier."""
+    outliers = facts.get("outliers") or {}
+    return any(outliers.get(name) for name in ("trained", "held_out", "first_position"))
+
+
 def listed(items: list[str], most: int = 6) -> Markup:
     """Join names: 'a, b and c', with a count for what is left out; markup stays markup."""
     shown = items[:most] + ([f"{len(items) - most} more"] if len(items) > most else [])

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from sae_train.training.loop import Clock
 
 Pairs = Iterable[tuple[str, Any]]
+Export = Callable[["Learner"], "SAE"]
+"""makes a learner's SAE for raw activations"""
 
 
 class TrainingFigures:
@@ -55,10 +57,13 @@ class TrainingFigures:
 
 
 class HeldOut:
-    """L0, explained variance and density on held-out activations (n, d_in), already scaled."""
+    """L0, explained variance and density on held-out activations (n, d_in), as learners see them.
 
-    def __init__(self, x: Float[Tensor, "n d_in"]):
-        self.x, self.totals = x, totals(x)
+    `uncentred` are the same without a mean subtracted: mse is a share of their Σ‖x‖².
+    """
+
+    def __init__(self, x: Float[Tensor, "n d_in"], uncentred: Float[Tensor, "n d_in"]):
+        self.x, self.totals = x, totals(uncentred)
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
         figures = held_out_metrics(learner.sae, self.x, self.totals)
@@ -80,13 +85,13 @@ class Fidelity:
     At a step all SAEs are measured at the first one's turn, so that they share the language model's clean pass.
     """
 
-    def __init__(self, lm: LanguageModel, data: fidelity.FidelityData, scale: float, learners: Sequence[Learner]):
-        self.lm, self.data, self.scale, self.learners = lm, data, scale, learners
+    def __init__(self, lm: LanguageModel, data: fidelity.FidelityData, export: Export, learners: Sequence[Learner]):
+        self.lm, self.data, self.export, self.learners = lm, data, export, learners
         self._step, self._figures = -1, {}
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
         if step != self._step:
-            makers = {each.name: partial(each.export, self.scale) for each in self.learners if each.failed is None}
+            makers = {each.name: partial(self.export, each) for each in self.learners if each.failed is None}
             figures = fidelity.losses_recovered(self.lm, list(makers.values()), self.data)
             self._step, self._figures = step, dict(zip(makers, figures, strict=True))
         yield from self._figures[learner.name].items()
@@ -95,11 +100,11 @@ class Fidelity:
 class Own:
     """A protocols.Callback of a user's own or of a source: `f(sae, step)` yields (name, value) pairs."""
 
-    def __init__(self, callback: Callback, scale: float):
-        self.callback, self.scale = callback, scale
+    def __init__(self, callback: Callback, export: Export):
+        self.callback, self.export = callback, export
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
-        return self.callback(learner.export(self.scale), step) or ()
+        return self.callback(self.export(learner), step) or ()
 
 
 def check_callback(callback: Callback) -> Callback:
@@ -129,11 +134,11 @@ class Absorption:
     """The absorption eval. `keep` gets two tables: letters (with words at the last look), the trace of words."""
 
     def __init__(
-        self, lm: LanguageModel, assets: Assets, settings: EvalSettings, scale: float, last_step: int,
+        self, lm: LanguageModel, assets: Assets, settings: EvalSettings, export: Export, last_step: int,
         keep: Callable[[pd.DataFrame, pd.DataFrame], None], progress: Progress = show_nothing,
     ):  # fmt: skip
         """`progress` hears what a look is busy with."""
-        self.lm, self.assets, self.settings, self.scale = lm, assets.to(lm.device), settings, scale
+        self.lm, self.assets, self.settings, self.export = lm, assets.to(lm.device), settings, export
         self.last_step, self.keep, self.progress = last_step, keep, progress
         self.results: dict[str, AbsorptionResult] = {}
 
@@ -149,7 +154,7 @@ class Absorption:
     def result_of(self, learner: Learner) -> AbsorptionResult:
         """The result at the last look; measured now where a resumed run has had none."""
         if learner.name not in self.results:
-            sae, how = learner.export(self.scale), self.settings
+            sae, how = self.export(learner), self.settings
             self.results[learner.name] = absorption.evaluate(
                 sae, self.assets, how.preset, how.eval_seed, self.lm, self.progress_of(learner)
             )

@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_train.data.buffer import dropped
+from sae_train.data.buffer import dropped, is_seen
+from sae_train.data.outliers import is_kept
 from sae_train.evals import baselines, latent_pages
 from sae_train.files import write_lines
 from sae_train.sae.files import save_sae
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sae_train.runs.callbacks import Absorption
     from sae_train.runs.session import Session
     from sae_train.sae.model import SAE
@@ -30,7 +33,7 @@ class Finisher:
     def write(self, learner: Learner, final: dict[str, Any], absorption: Absorption | None) -> dict[str, Any]:
         """Write a finished SAE with where it came from; return its baselines, of which it has none without the eval."""
         opened, settings, language = self.session, self.session.settings, self.session.language
-        sae = learner.export(opened.scale)
+        sae = opened.export(learner)
         sae.cfg = replace(
             sae.cfg,
             hook_name=opened.source.hook_name,
@@ -60,4 +63,9 @@ class Finisher:
         """Held-out text with its activations, run through the language model once."""
         language = self.session.language
         rows = language.rows[: max(1, SAMPLE_TOKENS // language.context)]
-        return latent_pages.sample(language.lm, rows, dropped(language.lm, language.drop_ids))
+        drop, limit = dropped(language.lm, language.drop_ids), self.session.limit
+
+        def seen(tokens: Tensor, x: Tensor) -> Tensor:
+            return is_seen(tokens, drop, language.skip_first) & is_kept(x, limit)
+
+        return latent_pages.sample(language.lm, rows, seen)

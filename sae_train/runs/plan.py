@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_train.config import width_label
+from sae_train.data.outliers import LOOK_AHEAD
 from sae_train.errors import UserError
 from sae_train.evals.asset_cache import cache_folder
 from sae_train.sae.forms import FORMS
@@ -213,9 +214,11 @@ def memory_of(settings: Settings, facts: Facts, specs: list[SAESpec]) -> dict[st
     step = SLAB_BYTES + ENTRY_BYTES * 2 * s.train.batch_tokens * max(spec.l0 for spec in specs)
     step += max(TRAINED[spec.arch].step_bytes(s.train, d) for spec in specs)
     weights = sum(weights_of(spec, d) for spec in specs)
+    batches = 3 + (2 * LOOK_AHEAD if s.outlier_norm else 0)
+    held = s.data.buffer_tokens + s.data.held_out_tokens * 2 + batches * s.train.batch_tokens
     return {
         "language model": facts.n_parameters * (4 if facts.dtype == "float32" else 2) * 1.2,
-        "activation buffer": 4.0 * d * (s.data.buffer_tokens + s.data.held_out_tokens * 2 + 3 * s.train.batch_tokens),
+        "activation buffer": 4.0 * d * held,
         "SAEs with optimiser": weights * TRAINING_BYTES + 4.0 * max(weights_of(spec, d) for spec in specs) * 2,
         "training step": step,
     }

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from sae_train.sae.model import SAE
 
 
+# What a run does that began before these settings were there: it kept outliers, and each word had its own context.
+BEFORE_GIVEN = {"outlier_norm": "none"}
+BEFORE = BEFORE_GIVEN | {"eval_contexts": "each"}
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished or interrupted run on disk."""
@@ -179,9 +184,9 @@ def _restore_settings(folder: Path, info: dict[str, Any], activations: Any) -> t
     if not info.get("activations"):
         if activations is not None:
             raise UserError(f"the run {str(folder)!r} makes its activations itself: leave activations out")
-        # A run that names no contexts began when each word had its own. What "auto" meant there counts here.
+        # What "auto" meant there counts here.
         dtype = {"dtype": info["dtype"]} if info.get("dtype") else {}
-        return resolve({"eval_contexts": "each"} | info["settings"] | dtype), None
+        return resolve(BEFORE | info["settings"] | dtype), None
     if activations is None:
         activations = info["activations"].get("file")
     if activations is None:
@@ -189,7 +194,7 @@ def _restore_settings(folder: Path, info: dict[str, Any], activations: Any) -> t
             f"the run {str(folder)!r} was trained on activations given in Python: go on with it there, by "
             f"sae_train.resume({str(folder)!r}, activations=…)"
         )
-    settings, given = given_settings(activations, info["settings"])
+    settings, given = given_settings(activations, BEFORE_GIVEN | info["settings"])
     if {**given.record, "file": None} != {**info["activations"], "file": None}:
         raise UserError(f"the activations are not those that the run {str(folder)!r} began with: give the same ones")
     return settings, given

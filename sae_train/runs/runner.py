@@ -126,12 +126,12 @@ class Runner:
         figures = callbacks.TrainingFigures(opened.clock, settings.train.batch_tokens, opened.step)
         made = [
             loop.Scheduled(figures, often | looks),
-            loop.Scheduled(callbacks.HeldOut(opened.held_out * opened.scale), looks),
+            loop.Scheduled(callbacks.HeldOut(opened.normalise(opened.held_out), opened.held_out * opened.scale), looks),
             *(loop.Scheduled(look, looks) for look in self._evals()),
         ]
         if self.assets is not None:
             self.absorption = callbacks.Absorption(
-                opened.language.lm, self.assets, settings.eval, opened.scale, n_steps, self._keep_absorption,
+                opened.language.lm, self.assets, settings.eval, opened.export, n_steps, self._keep_absorption,
                 self.display,
             )  # fmt: skip
             # Where too few letters can be read off the model itself, one look records that; more would say the same.
@@ -144,10 +144,10 @@ class Runner:
     def _evals(self) -> list[loop.Look]:
         """Loss recovered where there is a language model, what the source can be asked, and evals of a user's own."""
         opened = self.session
-        asked: list[loop.Look] = [callbacks.Own(each, opened.scale) for each in self.own]
+        asked: list[loop.Look] = [callbacks.Own(each, opened.export) for each in self.own]
         if opened.language:
             lm = opened.language.lm
-            asked.insert(0, callbacks.Fidelity(lm, self._fidelity_data, opened.scale, opened.own_learners))
+            asked.insert(0, callbacks.Fidelity(lm, self._fidelity_data, opened.export, opened.own_learners))
         return asked
 
     @functools.cached_property
@@ -213,6 +213,7 @@ class Runner:
             "context": opened.language.context if opened.language else None,
             "dtype": str(opened.language.lm.dtype).removeprefix("torch.") if opened.language else None,
             "scale": opened.scale,
+            "outliers": opened.outliers,
             "tokens": opened.step * self.settings.train.batch_tokens,
             "epochs": opened.data.epoch,
             "seconds": opened.clock.training,

@@ -5,6 +5,7 @@ Nothing is written before everything has opened, so that bad input leaves no fol
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_train.data.buffer import check_activations, estimate_scale
+from sae_train.data.outliers import WithoutOutliers, is_kept, norm_limit
 from sae_train.data.sources import kind_of
+from sae_train.errors import UserError
 from sae_train.runs.plan import Passes
 from sae_train.sae.files import load_state, save_state
 from sae_train.training.learner import Learner
@@ -24,11 +27,13 @@ from sae_train.training.ranks import Ranks, choose_device, current, divide
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from jaxtyping import Float
     from torch import Tensor
 
     from sae_train.config import Settings
     from sae_train.data.sources import Kind, Opened
     from sae_train.protocols import Batches
+    from sae_train.sae.model import SAE
 
 CALIBRATION_PERIOD = 3  # one held-out activation in three sets the final L0; no figure is measured on those
 SAMPLE_TOKENS = 16_384  # training activations that set the input scale and the learners' start
@@ -36,9 +41,10 @@ SAMPLE_TOKENS = 16_384  # training activations that set the input scale and the 
 
 @dataclass
 class Session:
-    """What a run holds; `scale` maps raw activations to ⟨‖x‖²⟩ = d_in.
+    """What a run holds; learners see scale · (x − mean) of raw activations x, with ⟨‖·‖²⟩ = d_in.
 
-    `held_out` and `calibration` are raw activations that training never sees, apart from each other. SAEs that do not
+    `held_out` and `calibration` are raw activations that training never sees, apart from each other. Where outliers are
+    left out, those with a norm above `limit` are missing from both, and from the data. SAEs that do not
     fit into memory together are trained in `passes` over the same data; the learners are those of the pass `number`.
     Of several processes (`ranks`) each holds the learners that it trains and looks at and saves those that it owns.
     """
@@ -57,6 +63,9 @@ class Session:
     owned: frozenset[str] = frozenset()
     together: bool = False
     scale: float = 0.0
+    mean: Tensor | None = None
+    limit: float = math.inf
+    held_out_left_out: int = 0
     step: int = 0
     clock: Clock = field(default_factory=Clock)
     stop: StopRequest = field(default_factory=StopRequest)
@@ -72,7 +81,42 @@ class Session:
         """Scaled training batches, endless; where all processes train together, this one's rows of them."""
         rows = self.ranks.share(self.settings.train.batch_tokens) if self.together else slice(None)
         while True:
-            yield next(self.data)[rows].to(self.device) * self.scale
+            yield self.normalise(next(self.data)[rows].to(self.device))
+
+    def normalise(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """Raw activations as the learners see them."""
+        return (x if self.mean is None else x - self.mean) * self.scale
+
+    def export(self, learner: Learner) -> SAE:
+        """A learner's SAE for raw activations."""
+        return learner.export(self.scale, self.mean)
+
+    def leave_out(self, limit: float) -> None:
+        """Keep activations whose norm is above the limit away from training and from all held-out figures."""
+        assert isinstance(self.data, WithoutOutliers)
+        self.limit = self.data.limit = limit
+        x = _hold_out(self.settings, self.opened, self.device)
+        kept = x[is_kept(x, limit)]
+        self.held_out_left_out = len(x) - len(kept)
+        self.held_out, self.calibration = _split(kept)
+        if not len(self.held_out):
+            raise UserError(
+                f"hardly a held-out activation has a norm of at most {limit:.4g}, as the first training ones have: "
+                "hold out others, or keep outliers by --outlier-norm none"
+            )
+
+    @property
+    def outliers(self) -> dict[str, Any] | None:
+        """What is left out, for the record of a run; None where nothing is to be."""
+        if not isinstance(self.data, WithoutOutliers):
+            return None
+        norm = self.settings.outlier_norm
+        return {
+            "median_norm": self.limit / norm if norm and math.isfinite(self.limit) else None,
+            "trained": self.data.left_out,
+            "held_out": self.held_out_left_out,
+            "first_position": self.language is not None and self.language.skip_first,
+        }
 
     @property
     def own_learners(self) -> list[Learner]:
@@ -81,7 +125,7 @@ class Session:
 
     def calibrate(self, learner: Learner) -> None:
         """Bring a finished learner's L0 to its target, on held-out activations that no figure is measured on."""
-        learner.calibrate(self.calibration * self.scale)
+        learner.calibrate(self.normalise(self.calibration))
 
     def last_steps(self) -> dict[str, int]:
         """The last step of each SAE whose training has begun; at step 0 it begins anew."""
@@ -94,6 +138,8 @@ class Session:
             "pass": self.number,
             "step": self.step,
             "scale": self.scale,
+            "mean": self.mean,
+            "limit": self.limit,
             "seconds": self.clock.training,
             "paused_seconds": self.clock.paused_for,
             "buffer": self.data.state_dict(),
@@ -101,7 +147,11 @@ class Session:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a saved moment."""
-        self.step, self.scale = state["step"], state["scale"]
+        self.step, self.scale, self.mean = state["step"], state["scale"], state.get("mean")
+        if self.mean is not None:
+            self.mean = self.mean.to(self.device)
+        if self.settings.outlier_norm is not None:
+            self.leave_out(state["limit"])
         self.clock = Clock(state["seconds"], state["paused_seconds"])
         self.data.load_state_dict(state["buffer"])
 
@@ -118,16 +168,25 @@ def open_session(
     passes = passes or (tuple(settings.specs),)
     keep = run_cache(folder) if folder and len(passes) > 1 else None
     opened = (kind or kind_of(settings)).open(settings, device, ranks, keep)
-    held_out = opened.source.held_out(settings.data.held_out_tokens).to(device)
+    held_out = _hold_out(settings, opened, device)
     check_activations(held_out, opened.source)
     data = opened.source.batches(settings.train.batch_tokens)
-    for_calibration = torch.arange(len(held_out), device=device) % CALIBRATION_PERIOD == 0
-    session = Session(
-        settings, device, opened, data, held_out[~for_calibration], held_out[for_calibration], passes, ranks,
-        data.state_dict(),
-    )  # fmt: skip
+    if settings.outlier_norm is not None:
+        data = WithoutOutliers(data, settings.train.batch_tokens)
+    session = Session(settings, device, opened, data, *_split(held_out), passes, ranks, data.state_dict())
     enter(session, 0)
     return session
+
+
+def _hold_out(settings: Settings, opened: Opened, device: torch.device) -> Tensor:
+    """The source's held-out activations, the same ones at every call."""
+    return opened.source.held_out(settings.data.held_out_tokens).to(device)
+
+
+def _split(held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Those that figures are measured on, and those that calibrate."""
+    for_calibration = torch.arange(len(held_out), device=held_out.device) % CALIBRATION_PERIOD == 0
+    return held_out[~for_calibration], held_out[for_calibration]
 
 
 def run_cache(folder: Path) -> Path:
@@ -154,12 +213,20 @@ def enter(session: Session, number: int) -> None:
 
 
 def begin(session: Session) -> None:
-    """Set the input scale and the learners' start from the first training activations; the data stays where it is."""
+    """Set what an outlier is, the mean, the input scale and the learners' start from the first training activations.
+
+    The data stays where it is.
+    """
     sample = session.data.peek(SAMPLE_TOKENS).to(session.device)
     check_activations(sample, session.source)
-    session.scale = estimate_scale(sample)
+    if session.settings.outlier_norm is not None and math.isinf(session.limit):  # else set in an earlier pass
+        session.leave_out(norm_limit(sample, session.settings.outlier_norm))
+        sample = sample[is_kept(sample, session.limit)]
+        check_activations(sample, session.source)
+    session.mean = sample.mean(0) if session.settings.train.center else None
+    session.scale = estimate_scale(sample if session.mean is None else sample - session.mean)
     for learner in session.learners:
-        learner.initialise(sample * session.scale)
+        learner.initialise(session.normalise(sample))
 
 
 def save(session: Session, folder: Path) -> None:

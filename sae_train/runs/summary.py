@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sae_train.files import own_figures
+from sae_train.report.text import leaves_out, left_out
 
 
 def summary_lines(info: dict[str, Any]) -> list[str]:
@@ -15,7 +16,7 @@ def summary_lines(info: dict[str, Any]) -> list[str]:
             lines.append(f"{sae['name']}: ended early, {sae['failed']}")
             continue
         lines += _one(sae)
-    return lines
+    return [*lines, f"left out as outliers: {left_out(info)}"] if leaves_out(info) else lines
 
 
 def _one(sae: dict[str, Any]) -> list[str]:

@@ -42,6 +42,10 @@ class Form(ABC):
     def reconstruct(self, sae: SAE, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """Return x̂."""
 
+    def shift(self, sae: SAE, by: Float[Tensor, " d_sae"]) -> None:
+        """Change the biases, in place, as if `by` had been added to x·W_enc."""
+        sae.b_enc.add_(by)
+
 
 class ReLU(Form):
     """relu(pre), pre = (x − b_dec)·W_enc + b_enc."""
@@ -114,6 +118,10 @@ class Gated(Form):
 
     def reconstruct(self, sae, x):
         return sae.decode(self.encode(sae, x))
+
+    def shift(self, sae, by):
+        sae.b_gate.add_(by)
+        sae.b_mag.add_(sae.r_mag.exp() * by)
 
 
 FORMS: dict[str, Form] = {"relu": ReLU(), "topk": TopK(), "jumprelu": JumpReLU(), "gated": Gated()}

@@ -101,16 +101,21 @@ class SAE(nn.Module):
 
 
 @torch.no_grad()
-def fold_scale(sae: SAE, scale: float) -> SAE:
-    """Return the SAE for raw activations of one that was trained on scale · x; latents keep their meaning.
+def fold_scale(sae: SAE, scale: float, mean: Float[Tensor, " d_in"] | None = None) -> SAE:
+    """Return the SAE for raw activations of one that was trained on scale · (x − mean); latents keep their meaning.
 
-    With x̃ = s·x: pre = (x − b_dec/s)·(s·W_enc) + b_enc gives the same latents f, and x̂ = f·(W_dec/s) + b_dec/s. The
-    decoder's 1/s is then moved into the latents for topk (and for any row of norm ≠ 1) by fold_decoder_norm.
+    With x̃ = s·(x − m) and b = b_dec/s + m: pre = (x − b)·(s·W_enc) + b_enc gives the same latents f, and
+    x̂ = f·(W_dec/s) + b. Where the encoder does not take b_dec from x, its own biases take in m. The decoder's 1/s is
+    then moved into the latents for topk (and for any row of norm ≠ 1) by fold_decoder_norm.
     """
     out = copy_of(sae)
     out.W_enc.mul_(scale)
     out.W_dec.div_(scale)
     out.b_dec.div_(scale)
+    if mean is not None:
+        out.b_dec.add_(mean)
+        if not sae.cfg.apply_b_dec_to_input:
+            out.form.shift(out, -mean @ out.W_enc)
     return out
 
 

@@ -143,9 +143,9 @@ class Learner:
         self.arch.calibrate(held_out)
 
     @torch.no_grad()
-    def export(self, scale: float) -> SAE:
-        """Return the SAE for raw activations, decoder rows of norm 1, of this one trained on scale · raw."""
-        return fold_decoder_norm(fold_scale(self.sae, scale))
+    def export(self, scale: float, mean: Float[Tensor, " d_in"] | None = None) -> SAE:
+        """Return the SAE for raw activations, decoder rows of norm 1, of this one trained on scale · (raw − mean)."""
+        return fold_decoder_norm(fold_scale(self.sae, scale, mean))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-equal resume needs: nested dictionaries of tensors and JSON values."""
