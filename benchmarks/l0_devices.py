@@ -1,6 +1,6 @@
 """Ways to hold L0 at a target, on the same runs: relu and jumprelu SAEs with one device after another in the place of
-the L0 controller, nothing corrected at the end. All but ours steer λ itself; jumprelu's own controller steers it as a
-share of error / L0*. It writes a CSV and a table.
+the L0 controller, nothing corrected at the end. Ours moves levels and the price of an active latent, the others the
+price alone; theirs is λ itself, but for the one that stood here before. It writes a CSV and a table.
 
     python benchmarks/l0_devices.py
 
@@ -33,11 +33,38 @@ RESULTS = ROOT / "benchmarks" / "results" / "l0_devices.csv"
 WIDTH, TARGETS = "1k", (10, 50)
 
 
-class OnLambda(L0Controller):
-    """Ours with the coefficient as λ itself: all the difference is jumprelu's."""
+class OnPrice(L0Controller):
+    """The price alone, proportional and integral: log λ = I + e, I += .02·clip(e, ±1), e of a smoothed L0; levels move
+    by the loss alone."""
+
+    PROPORTIONAL, INTEGRAL, SMOOTHING = 1.0, 0.02, 0.8
+
+    def __init__(self, target: float, start: float, first_step: int, device: torch.device | str = "cpu"):
+        super().__init__(target, start, first_step, device)
+        self.ema = torch.tensor(float("nan"), device=device)
+
+    @property
+    def coefficient(self) -> Tensor:
+        return (self.log_price + self.PROPORTIONAL * self._error()).exp()
+
+    @torch.no_grad()
+    def update(self, l0: Tensor, step: int, keep: Tensor | bool = True) -> Tensor:
+        self.ema = torch.where(self.ema.isnan(), l0, self.SMOOTHING * self.ema + (1 - self.SMOOTHING) * l0)
+        if step >= self.first_step:
+            limit = math.log(self.MAX_FACTOR)
+            moved = self.log_price + self.INTEGRAL * self._error()
+            self.log_price = moved.clamp(self.start - limit, self.start + limit)
+        return torch.zeros_like(l0)
+
+    def _error(self) -> Tensor:
+        return (self.ema.clamp_min(1e-3) / self.target).log().nan_to_num(0.0).clamp(-1, 1)
 
 
-class SlowIntegral(L0Controller):
+class OnLambda(OnPrice):
+    """The same with the coefficient as λ itself: all the difference is jumprelu's."""
+
+
+class SlowIntegral(OnPrice):
     """log λ += 3e-4·(L0_ema/L0* − 1), EMA .99, λ within [.01, 100] times its start."""
 
     PROPORTIONAL, SMOOTHING, MAX_FACTOR = 0.0, 0.99, 100.0
@@ -47,7 +74,7 @@ class SlowIntegral(L0Controller):
         return (self.ema / self.target - 1).nan_to_num(0.0)
 
 
-class UpOrDown(L0Controller):
+class UpOrDown(OnPrice):
     """λ times 1 ± 3e-4 by the sign of the error, after a fifth of the run."""
 
     PROPORTIONAL, SMOOTHING = 0.0, 0.0
@@ -60,7 +87,7 @@ class UpOrDown(L0Controller):
         return (self.ema - self.target).sign().nan_to_num(0.0)
 
 
-class LogIntegral(L0Controller):
+class LogIntegral(OnPrice):
     """log λ += .01·tanh(3·log(L0_ema/L0*)), EMA .95, after a tenth of the run."""
 
     PROPORTIONAL, SMOOTHING = 0.0, 0.95
@@ -73,7 +100,7 @@ class LogIntegral(L0Controller):
         return (3 * (self.ema.clamp_min(1e-3) / self.target).log()).tanh().nan_to_num(0.0)
 
 
-class Quadratic(L0Controller):
+class Quadratic(OnPrice):
     """c·(L0/L0* − 1)²: its gradient is that of λ·L0 with λ = 2c·(L0/L0* − 1)/L0*, of the batch before."""
 
     SMOOTHING, WEIGHT = 0.0, 1.0
@@ -90,7 +117,8 @@ class Quadratic100(Quadratic):
 
 
 DEVICES = {
-    "PI in log space (ours)": L0Controller,
+    "levels and price (ours)": L0Controller,
+    "price alone, PI in log space": OnPrice,
     "the same on λ itself": OnLambda,
     "slow integral, EMA .99": SlowIntegral,
     "up or down by 3e-4": UpOrDown,
@@ -122,7 +150,7 @@ def _measure(args: argparse.Namespace, name: str, device: type[L0Controller]) ->
         for arch in archs:
             TRAINED[arch].calibrate = lambda self, held_out: None
         try:
-            with nullcontext() if device is L0Controller else unpriced("jumprelu"):
+            with nullcontext() if device in (L0Controller, OnPrice) else unpriced("jumprelu"):
                 train(
                     name=folder.name, out=str(args.runs), arch=archs, width=WIDTH, l0=list(TARGETS),
                     tokens=args.tokens, absorption=False,

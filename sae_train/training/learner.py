@@ -125,7 +125,8 @@ class Learner:
         self.idle_tokens.add_(n_tokens).masked_fill_(fired > 0, 0)
         metrics = self._metrics(run, terms, l0, norms)
         if self.control:
-            self.control.update(l0, self.step_count, ~bad)
+            rise = self.control.update(l0, self.step_count, ~bad)
+            self.arch.raise_levels(rise * self.ranks.mean(torch.as_tensor(run.excess, device=self.device)))
         return metrics
 
     def check(self) -> str | None:

@@ -34,7 +34,8 @@ class Forward:
 
     `error` is the squared error to be lowered, `sparsity` is multiplied by `price` and the controller's coefficient,
     `extra` is what else the architecture's loss has. `level` is where a latent begins to be active, for dead ones to
-    rise to; `state` replaces entries of the architecture's state if the step is taken.
+    rise to, and `excess` by how much active latents are above theirs on average, in the units of `raise_levels`.
+    `state` replaces entries of the architecture's state if the step is taken.
     """
 
     recon: Tensor
@@ -45,6 +46,7 @@ class Forward:
     price: Tensor | float = 1.0
     extra: Tensor | None = None
     level: Tensor | float = 0.0
+    excess: Tensor | float = 0.0
     state: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -111,6 +113,10 @@ class Architecture(ABC):
     def revival(self, run: Forward, x: Tensor, recon: Tensor, dead: Int[Tensor, " n_dead"]) -> Tensor:
         """Return the weighted loss that brings dead latents back, from some rows of x and x̂."""
 
+    def raise_levels(self, by: Tensor) -> None:
+        """Raise what every latent must exceed; a controlled architecture has its own way to do so."""
+        raise NotImplementedError(f"{type(self).__name__} asks for control of L0: give it raise_levels")
+
     @abstractmethod
     def settle(self) -> None:
         """Bring the SAE in line with leaves and state, after a step and after loading."""
@@ -118,6 +124,13 @@ class Architecture(ABC):
     @abstractmethod
     def calibrate(self, held_out: Float[Tensor, "n d_in"]) -> None:
         """Bring the finished SAE's L0 on held-out activations to the target."""
+
+
+@torch.no_grad()
+def mean_excess(excess: Tensor) -> Float[Tensor, ""]:
+    """Mean of the positive ones of some latents' distances to their levels; 0 where there is none."""
+    above = excess.detach().clamp_min(0.0)
+    return above.sum() / (above > 0).sum().clamp_min(1)
 
 
 def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"], bias: Tensor) -> Float[Tensor, "n d_sae"]:

@@ -16,6 +16,7 @@ from sae_train.training.architectures.base import (
     Architecture,
     Forward,
     fit_scale,
+    mean_excess,
     pre_activations,
     revival_by_level,
     start_level,
@@ -55,10 +56,17 @@ class JumpReLU(Architecture):
         recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
         error = error / len(x)
         price = self.ranks.mean(error.detach()) / self.spec.l0
-        return Forward(recon, values, pattern, error, active / len(x), price, level=threshold)
+        # log θ is what moves, so that distances are shares of θ.
+        excess = mean_excess(values.detach() / threshold.detach()[pattern.latents] - 1)
+        return Forward(recon, values, pattern, error, active / len(x), price, level=threshold, excess=excess)
 
     def revival(self, run, x, recon, dead):
         return revival_by_level(self.sae, x, self.sae.b_enc, run.level, dead)
+
+    @torch.no_grad()
+    def raise_levels(self, by):
+        self.leaves["log_threshold"] += by
+        self.settle()
 
     @torch.no_grad()
     def settle(self):

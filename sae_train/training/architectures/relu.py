@@ -10,6 +10,7 @@ from sae_train.training.architectures.base import (
     START_L0,
     Architecture,
     Forward,
+    mean_excess,
     pre_activations,
     revival_by_level,
     start_level,
@@ -39,10 +40,14 @@ class ReLU(Architecture):
         values, pattern = ops.active_above(x, sae.W_enc, sae.b_enc, sae.b_dec, 0.0, crossover=self.crossover)
         sparsity = losses.l1(values, pattern.latents, sae.W_dec, len(x))
         recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
-        return Forward(recon, values, pattern, error / len(x), sparsity)
+        return Forward(recon, values, pattern, error / len(x), sparsity, excess=mean_excess(values))
 
     def revival(self, run, x, recon, dead):
         return revival_by_level(self.sae, x, self.sae.b_enc, 0.0, dead)
+
+    @torch.no_grad()
+    def raise_levels(self, by):
+        self.sae.b_enc -= by
 
     def settle(self):
         """The SAE is what is trained: nothing to bring in line."""
