@@ -121,8 +121,8 @@ def fold_decoder_norm(sae: SAE) -> SAE:
     Exact, but for topk only where all rows have the same norm, as after training: its selection compares latents.
     """
     out = copy_of(sae)
-    norm = out.W_dec.norm(dim=1).clamp_min(1e-12)
-    out.W_dec.div_(norm[:, None])
+    norm = out.W_dec.to(torch.promote_types(out.W_dec.dtype, torch.float32)).norm(dim=1).clamp_min(1e-12)
+    out.W_dec.copy_(out.W_dec / norm[:, None])
     out.W_enc.mul_(norm)
     for name in out.form.scaled:
         getattr(out, name).mul_(norm)
