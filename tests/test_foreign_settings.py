@@ -1,4 +1,4 @@
-"""What other libraries' files say of an SAE: every setting that changes its function is acted on, or refused by name."""
+"""What other libraries' files say of an SAE: a setting that changes its function is acted on, or refused by name."""
 
 import json
 from pathlib import Path

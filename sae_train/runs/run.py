@@ -224,41 +224,53 @@ def evaluate_checkpoint(
 def _evaluate(sae: SAE, checkpoint: Path, settings: Settings, out: Path, display: Display) -> AbsorptionResult:
     from sae_train.data.sources import kind_of
     from sae_train.evals import absorption, baselines
+    from sae_train.evals.interventions import interventions
     from sae_train.runs.callbacks import build_assets
     from sae_train.runs.summary import absorption_line
     from sae_train.training.ranks import choose_device
 
     display(f"loading {settings.lm.model}")
     lm = kind_of(settings).language_model(settings, choose_device(settings.lm.device))
-    if lm.d_in != sae.cfg.d_in:
-        raise UserError(
-            f"the SAE in {str(checkpoint)!r} takes {sae.cfg.d_in} values a token and {lm.hook_name} of {lm.name} "
-            f"has {lm.d_in}: name the --model and --hook that it was trained on"
-        )
+    own_notes = _fit_model(lm, sae, checkpoint)
     built, notes = build_assets(lm, settings.eval, display)
     if built is None:
         raise UserError(" ".join(notes))
     sae, built = sae.to(lm.device), built.to(lm.device)
     how = settings.eval
     result = absorption.evaluate(sae, built, preset=how.preset, seed=how.eval_seed, lm=lm, progress=display)
-    beside = baselines.all_scores(sae, built.x, built, result, lm, display) if result.valid else {}
-    for line in [*notes, absorption_line(result.metrics(), beside.get("random"))]:
+    write = functools.partial(_write_evaluation, result, sae, built, lm, checkpoint, out)
+    written, beside = write({}, None), {}  # before what may fail yet
+    if result.valid:
+        beside = baselines.all_scores(sae, built.x, built, result, lm, display)
+    for line in [*own_notes, *notes, absorption_line(result.metrics(), beside.get("random"))]:
         display.say(line)
-    display("trying interventions")
-    written = _write_evaluation(result, beside, sae, built, lm, checkpoint, out)
+    if result.valid:
+        display("trying interventions")
+        written = write(beside, interventions(sae, lm, built, result, seed=result.seed))
     display.say(f"written: {', '.join(map(str, written))}")
     return result
 
 
+def _fit_model(lm: LanguageModel, sae: SAE, checkpoint: Path) -> list[str]:
+    """Let the model begin its prompts as the SAE's texts began; UserError if the two are of different widths."""
+    if lm.d_in != sae.cfg.d_in:
+        raise UserError(
+            f"the SAE in {str(checkpoint)!r} takes {sae.cfg.d_in} values a token and {lm.hook_name} of {lm.name} "
+            f"has {lm.d_in}: name the --model and --hook that it was trained on"
+        )
+    if sae.cfg.prepend_bos or lm.bos_id is None:
+        return []
+    lm.bos_id = None
+    return ["the eval's prompts have no BOS token, as the texts that the SAE was trained on had none"]
+
+
 def _write_evaluation(
-    result: AbsorptionResult, beside: dict[str, dict], sae: SAE, built: Assets, lm: LanguageModel, checkpoint: Path,
-    out: Path,
+    result: AbsorptionResult, sae: SAE, built: Assets, lm: LanguageModel, checkpoint: Path, out: Path,
+    beside: dict[str, dict], changes: pd.DataFrame | None,
 ) -> list[Path]:  # fmt: skip
-    from sae_train.evals.interventions import interventions
     from sae_train.report import write_eval_page
 
     out.mkdir(parents=True, exist_ok=True)
-    changes = interventions(sae, lm, built, result, seed=result.seed) if result.valid else None
     about = {
         "SAE": str(checkpoint), "model": lm.name, "hook": lm.hook_name, "preset": result.preset,
         "hierarchy": built.settings["hierarchy"], "seed": str(result.seed), "assets": result.asset_hash,

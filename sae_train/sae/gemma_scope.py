@@ -26,7 +26,7 @@ NO_SAE = re.compile(r"transcoder|crosscoder|(?:^|[-_])clt(?:$|[-_])")
 def read_gemma_scope(folder: Path, weights: str) -> Parts:
     """Gemma Scope (params.npz) and Gemma Scope 2 (params.safetensors): JumpReLU, nothing taken from the input.
 
-    The model and the hook are read off the repository's name and the folders in it, and off Gemma Scope 2's config.json.
+    The model and the hook are read off the repository's name, the folders in it and, of Gemma Scope 2, config.json.
     """
     repository, inside = _place_in_repository(folder)
     if "embedding" in inside:
