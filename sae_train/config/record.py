@@ -91,6 +91,12 @@ class Hardware(Record):
     gpus: list[str] | None = None
 
 
+class GivenRecord(Record):
+    """What a run knows of activations that were given to it."""
+
+    file: str | None = None
+
+
 class RunRecord(Record):
     """run.json, as a report reads it: what is only shown may be anything."""
 
@@ -105,7 +111,7 @@ class RunRecord(Record):
     tokens: Number | None = None
     seconds: Number | None = None
     passes: list[list[str]] | None = None
-    activations: dict[str, Any] | None = None
+    activations: GivenRecord | None = None
     eval_assets: dict[str, Any] | None = None
 
 

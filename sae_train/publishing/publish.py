@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sae_train.config import flat, leaves, resolve
 from sae_train.config.record import EvalFile, PublishedRun, read_run
 from sae_train.config.settings import LOCAL_NAMES
 from sae_train.errors import UserError
@@ -164,8 +165,10 @@ def _evaluation(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _origin(info: dict[str, Any], repo: str, license: str, base_model: str | None) -> Origin:
     """Where the SAEs came from, in names that mean something elsewhere: local paths keep their last part."""
     model, dataset = _public_name(info["model"]), _public_name(info["dataset"])
-    settings = info.get("settings")
-    from_text = settings and not info.get("activations")
+    from_text = info.get("settings") and not info.get("activations")
+    # Those of before that are no settings any more are left out of the command.
+    asked = {name: value for name, value in (info.get("settings") or {}).items() if name in leaves()}
+    settings = flat(resolve(asked)) if from_text else {}
     return Origin(
         repo=repo, license=license, model=base_model or model, dataset=dataset, info=info,
         base_model=base_model or (model if _on_hub(info["model"]) else None),
