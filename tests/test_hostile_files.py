@@ -44,7 +44,7 @@ def mutated(draw, content: dict) -> dict:
             case "wrap":
                 holder[key] = [holder[key]]
             case "add" if isinstance(holder, dict):
-                holder[draw(st.sampled_from(TEXTS))] = draw(st.sampled_from(OTHERS))
+                holder[draw(st.sampled_from(TEXTS))] = copy.deepcopy(draw(st.sampled_from(OTHERS)))
             case _:
                 holder[key] = copy.deepcopy(draw(st.sampled_from((*NUMBERS, *TEXTS, *OTHERS))))
         if not places(changed):
@@ -236,6 +236,48 @@ def test_run_files_give_a_result_or_one_sentence(interrupted, tmp_path, monkeypa
 
     sweep()
     assert set().union(*results.values()) == {True, False} and all(results.values())
+
+
+def test_lines_of_other_types_are_left_out_and_counted(interrupted, tmp_path):
+    folder = rewrite(interrupted, tmp_path / "run")
+    good = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    bad = [{"step": [1]}, {"step": "x"}, {"tokens": {}}, {"metrics/l0": "3"}, {"losses/loss": [1]}, {"sae": 4},
+           {"sparsity/log10_density_histogram": ["a"]}]  # fmt: skip
+    lines = [json.dumps(row) for row in [*good, *(good[0] | change for change in bad)]]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, "[1]", "{"]))
+    record = {"latent": 1, "main_of": [], "absorbs": [], "density": 0.1, "max": 2.0, "histogram": [], "examples": []}
+    changes = [{}, {"density": "x"}, {"examples": [1]}, {"histogram": 3}, {"main_of": None}, {"latent": -1}]
+    (folder / "latents").mkdir()
+    name = json.loads((folder / "run.json").read_text())["saes"][0]["name"]
+    text = "\n".join(json.dumps(record | change) for change in changes)
+    (folder / "latents" / f"{name}.jsonl").write_text(text)
+    write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert f"{len(bad) + 2} unreadable row(s) of metrics.jsonl" in page
+    assert f"5 unreadable record(s) of latents/{name}.jsonl" in page
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"valid": "yes, very"}, {"intervals": [1]}, {"mean_f1": "x"}, {"baselines": {"random": {"mean_full": "y"}}}],
+)
+def test_an_evaluation_of_other_types_is_refused_on_publishing(change, interrupted, tmp_path):
+    folder = rewrite(interrupted, tmp_path / "run")
+    name = json.loads((folder / "run.json").read_text())["saes"][0]["name"]
+    write_sae(folder / "saes" / name, "topk")
+    rest = {"valid": True, "reason": "", "mean_f1": 0.5, "intervals": {"mean_full": [0, None]}, "baselines": {}}
+    content = {
+        "eval_type_id": "absorption_first_letter",
+        "eval_result_metrics": {"mean": {}},
+        "eval_result_details": [],
+    }
+    for unstructured in (rest, rest | change):
+        whole = content | {"eval_result_unstructured": unstructured}
+        (folder / "saes" / name / "absorption.json").write_text(json.dumps(whole))
+        if unstructured is rest:
+            shutil.rmtree(publish(folder, "me/x", dry_run=True, force=True))
+    with pytest.raises(UserError, match=rf"absorption\.json: eval_result_unstructured\.{next(iter(change))}"):
+        publish(folder, "me/x", dry_run=True, force=True)
 
 
 def test_settings_files_give_a_result_or_one_sentence(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sae_train.errors import UserError
 from sae_train.files import OUR_FIGURES, check_types, read_json
@@ -134,6 +134,16 @@ class ResumedRun(RunRecord):
     settings: dict[str, Any]
     saes: list[SAERecord] | None = None
     notes: list[str] = []
+
+
+class MetricsRow(Record):
+    """A line of metrics.jsonl."""
+
+    sae: Name
+    step: Whole | None = None
+    tokens: Number | None = None
+
+    _figures = model_validator(mode="before")(_check_figures)
 
 
 class Example(Record):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sae_train.config import flat, leaves, resolve
-from sae_train.config.record import EvalFile, PublishedRun, read_run
+from sae_train.config.record import EvalFile, MetricsRow, PublishedRun, fits, read_run
 from sae_train.config.settings import LOCAL_NAMES
 from sae_train.errors import UserError
 from sae_train.files import check_types, read_json, read_metrics, write_json, write_text
@@ -194,7 +194,8 @@ def _stage(staged: Path, source: Source, origin: Origin) -> None:
     about = {"model": origin.model, "dataset": origin.dataset, "command": origin.command}
     write_json(staged / "results.json", about | {key: source.info.get(key) for key in KEPT} | {"saes": entries})
     names = {entry["name"] for entry in entries}
-    rows = [row for row in read_metrics(source.run) if row.get("sae") in names] if source.run else []
+    logged = read_metrics(source.run) if source.run else []
+    rows = [row for row in logged if fits(MetricsRow, row) and row["sae"] in names]
     if rows:
         write_curves(rows, staged / "curves.png")
     write_text(staged / "README.md", card(origin, entries, with_curves=bool(rows)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_train.config.record import LatentRecord, check_name, fits, read_run
+from sae_train.config.record import LatentRecord, MetricsRow, fits, read_run
 from sae_train.errors import UserError
 from sae_train.files import read_lines
 
@@ -31,20 +31,12 @@ def read_history(path: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]]]
     rows, broken = read_lines(path)
     history: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if _names_an_sae(row):
+        if fits(MetricsRow, row):
             history.setdefault(row["sae"], []).append(row)
     broken += len(rows) - sum(map(len, history.values()))
     if broken:
         gaps.append(f"{broken} unreadable row(s) of metrics.jsonl were left out.")
     return history
-
-
-def _names_an_sae(row: dict[str, Any]) -> bool:
-    """Whether a row is of an SAE, by a name that may become a file's."""
-    try:
-        return bool(check_name(row["sae"]))
-    except (KeyError, TypeError, ValueError):
-        return False
 
 
 def read_absorption(path: Path, gaps: list[str]) -> tuple[dict[str, list], dict[str, list]]:
