@@ -119,17 +119,19 @@ def train(
 
 
 @app.command
-def resume(run: Path) -> None:
+def resume(run: Path, *, trust_remote_code: bool = False) -> None:
     """Go on with an interrupted run from its last saved state.
 
     Parameters
     ----------
     run:
         The run's folder, such as checkpoints/NAME.
+    trust_remote_code:
+        Run the model's code from the hub, as the run was begun with it.
     """
     from sae_train.runs.run import resume as resume_run
 
-    resume_run(run)
+    resume_run(run, trust_remote_code=trust_remote_code)
 
 
 @app.command(name="eval")
@@ -156,7 +158,7 @@ def evaluate(
     allow_pickle:
         read dictionary_learning's pickled weights (tensors alone are taken from them)
     """
-    from sae_train.runs.run import evaluate_checkpoint
+    from sae_train.runs.evaluation import evaluate_checkpoint
 
     evaluate_checkpoint(checkpoint, vars(flags or EvalFlags()), out, folder, allow_pickle)
 

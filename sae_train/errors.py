@@ -50,3 +50,13 @@ def sentences_of(item: Any) -> list[str]:
     return [
         message if item["type"] == "value_error" else f"{name} {item['input']!r}: {message[:1].lower()}{message[1:]}"
     ]
+
+
+def fault_of(error: Any) -> str:
+    """The first of a pydantic error's faults: the value's place in the file, the value, and what it should be."""
+    first, *_ = error.errors(include_url=False)
+    place = ".".join(map(str, first["loc"])) or "its content"
+    value = repr(first["input"])
+    shown = value if len(value) <= 80 else f"{value[:77]}…"
+    message = re.sub(r"^Value error, ", "", first["msg"])
+    return f"{place} {shown}: {message[:1].lower()}{message[1:]}"

@@ -12,13 +12,17 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sae_train.errors import UserError, explaining
+from sae_train.errors import UserError, explaining, fault_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    from pydantic import BaseModel
 
+    Checked = TypeVar("Checked", bound=BaseModel)
+
+BAD_JSON = (OSError, ValueError, RecursionError)  # what reading a file that is no JSON raises
 # What rows of metrics.jsonl hold of ours: the first part of each name.
 OUR_FIGURES = ("losses", "metrics", "sparsity", "details", "absorption", "toy", "sae", "step", "tokens", "seconds")
 
@@ -68,10 +72,18 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file of a run; UserError when it is absent or not JSON."""
-    with explaining(lambda error: f"{str(path)!r} cannot be read as JSON: {error}", OSError, ValueError):
+    with explaining(lambda error: f"{str(path)!r} cannot be read as JSON: {error}", *BAD_JSON):
         if not path.exists():
             raise UserError(f"{str(path)!r} does not exist: give the folder of a run, such as checkpoints/NAME")
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_types(model: type[Checked], content: Any, path: Path) -> Checked:
+    """Return a JSON file's content as a pydantic model; UserError names the first value of another type."""
+    from pydantic import ValidationError
+
+    with explaining(lambda error: f"{path}: {fault_of(error)}.", ValidationError):
+        return model.model_validate(content)
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -88,7 +100,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _record(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except BAD_JSON:
         return None
     return record if isinstance(record, dict) else None
 

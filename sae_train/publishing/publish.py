@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from sae_train.config import flat, leaves, resolve
+from sae_train.config.record import EvalFile, MetricsRow, PublishedRun, fits, read_run
 from sae_train.config.settings import LOCAL_NAMES
 from sae_train.errors import UserError
-from sae_train.files import read_json, read_metrics, write_json, write_text
+from sae_train.files import check_types, read_json, read_metrics, write_json, write_text
 from sae_train.publishing.card import card
 from sae_train.publishing.curves import write_curves
 from sae_train.publishing.hub import Origin, check_repo_id, upload
@@ -115,10 +117,10 @@ def find(checkpoint: Path) -> Source:
     """What a run's folder, or one SAE's, holds for publication."""
     folder = checkpoint.expanduser().resolve()
     if (folder / "run.json").is_file():
-        info = read_json(folder / "run.json")
+        info = read_run(folder, PublishedRun)
         return Source(info, folder, [_candidate(folder / "saes" / entry["name"], entry) for entry in info["saes"]])
-    sae, run = load_sae(folder), folder.parents[1]
-    info = read_json(run / "run.json") if (run / "run.json").is_file() else {}
+    sae, run = load_sae(folder), folder.parent.parent
+    info = read_run(run, PublishedRun) if (run / "run.json").is_file() else {}
     entry = next((entry for entry in info.get("saes", ()) if entry["name"] == folder.name), None)
     return Source(info, run, [_candidate(folder, entry)]) if entry else _lone_source(folder, sae.cfg)
 
@@ -133,16 +135,20 @@ def _lone_source(folder: Path, cfg: SAEConfig) -> Source:
 
 def _candidate(folder: Path, entry: dict[str, Any]) -> Candidate:
     """Fill in what `sae-train eval` wrote beside the SAE, where the run itself did not evaluate it."""
+    entry = {"arch": "", "width": 0, "l0": None, "failed": None} | entry
+    entry |= {name: entry.get(name) or {} for name in ("final", "baseline")}
     if entry["final"].get("absorption/valid") is None and (folder / "absorption.json").is_file():
-        figures, beside = _evaluation(read_json(folder / "absorption.json"))
+        figures, beside = _evaluation(folder / "absorption.json")
         entry = entry | {"final": entry["final"] | figures, "baseline": entry["baseline"] | beside}
     return Candidate(folder, entry)
 
 
-def _evaluation(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _evaluation(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures under the names of metrics.jsonl, and baselines, of an absorption.json; none of another hierarchy."""
-    if result.get("eval_type_id") != "absorption_first_letter":
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("eval_type_id") != "absorption_first_letter":
         return {}, {}
+    result = check_types(EvalFile, content, path).model_dump()
     rest, means = result["eval_result_unstructured"], result["eval_result_metrics"]["mean"]
     figures = {name: rest[name] for name in ("valid", "reason", "mean_f1")} | {
         "n_letters": len(result["eval_result_details"])
@@ -151,16 +157,18 @@ def _evaluation(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         ("mean_fraction", "mean_absorption_fraction_score"),
         ("mean_full", "mean_full_absorption_score"),
     ):
-        low, high = rest["intervals"][ours]
-        figures |= {ours: means[theirs], f"{ours}_low": low, f"{ours}_high": high}
+        low, high = rest["intervals"].get(ours, (None, None))
+        figures |= {ours: means.get(theirs), f"{ours}_low": low, f"{ours}_high": high}
     return {f"absorption/{name}": value for name, value in figures.items()}, rest["baselines"]
 
 
 def _origin(info: dict[str, Any], repo: str, license: str, base_model: str | None) -> Origin:
     """Where the SAEs came from, in names that mean something elsewhere: local paths keep their last part."""
     model, dataset = _public_name(info["model"]), _public_name(info["dataset"])
-    settings = info.get("settings")
-    from_text = settings and not info.get("activations")
+    from_text = info.get("settings") and not info.get("activations")
+    # Those of before that are no settings any more are left out of the command.
+    asked = {name: value for name, value in (info.get("settings") or {}).items() if name in leaves()}
+    settings = flat(resolve(asked)) if from_text else {}
     return Origin(
         repo=repo, license=license, model=base_model or model, dataset=dataset, info=info,
         base_model=base_model or (model if _on_hub(info["model"]) else None),
@@ -186,7 +194,8 @@ def _stage(staged: Path, source: Source, origin: Origin) -> None:
     about = {"model": origin.model, "dataset": origin.dataset, "command": origin.command}
     write_json(staged / "results.json", about | {key: source.info.get(key) for key in KEPT} | {"saes": entries})
     names = {entry["name"] for entry in entries}
-    rows = [row for row in read_metrics(source.run) if row["sae"] in names] if source.run else []
+    logged = read_metrics(source.run) if source.run else []
+    rows = [row for row in logged if fits(MetricsRow, row) and row["sae"] in names]
     if rows:
         write_curves(rows, staged / "curves.png")
     write_text(staged / "README.md", card(origin, entries, with_curves=bool(rows)))

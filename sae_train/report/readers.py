@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sae_train.config.record import LatentRecord, MetricsRow, fits, read_run
 from sae_train.errors import UserError
-from sae_train.files import read_json, read_lines
+from sae_train.files import read_lines
 
 LISTS = ("main_latents", "absorbers", "absorber_cos", "absorber_proj")
 
@@ -20,10 +21,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise UserError(f"{str(folder)!r} is not a folder: give the folder of a run, such as checkpoints/NAME")
     if not (folder / "run.json").exists():
         raise UserError(f"{str(folder)!r} is not the folder of a run: it holds no run.json")
-    facts = read_json(folder / "run.json")
-    if not isinstance(facts, dict) or not ({"settings", "saes"} & facts.keys()):
-        raise UserError(f"{str(folder / 'run.json')!r} was not written by sae-train: it has no settings and no saes")
-    return facts
+    return read_run(folder)
 
 
 def read_history(path: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -33,9 +31,9 @@ def read_history(path: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]]]
     rows, broken = read_lines(path)
     history: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if "sae" in row:
-            history.setdefault(str(row["sae"]), []).append(row)
-    broken += sum("sae" not in row for row in rows)
+        if fits(MetricsRow, row):
+            history.setdefault(row["sae"], []).append(row)
+    broken += len(rows) - sum(map(len, history.values()))
     if broken:
         gaps.append(f"{broken} unreadable row(s) of metrics.jsonl were left out.")
     return history
@@ -92,7 +90,9 @@ def read_latents(folder: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]
     """Records of latents/<sae>.jsonl by SAE."""
     records: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        records[path.stem], broken = read_lines(path)
+        lines, broken = read_lines(path)
+        records[path.stem] = [line for line in lines if fits(LatentRecord, line)]
+        broken += len(lines) - len(records[path.stem])
         if broken:
             gaps.append(f"{broken} unreadable record(s) of latents/{path.name} were left out.")
     return records

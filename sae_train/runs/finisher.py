@@ -39,7 +39,7 @@ class Finisher:
             hook_name=opened.source.hook_name,
             model_name=opened.source.name,
             context_size=language.context if language else None,
-            prepend_bos=language is not None and language.lm.bos_id is not None,
+            prepend_bos=language is None or language.lm.bos_id is not None,
             dataset_path=settings.dataset,
             l0=final.get("metrics/l0"),
         )

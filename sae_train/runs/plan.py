@@ -263,4 +263,6 @@ def split(specs: Sequence[SAESpec], fits: Callable[[list[SAESpec]], bool]) -> Pa
 def find_passes(specs: Sequence[SAESpec], names: Sequence[Sequence[str]]) -> Passes:
     """Return the passes of these names, as run.json keeps them."""
     by_name = {spec.name: spec for spec in specs}
+    if sorted(name for members in names for name in members) != sorted(by_name):
+        raise UserError("run.json's passes hold other SAEs than its settings ask for: start the run again")
     return tuple(tuple(by_name[name] for name in members) for members in names)

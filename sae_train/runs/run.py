@@ -1,4 +1,4 @@
-"""The three things to do with runs: train one, go on with one, evaluate a finished SAE.
+"""The two things to do with runs: train one, go on with one.
 
 A `Run` is what Python users hold of one: the folder with its metrics, absorption tables, SAEs and report.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import Settings, resolve, width_label
-from sae_train.errors import UserError
-from sae_train.files import read_json, read_metrics, write_json, write_parquet
+from sae_train.config.record import ResumedRun, read_run
+from sae_train.errors import UserError, first_line
+from sae_train.files import read_json, read_metrics
 from sae_train.publishing.reproduce import python_call
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sae_train.data.given import Given
-    from sae_train.data.language_model import LanguageModel
-    from sae_train.evals.absorption import AbsorptionResult
     from sae_train.evals.assets import Assets
     from sae_train.protocols import Callback
     from sae_train.runs.display import Display
@@ -145,11 +144,13 @@ def _assets(opened: Session, display: Display) -> tuple[Assets | None, list[str]
     return opened.ranks.first(build)
 
 
-def resume(folder: str | Path, *, activations: Any = None, callbacks: Sequence[Callback] = ()) -> Run:
+def resume(
+    folder: str | Path, *, activations: Any = None, callbacks: Sequence[Callback] = (), trust_remote_code: bool = False
+) -> Run:
     """Go on with an interrupted run from its last saved state; UserError if there is nothing to go on with.
 
     A run on activations of your own needs them again, and one with callbacks of your own goes on without those that are
-    not given again.
+    not given again. Code of the hub's is run only where `trust_remote_code` says so here, whatever run.json says.
     """
     from sae_train.runs import session
     from sae_train.runs.plan import find_passes
@@ -158,23 +159,46 @@ def resume(folder: str | Path, *, activations: Any = None, callbacks: Sequence[C
 
     prepare_process()
     folder = Path(folder)
-    info = read_json(folder / "run.json")
+    info = read_run(folder, ResumedRun)
     if info.get("status") == "finished":
         raise UserError(f"the run {str(folder)!r} is finished: sae-train report {folder} shows it")
     saved = session.newest_state(folder)
     if saved is None:
         raise UserError(f"the run {str(folder)!r} has no saved state yet: delete the folder and start it again")
-    if "passes" not in info:
+    if info.get("passes") is None:
         raise UserError(f"the run {str(folder)!r} was begun by an earlier version of sae-train: start it again")
+    if info["settings"].get("trust_remote_code") and not trust_remote_code:
+        raise UserError(
+            f"the run {str(folder)!r} was begun with --trust-remote-code, which runs code from the hub: if you trust "
+            f"it, say so again by sae-train resume {folder} --trust-remote-code"
+        )
+    info["settings"]["trust_remote_code"] = trust_remote_code
     settings, given = _restore_settings(folder, info, activations)
     about = {name: info.get(name) for name in ("command", "activations", "saes")} | {"notes": info.get("notes", [])}
     with _display() as display:
         display.interrupted = f"go on with: sae-train resume {folder}"
         display(f"loading {settings.lm.model} and its data")
         opened = session.open_session(settings, find_passes(settings.specs, info["passes"]), folder, given)
-        session.load(opened, saved)
+        _load_state(opened, saved)
         built, _ = _assets(opened, display)
         return Run(Runner(opened, folder, built, about, display, callbacks).go())
+
+
+def _load_state(opened: Session, saved: Path) -> None:
+    """Go back to the saved moment; UserError where it is none of this run."""
+    import torch
+
+    from sae_train.runs import session
+
+    try:
+        session.load(opened, saved)
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the saved state {str(saved)!r} is damaged or of other settings than run.json's ({first_line(error)}): "
+            "go on from a copy whose files belong together, or start the run again"
+        ) from error
 
 
 def _restore_settings(folder: Path, info: dict[str, Any], activations: Any) -> tuple[Settings, Given | None]:
@@ -198,97 +222,6 @@ def _restore_settings(folder: Path, info: dict[str, Any], activations: Any) -> t
     if {**given.record, "file": None} != {**info["activations"], "file": None}:
         raise UserError(f"the activations are not those that the run {str(folder)!r} began with: give the same ones")
     return settings, given
-
-
-def evaluate_checkpoint(
-    checkpoint: Path, given: dict[str, Any], out: Path | None = None, folder: str | None = None,
-    allow_pickle: bool = False,
-) -> AbsorptionResult:  # fmt: skip
-    """Run the absorption eval on a saved SAE with its baselines and interventions; print and write what it says.
-
-    The SAE is a local folder's or, with a repo's name and a `folder` in it, the hub's, which needs `out`.
-    `given` holds settings by flag name; the model and the hook default to what the checkpoint says. Written are
-    absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and absorption.html.
-    """
-    from sae_train.runs.process import prepare_process
-    from sae_train.sae.files import load_sae
-    from sae_train.training.ranks import current
-
-    prepare_process()
-    sae = load_sae(checkpoint, folder, allow_pickle=allow_pickle)
-    checkpoint = Path(checkpoint, folder or "")
-    if out is None and not checkpoint.is_dir():
-        raise UserError(f"{checkpoint} is on the hub: name by --out a folder for what is written")
-    settings = resolve(_add_origin(given, sae, checkpoint))
-    if current().size > 1:
-        raise UserError("sae-train eval is the work of one process: start it without torchrun")
-    with _display() as display:
-        return _evaluate(sae, checkpoint, settings, Path(out or checkpoint), display)
-
-
-def _evaluate(sae: SAE, checkpoint: Path, settings: Settings, out: Path, display: Display) -> AbsorptionResult:
-    from sae_train.data.sources import kind_of
-    from sae_train.evals import absorption, baselines
-    from sae_train.runs.callbacks import build_assets
-    from sae_train.runs.summary import absorption_line
-    from sae_train.training.ranks import choose_device
-
-    display(f"loading {settings.lm.model}")
-    lm = kind_of(settings).language_model(settings, choose_device(settings.lm.device))
-    if lm.d_in != sae.cfg.d_in:
-        raise UserError(
-            f"the SAE in {str(checkpoint)!r} takes {sae.cfg.d_in} values a token and {lm.hook_name} of {lm.name} "
-            f"has {lm.d_in}: name the --model and --hook that it was trained on"
-        )
-    built, notes = build_assets(lm, settings.eval, display)
-    if built is None:
-        raise UserError(" ".join(notes))
-    sae, built = sae.to(lm.device), built.to(lm.device)
-    how = settings.eval
-    result = absorption.evaluate(sae, built, preset=how.preset, seed=how.eval_seed, lm=lm, progress=display)
-    beside = baselines.all_scores(sae, built.x, built, result, lm, display) if result.valid else {}
-    for line in [*notes, absorption_line(result.metrics(), beside.get("random"))]:
-        display.say(line)
-    display("trying interventions")
-    written = _write_evaluation(result, beside, sae, built, lm, checkpoint, out)
-    display.say(f"written: {', '.join(map(str, written))}")
-    return result
-
-
-def _write_evaluation(
-    result: AbsorptionResult, beside: dict[str, dict], sae: SAE, built: Assets, lm: LanguageModel, checkpoint: Path,
-    out: Path,
-) -> list[Path]:  # fmt: skip
-    from sae_train.evals.interventions import interventions
-    from sae_train.report import write_eval_page
-
-    out.mkdir(parents=True, exist_ok=True)
-    changes = interventions(sae, lm, built, result, seed=result.seed) if result.valid else None
-    about = {
-        "SAE": str(checkpoint), "model": lm.name, "hook": lm.hook_name, "preset": result.preset,
-        "hierarchy": built.settings["hierarchy"], "seed": str(result.seed), "assets": result.asset_hash,
-    }  # fmt: skip
-    paths = [out / name for name in ("absorption.json", "absorption.parquet", "interventions.parquet")]
-    write_json(paths[0], result.to_saebench_json(beside, sae_cfg_dict=asdict(sae.cfg)))
-    write_parquet(paths[1], result.table(checkpoint.name, step=-1, with_words=True))
-    if changes is not None and len(changes):
-        write_parquet(paths[2], changes)
-    else:
-        paths[2].unlink(missing_ok=True)
-    paths.append(write_eval_page(result, beside, changes, about, out / "absorption.html"))
-    return [path for path in paths if path.exists()]
-
-
-def _add_origin(given: dict[str, Any], sae: SAE, checkpoint: Path) -> dict[str, Any]:
-    """Fill in model and hook from the checkpoint; UserError if neither it nor the caller names them."""
-    known = {"model": sae.cfg.model_name or None, "hook": sae.cfg.hook_name or None}
-    merged = known | {key: value for key, value in given.items() if value is not None}
-    missing = [f"--{key}" for key in known if not merged[key]]
-    if missing:
-        raise UserError(
-            f"the checkpoint {str(checkpoint)!r} does not say what it was trained on: give {', '.join(missing)}"
-        )
-    return merged
 
 
 def default_name(settings: Settings) -> str:

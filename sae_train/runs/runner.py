@@ -66,9 +66,9 @@ class Runner:
             "processes": self.ranks.size,
             "passes": [[spec.name for spec in specs] for specs in opened.passes],
         } | provenance()
-        self.failed = {sae["name"]: sae["failed"] for sae in known or []}
+        self.failed = {sae["name"]: sae.get("failed") for sae in known or []}
         # The baselines of the SAEs that are written: those are not measured and written again.
-        self.written = {sae["name"]: sae["baseline"] for sae in known or [] if sae["written"]}
+        self.written = {sae["name"]: sae.get("baseline") or {} for sae in known or [] if sae.get("written")}
         self.finisher = Finisher(opened, folder)
         self.assets = assets
         self.absorption: callbacks.Absorption | None = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_train.errors import UserError
+from sae_train.errors import UserError, explaining, first_line
 from sae_train.files import write_json
 from sae_train.sae.fetch import fetch
 from sae_train.sae.forms import FORMS
@@ -44,6 +45,12 @@ def load_sae(
     tensors alone are taken. Of a repo only the SAE's own files are fetched, at `revision` (a branch, tag or commit).
     UserError says in one sentence what is missing, damaged or not read.
     """
+    if not isinstance(path, str | PathLike):
+        raise UserError(f"an SAE is named by a folder or a repo on the hub, not by a {type(path).__name__}.")
+    with explaining(
+        lambda error: f"device {device!r} cannot be used: {first_line(error)}", RuntimeError, AssertionError
+    ):
+        torch.empty(0, device=device)
     here = Path(path).expanduser()
     if not here.exists() and re.fullmatch(REPO_ID, str(path)):
         return read_sae(fetch(str(path), folder, files_of_layouts(allow_pickle), revision), device, allow_pickle)

@@ -5,10 +5,9 @@ Layouts are SAELens' (ours), sparsify's, Gemma Scope's and, where the caller all
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,18 @@ import torch
 from torch import Tensor
 
 from sae_train.errors import UserError, explaining
+from sae_train.sae.foreign_settings import (
+    Buffer,
+    DictionaryFile,
+    SAELensFile,
+    SparsifyFile,
+    SparsifyRun,
+    checked,
+)
 from sae_train.sae.forms import FORMS
+from sae_train.sae.gemma_scope import read_gemma_scope
 from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm
+from sae_train.sae.parts import Parts, drop_ones, read_json, read_settings, rename
 from sae_train.sae.tensor_files import read_tensors
 
 FROM_SAE_LENS = {form.sae_lens: ours for ours, form in FORMS.items()}
@@ -32,22 +41,6 @@ DICTIONARIES = {
     "JumpReluAutoEncoder": ("jumprelu", False),
     "GatedAutoEncoder": ("gated", True),
 }
-OTHER_NAMES = {
-    "bias": "b_dec", "decoder_bias": "b_dec", "decoder.bias": "b_dec", "encoder.bias": "b_enc", "gate_bias": "b_gate",
-    "mag_bias": "b_mag", "w_enc": "W_enc", "w_dec": "W_dec",
-}  # fmt: skip
-TRANSPOSED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
-
-
-@dataclass
-class Parts:
-    """What a folder says of its SAE: our form's name, tensors by our names, fields of SAEConfig."""
-
-    architecture: str
-    tensors: dict[str, Tensor]
-    known: dict[str, Any] = field(default_factory=dict)
-    rescaled: bool = False
-    """whether latents are compared and returned in units of their decoder rows"""
 
 
 def read_sae(folder: Path, device: str | torch.device, allow_pickle: bool = False) -> SAE:
@@ -76,51 +69,47 @@ def _say_what_is_missing(folder: Path) -> str:
     return f"{folder} is no SAE checkpoint: {hint}."
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: the checkpoint is incomplete; copy it again.")
-    damaged = f"{path} is not readable JSON: the checkpoint is damaged; copy it again."
-    with explaining(lambda _: damaged, OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(damaged)
-    return content
-
-
 def _sae_lens(folder: Path, weights: str) -> Parts:
     """SAELens; its configurations from before version 6 keep all at the top and name topk by the activation."""
-    cfg = _read_json(folder / "cfg.json")
-    activation = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
-    theirs = "topk" if activation == "topk" else cfg.get("architecture", "standard")
+    cfg = read_settings(folder / "cfg.json", SAELensFile)
+    activation = cfg.activation_fn_str or cfg.activation_fn or "relu"
+    theirs = "topk" if activation == "topk" else cfg.architecture
     if theirs not in FROM_SAE_LENS:
         known = ", ".join(FROM_SAE_LENS)
         raise UserError(f"{folder}: architecture {theirs!r} is not read; readable are {known}.")
     if activation not in ("relu", "topk"):
         raise UserError(f"{folder}: activation {activation!r} is not read; readable are relu and topk.")
-    for key in ("normalize_activations", "reshape_activations", "finetuning_scaling_factor"):
-        if cfg.get(key, "none") not in ("none", None, False):
-            raise UserError(f"{folder}: {key} {cfg[key]!r} is not supported; fold it into the weights first ('none').")
-    metadata = {name: cfg.get(name) for name in PROVENANCE} | dict(cfg.get("metadata") or {})
-    known = {name: metadata.pop(name) for name in PROVENANCE}
-    known = {name: value for name, value in known.items() if value is not None}
-    known["metadata"], known["apply_b_dec_to_input"] = metadata, bool(cfg.get("apply_b_dec_to_input", True))
+    origin = cfg.metadata or cfg
+    known = {name: getattr(origin, name) for name in PROVENANCE}
+    known = {name: getattr(cfg, name) if value is None else value for name, value in known.items()}
+    known["metadata"] = cfg.metadata.model_dump(exclude=set(PROVENANCE), exclude_unset=True) if cfg.metadata else {}
+    known["apply_b_dec_to_input"] = cfg.apply_b_dec_to_input
     if theirs == "topk":
-        known["k"] = cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k")
-    tensors = _drop_ones(read_tensors(folder / weights))
-    return Parts(FROM_SAE_LENS[theirs], tensors, known, bool(cfg.get("rescale_acts_by_decoder_norm")))
+        older = (cfg.activation_fn_kwargs or {}).get("k")
+        known["k"] = cfg.k if cfg.k is not None else older
+        if older not in (None, known["k"]):
+            raise UserError(f"{folder}: its settings give k {cfg.k:g} and k {older!r}: one of them is wrong.")
+    tensors = drop_ones(read_tensors(folder / weights))
+    sizes = {"d_in": cfg.d_in, "d_sae": cfg.d_sae}
+    return Parts(FROM_SAE_LENS[theirs], tensors, _given(known), cfg.rescale_acts_by_decoder_norm, sizes)
+
+
+def _given(known: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _sparsify(folder: Path, weights: str) -> Parts:
     """sparsify: one folder a module, its run's config.json above them."""
-    cfg, tensors = _read_json(folder / "cfg.json"), read_tensors(folder / weights)
-    if cfg.get("activation", "topk") != "topk" or cfg.get("signed") or cfg.get("transcode") or "W_skip" in tensors:
-        raise UserError(f"{folder}: of sparsify's models only topk autoencoders are read, no groupmax, no transcoders.")
-    run = _read_json(folder.parent / "config.json") if (folder.parent / "config.json").is_file() else {}
-    block = re.fullmatch(r"(?:layers|h)[._](\d+)", folder.name)
-    known = {"model_name": run.get("model"), "dataset_path": run.get("dataset"), "context_size": run.get("ctx_len")}
-    known = {name: value for name, value in known.items() if value is not None}
-    hook = f"blocks.{block[1]}.hook_resid_post" if block else folder.name
-    return Parts("topk", _rename(tensors), {**known, "k": cfg.get("k"), "hook_name": hook})
+    cfg = read_settings(folder / "cfg.json", SparsifyFile)
+    above, run = folder.absolute().parent / "config.json", SparsifyRun()
+    if above.is_file() and {"sae", "ctx_len"} & (content := read_json(above)).keys():  # else it is somebody else's
+        run = checked(SparsifyRun, content, above)
+        checked(SparsifyFile, run.sae.model_dump() | {"transcode": run.sae.transcode or run.transcode}, above)
+    block = re.fullmatch(r"(?:layers|h)[._](\d+)", folder.absolute().name)
+    hook = f"blocks.{block[1]}.hook_resid_post" if block else folder.absolute().name
+    known = {"model_name": run.model, "dataset_path": run.dataset, "context_size": run.ctx_len, "hook_name": hook}
+    sizes = {"d_in": cfg.d_in, "num_latents": cfg.num_latents or None}
+    return Parts("topk", rename(read_tensors(folder / weights)), {**_given(known), "k": cfg.k}, sizes=sizes)
 
 
 def _dictionary_learning(folder: Path, weights: str) -> Parts:
@@ -128,60 +117,35 @@ def _dictionary_learning(folder: Path, weights: str) -> Parts:
 
     BatchTopK's single threshold is written out, as it selects latents outside training.
     """
-    config = _read_json(folder / "config.json")
-    trainer = config.get("trainer") or {}
-    if trainer.get("dict_class") not in DICTIONARIES:
+    config = read_settings(folder / "config.json", DictionaryFile)
+    trainer, buffer = config.trainer, config.buffer or Buffer()
+    if trainer.dict_class not in DICTIONARIES:
         known = ", ".join(DICTIONARIES)
-        raise UserError(f"{folder}: class {trainer.get('dict_class')!r} is not read; readable are {known}.")
-    architecture, apply_b_dec = DICTIONARIES[trainer["dict_class"]]
-    tensors = _rename(_unpickle(folder / weights))
-    if architecture == "jumprelu" and "threshold" in tensors and "W_dec" in tensors:
-        tensors["threshold"] = tensors["threshold"].to(tensors["W_dec"]).expand(len(tensors["W_dec"])).contiguous()
+        raise UserError(f"{folder}: class {trainer.dict_class!r} is not read; readable are {known}.")
+    architecture, apply_b_dec = DICTIONARIES[trainer.dict_class]
+    tensors = rename(_unpickle(folder / weights))
+    if architecture == "jumprelu" and "threshold" in tensors and tensors["threshold"].numel() == 1:
+        tensors["threshold"] = tensors["threshold"].expand(len(tensors.get("W_dec", ()))).contiguous()
     dropped = {"k", "group_sizes"} | ({"threshold"} if architecture == "topk" else set())
     known = {
-        "k": trainer.get("k"), "apply_b_dec_to_input": apply_b_dec, "model_name": trainer.get("lm_name") or "",
-        "context_size": (config.get("buffer") or {}).get("ctx_len"), "hook_name": trainer.get("submodule_name") or "",
+        "k": trainer.k, "apply_b_dec_to_input": apply_b_dec, "model_name": trainer.lm_name or "",
+        "context_size": buffer.ctx_len, "hook_name": trainer.submodule_name or "",
     }  # fmt: skip
-    if "resid_post" in known["hook_name"] and isinstance(trainer.get("layer"), int):
-        known["hook_name"] = f"blocks.{trainer['layer']}.hook_resid_post"
-    return Parts(architecture, {name: t for name, t in tensors.items() if name not in dropped}, known)
+    if "resid_post" in known["hook_name"] and isinstance(trainer.layer, int):
+        known["hook_name"] = f"blocks.{trainer.layer}.hook_resid_post"
+    if buffer.io == "in":  # what goes into a module has another hook
+        known["hook_name"] = ""
+    sizes = {"activation_dim": trainer.activation_dim, "dict_size": trainer.dict_size}
+    return Parts(architecture, {name: t for name, t in tensors.items() if name not in dropped}, known, sizes=sizes)
 
 
-def _gemma_scope(folder: Path, weights: str) -> Parts:
-    """Gemma Scope (params.npz) and Gemma Scope 2 (params.safetensors): JumpReLU, nothing taken from the input.
-
-    The model and the hook are read off the folder's own path, as nothing else names them.
-    """
-    if "embedding" in folder.parts[-3:]:
-        raise UserError(f"{folder}: Gemma Scope's SAEs of the embedding are not read (they need another scale).")
-    path = folder / weights
-    tensors = _drop_ones(_rename(_read_npz(path) if weights.endswith(".npz") else read_tensors(path)))
-    place = re.search(r"gemma-scope-(2-)?(\d+m|\d+b)-(pt|it)(?:-(res|mlp|att))?", str(folder))
-    layer = re.search(r"layer_(\d+)", str(folder))
-    known: dict[str, Any] = {"apply_b_dec_to_input": False, "dataset_path": "monology/pile-uncopyrighted"}
-    if place:
-        known["model_name"] = _gemma(*place.groups()[:3])
-    kinds = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
-    kind = (
-        place[4] if place and place[4] else next((k for k in ("resid_post", "mlp_out", "attn") if k in str(folder)), "")
-    )
-    if layer and kind[:3] in kinds:
-        known["hook_name"] = f"blocks.{layer[1]}.{kinds[kind[:3]]}"
-    return Parts("jumprelu", tensors, known)
-
-
-def _gemma(second: str | None, size: str, tuned: str) -> str:
-    """The language model's hub id; of Gemma 2 and of Gemma 3 270m the base model has no suffix."""
-    suffix = "" if tuned == "pt" and (not second or size == "270m") else f"-{tuned}"
-    return f"google/gemma-{3 if second else 2}-{size}{suffix}"
-
-
+READ_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WEIGHTS, PICKLED = "sae_weights.safetensors", "ae.pt"
 LAYOUTS: dict[str, Callable[[Path, str], Parts]] = {
     WEIGHTS: _sae_lens,
     "sae.safetensors": _sparsify,
-    "params.safetensors": _gemma_scope,
-    "params.npz": _gemma_scope,
+    "params.safetensors": read_gemma_scope,
+    "params.npz": read_gemma_scope,
     PICKLED: _dictionary_learning,
 }
 
@@ -189,30 +153,6 @@ LAYOUTS: dict[str, Callable[[Path, str], Parts]] = {
 def files_of_layouts(allow_pickle: bool) -> list[str]:
     """Names of all files that a reader may want of a folder."""
     return ["cfg.json", "config.json", *(name for name in LAYOUTS if allow_pickle or name != PICKLED)]
-
-
-def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    turned = {TRANSPOSED[name]: t.t() for name, t in tensors.items() if name in TRANSPOSED and t.ndim == 2}
-    return {OTHER_NAMES.get(name, name): t for name, t in tensors.items() if name not in TRANSPOSED} | turned
-
-
-def _drop_ones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out a scaling factor that scales nothing."""
-    factor = tensors.get("scaling_factor")
-    if factor is None or not torch.equal(factor, torch.ones_like(factor)):
-        return tensors
-    return {name: t for name, t in tensors.items() if name != "scaling_factor"}
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    import zipfile
-
-    import numpy as np
-
-    bad = (OSError, ValueError, TypeError, zipfile.BadZipFile)
-    explained = explaining(lambda error: f"{path} is truncated or no archive of arrays ({error}): copy it again.", *bad)
-    with explained, np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
@@ -240,13 +180,28 @@ def _build(parts: Parts, folder: Path, device: str | torch.device) -> SAE:
     if shapes != want:
         wrong = sorted(name for name in want.keys() | shapes.keys() if want.get(name) != shapes.get(name))
         raise UserError(f"{folder}: tensors {', '.join(wrong)} are missing, extra or of another shape than {want}.")
+    for (name, said), found in zip(parts.sizes.items(), (d_in, d_sae), strict=False):
+        if said not in (None, found):
+            raise UserError(f"{folder}: its settings give {name} {said} and its weights have {found}: one is wrong.")
     k = known.pop("k", None)
-    if architecture == "topk" and not (isinstance(k, int) and 0 < k <= d_sae):
+    if architecture == "topk" and not (isinstance(k, int | float) and k == int(k) and 0 < k <= d_sae):
         raise UserError(f"{folder}: its settings give k {k!r}; a topk SAE needs a whole number of 1 to {d_sae}.")
-    dtype = str(tensors["W_dec"].dtype).removeprefix("torch.")
     allowed = {field.name for field in fields(SAEConfig)}
     extras = {name: value for name, value in known.items() if name in allowed}
-    k = k if architecture == "topk" else None
+    k = int(k) if architecture == "topk" else None
+    dtype = _widest(tensors, folder)
     sae = SAE(SAEConfig(architecture, d_in, d_sae, k=k, dtype=dtype, **extras), device=device)
     sae.load_state_dict(tensors)
     return sae
+
+
+def _widest(tensors: dict[str, Tensor], folder: Path) -> str:
+    """The precision in which nothing that a file holds is rounded: float32, or float64 where a tensor has that.
+
+    16-bit files are exact in float32, in which everything is then computed.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in READ_DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{folder}: {name} is of type {kind}; read are float16, bfloat16, float32 and float64.")
+    return "float64" if any(t.dtype == torch.float64 for t in tensors.values()) else "float32"

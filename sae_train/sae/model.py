@@ -47,6 +47,9 @@ class SAE(nn.Module):
 
     act is relu, the k largest of relu (topk), or pre·1[pre > threshold] (jumprelu); gated has b_gate, b_mag and r_mag
     in place of b_enc (see forms).
+
+    Activations may have any leading dimensions and any float dtype: all is computed and returned in the SAE's own.
+    Whatever else is given is a UserError.
     """
 
     def __init__(self, cfg: SAEConfig, device: str | torch.device = "cpu"):
@@ -61,27 +64,31 @@ class SAE(nn.Module):
         for name in self.form.vectors:
             self.register_parameter(name, nn.Parameter(torch.zeros(cfg.d_sae, **new)))
 
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return dense latents."""
-        return self.form.encode(self, x)
+        return _spread(self.form.encode(self, self._rows(x, "activations")), x)
 
-    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    def encode_sparse(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
         """Return values and indices of the k active latents of each token (topk only)."""
         if self.cfg.architecture != "topk":
             raise UserError(f"encode_sparse needs a topk SAE; this one is {self.cfg.architecture}: use encode.")
-        return ops.encode_topk(x, self.W_enc, self.b_enc, self.input_bias, self.cfg.k)
+        rows = self._rows(x, "activations")
+        values, indices = ops.encode_topk(rows, self.W_enc, self.b_enc, self.input_bias, self.cfg.k)
+        return _spread(values, x), _spread(indices, x)
 
     @torch.no_grad()
-    def encode_entries(self, x: Float[Tensor, "batch d_in"]) -> tuple[Tensor, Tensor, Int[Tensor, " batch"]]:
+    def encode_entries(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor, Int[Tensor, " rows"]]:
         """Return the active latents of all rows, row after row: (values, latents, how many of each row).
 
         The dense block is never kept whole; nothing is differentiable.
         """
-        return self.form.entries(self, x)
+        return self.form.entries(self, self._rows(x, "activations"))
 
-    def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
+    def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Return the reconstruction of dense latents."""
-        return torch.addmm(self.b_dec, latents, self.W_dec)
+        return _spread(torch.addmm(self.b_dec, self._rows(latents, "latents"), self.W_dec), latents)
 
     def decode_entries(
         self, values: Tensor, latents: Tensor, counts: Int[Tensor, " batch"]
@@ -90,14 +97,33 @@ class SAE(nn.Module):
         pattern = ops.Pattern(latents, nnf.pad(counts.cumsum(0), (1, 0)), self.cfg.d_sae)
         return ops.decode_active(values, pattern, self.W_dec, self.b_dec)
 
-    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Return the reconstruction of x."""
-        return self.form.reconstruct(self, x)
+        return _spread(self.form.reconstruct(self, self._rows(x, "activations")), x)
+
+    def _rows(self, given: Tensor, what: str) -> Tensor:
+        """What was given as rows in the SAE's dtype; UserError if it has none."""
+        width = self.cfg.d_in if what == "activations" else self.cfg.d_sae
+        if not isinstance(given, Tensor) or not given.is_floating_point():
+            kind = getattr(given, "dtype", type(given).__name__)
+            raise UserError(f"{what} are taken as a torch tensor of floats, not of type {kind}.")
+        if given.ndim == 0 or given.shape[-1] != width:
+            raise UserError(
+                f"{what} of shape {tuple(given.shape)} do not fit this SAE: their last dimension is {width}."
+            )
+        if given.device != self.W_dec.device:
+            raise UserError(f"{what} are on {given.device} and the SAE is on {self.W_dec.device}: move one of them.")
+        return given.reshape(-1, width).to(self.W_dec.dtype)
 
     @property
     def input_bias(self) -> Tensor:
         """What is taken from x before encoding: b_dec, or 0 in checkpoints that say so."""
         return self.b_dec if self.cfg.apply_b_dec_to_input else torch.zeros_like(self.b_dec)
+
+
+def _spread(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows with the leading dimensions of what was given."""
+    return rows.reshape(*like.shape[:-1], rows.shape[-1])
 
 
 @torch.no_grad()
@@ -126,8 +152,8 @@ def fold_decoder_norm(sae: SAE) -> SAE:
     Exact, but for topk only where all rows have the same norm, as after training: its selection compares latents.
     """
     out = copy_of(sae)
-    norm = out.W_dec.norm(dim=1).clamp_min(1e-12)
-    out.W_dec.div_(norm[:, None])
+    norm = out.W_dec.to(torch.promote_types(out.W_dec.dtype, torch.float32)).norm(dim=1).clamp_min(1e-12)
+    out.W_dec.copy_(out.W_dec / norm[:, None])
     out.W_enc.mul_(norm)
     for name in out.form.scaled:
         getattr(out, name).mul_(norm)

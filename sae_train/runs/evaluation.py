@@ -1,0 +1,125 @@
+"""`sae-train eval`: the absorption eval of a finished SAE, whoever made it, with its baselines and its page."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_train.config import Settings, resolve
+from sae_train.errors import UserError
+from sae_train.files import write_json, write_parquet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sae_train.data.language_model import LanguageModel
+    from sae_train.evals.absorption import AbsorptionResult
+    from sae_train.evals.assets import Assets
+    from sae_train.runs.display import Display
+    from sae_train.sae.model import SAE
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, given: dict[str, Any], out: Path | None = None, folder: str | None = None,
+    allow_pickle: bool = False,
+) -> AbsorptionResult:  # fmt: skip
+    """Run the absorption eval on a saved SAE with its baselines and interventions; print and write what it says.
+
+    The SAE is a local folder's or, with a repo's name and a `folder` in it, the hub's, which needs `out`.
+    `given` holds settings by flag name; the model and the hook default to what the checkpoint says. Written are
+    absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and absorption.html.
+    """
+    from sae_train.runs.display import Display
+    from sae_train.runs.process import prepare_process
+    from sae_train.sae.files import load_sae
+    from sae_train.training.ranks import current
+
+    prepare_process()
+    sae = load_sae(checkpoint, folder, allow_pickle=allow_pickle)
+    checkpoint = Path(checkpoint, folder or "")
+    if out is None and not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is on the hub: name by --out a folder for what is written")
+    settings = resolve(_add_origin(given, sae, checkpoint))
+    if current().size > 1:
+        raise UserError("sae-train eval is the work of one process: start it without torchrun")
+    with Display() as display:
+        return _evaluate(sae, checkpoint, settings, Path(out or checkpoint), display)
+
+
+def _evaluate(sae: SAE, checkpoint: Path, settings: Settings, out: Path, display: Display) -> AbsorptionResult:
+    from sae_train.data.sources import kind_of
+    from sae_train.evals import absorption, baselines
+    from sae_train.evals.interventions import interventions
+    from sae_train.runs.callbacks import build_assets
+    from sae_train.runs.summary import absorption_line
+    from sae_train.training.ranks import choose_device
+
+    display(f"loading {settings.lm.model}")
+    lm = kind_of(settings).language_model(settings, choose_device(settings.lm.device))
+    own_notes = _fit_model(lm, sae, checkpoint)
+    built, notes = build_assets(lm, settings.eval, display)
+    if built is None:
+        raise UserError(" ".join(notes))
+    sae, built = sae.to(lm.device), built.to(lm.device)
+    how = settings.eval
+    result = absorption.evaluate(sae, built, preset=how.preset, seed=how.eval_seed, lm=lm, progress=display)
+    write = functools.partial(_write_evaluation, result, sae, built, lm, checkpoint, out)
+    written, beside = write({}, None), {}  # before what may fail yet
+    if result.valid:
+        beside = baselines.all_scores(sae, built.x, built, result, lm, display)
+    for line in [*own_notes, *notes, absorption_line(result.metrics(), beside.get("random"))]:
+        display.say(line)
+    if result.valid:
+        display("trying interventions")
+        written = write(beside, interventions(sae, lm, built, result, seed=result.seed))
+    display.say(f"written: {', '.join(map(str, written))}")
+    return result
+
+
+def _fit_model(lm: LanguageModel, sae: SAE, checkpoint: Path) -> list[str]:
+    """Let the model begin its prompts as the SAE's texts began; UserError if the two are of different widths."""
+    if lm.d_in != sae.cfg.d_in:
+        raise UserError(
+            f"the SAE in {str(checkpoint)!r} takes {sae.cfg.d_in} values a token and {lm.hook_name} of {lm.name} "
+            f"has {lm.d_in}: name the --model and --hook that it was trained on"
+        )
+    if sae.cfg.prepend_bos or lm.bos_id is None:
+        return []
+    lm.bos_id = None
+    return ["the eval's prompts have no BOS token, as the texts that the SAE was trained on had none"]
+
+
+def _write_evaluation(
+    result: AbsorptionResult, sae: SAE, built: Assets, lm: LanguageModel, checkpoint: Path, out: Path,
+    beside: dict[str, dict], changes: pd.DataFrame | None,
+) -> list[Path]:  # fmt: skip
+    from sae_train.report import write_eval_page
+
+    out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "SAE": str(checkpoint), "model": lm.name, "hook": lm.hook_name, "preset": result.preset,
+        "hierarchy": built.settings["hierarchy"], "seed": str(result.seed), "assets": result.asset_hash,
+    }  # fmt: skip
+    paths = [out / name for name in ("absorption.json", "absorption.parquet", "interventions.parquet")]
+    write_json(paths[0], result.to_saebench_json(beside, sae_cfg_dict=asdict(sae.cfg)))
+    write_parquet(paths[1], result.table(checkpoint.name, step=-1, with_words=True))
+    if changes is not None and len(changes):
+        write_parquet(paths[2], changes)
+    else:
+        paths[2].unlink(missing_ok=True)
+    paths.append(write_eval_page(result, beside, changes, about, out / "absorption.html"))
+    return [path for path in paths if path.exists()]
+
+
+def _add_origin(given: dict[str, Any], sae: SAE, checkpoint: Path) -> dict[str, Any]:
+    """Fill in model and hook from the checkpoint; UserError if neither it nor the caller names them."""
+    known = {"model": sae.cfg.model_name or None, "hook": sae.cfg.hook_name or None}
+    merged = known | {key: value for key, value in given.items() if value is not None}
+    missing = [f"--{key}" for key in known if not merged[key]]
+    if missing:
+        raise UserError(
+            f"the checkpoint {str(checkpoint)!r} does not say what it was trained on: give {', '.join(missing)}"
+        )
+    return merged
