@@ -83,14 +83,14 @@ def _train_by_hand(args: argparse.Namespace) -> None:
 def _uncontrolled(arch: str, coefficient: float) -> Iterator[None]:
     """The controller's gains at zero, its start at the coefficient, no offset at the end."""
     cls = TRAINED[arch]
-    kept = cls.first_coefficient, cls.calibrate, L0Controller.LEVEL_GAIN, L0Controller.PRICE_GAIN
+    kept = cls.first_coefficient, cls.calibrate, cls.moves_levels, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL
     cls.first_coefficient, cls.calibrate = coefficient, lambda self, held_out: None
-    L0Controller.LEVEL_GAIN = L0Controller.PRICE_GAIN = 0.0
+    cls.moves_levels, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL = False, 0.0, 0.0
     try:
         with unpriced(arch):
             yield
     finally:
-        cls.first_coefficient, cls.calibrate, L0Controller.LEVEL_GAIN, L0Controller.PRICE_GAIN = kept
+        cls.first_coefficient, cls.calibrate, cls.moves_levels, L0Controller.PROPORTIONAL, L0Controller.INTEGRAL = kept
 
 
 @contextmanager

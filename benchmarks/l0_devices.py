@@ -26,45 +26,18 @@ from sae_train.files import read_json
 from sae_train.runs.run import Run, train
 from sae_train.training import learner
 from sae_train.training.architectures import TRAINED
-from sae_train.training.l0 import L0Controller
+from sae_train.training.l0 import L0Controller, LevelController
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "l0_devices.csv"
 WIDTH, TARGETS = "1k", (10, 50)
 
 
-class OnPrice(L0Controller):
-    """The price alone, proportional and integral: log λ = I + e, I += .02·clip(e, ±1), e of a smoothed L0; levels move
-    by the loss alone."""
-
-    PROPORTIONAL, INTEGRAL, SMOOTHING = 1.0, 0.02, 0.8
-
-    def __init__(self, target: float, start: float, first_step: int, device: torch.device | str = "cpu"):
-        super().__init__(target, start, first_step, device)
-        self.ema = torch.tensor(float("nan"), device=device)
-
-    @property
-    def coefficient(self) -> Tensor:
-        return (self.log_price + self.PROPORTIONAL * self._error()).exp()
-
-    @torch.no_grad()
-    def update(self, l0: Tensor, step: int, keep: Tensor | bool = True) -> Tensor:
-        self.ema = torch.where(self.ema.isnan(), l0, self.SMOOTHING * self.ema + (1 - self.SMOOTHING) * l0)
-        if step >= self.first_step:
-            limit = math.log(self.MAX_FACTOR)
-            moved = self.log_price + self.INTEGRAL * self._error()
-            self.log_price = moved.clamp(self.start - limit, self.start + limit)
-        return torch.zeros_like(l0)
-
-    def _error(self) -> Tensor:
-        return (self.ema.clamp_min(1e-3) / self.target).log().nan_to_num(0.0).clamp(-1, 1)
-
-
-class OnLambda(OnPrice):
+class OnLambda(L0Controller):
     """The same with the coefficient as λ itself: all the difference is jumprelu's."""
 
 
-class SlowIntegral(OnPrice):
+class SlowIntegral(L0Controller):
     """log λ += 3e-4·(L0_ema/L0* − 1), EMA .99, λ within [.01, 100] times its start."""
 
     PROPORTIONAL, SMOOTHING, MAX_FACTOR = 0.0, 0.99, 100.0
@@ -74,7 +47,7 @@ class SlowIntegral(OnPrice):
         return (self.ema / self.target - 1).nan_to_num(0.0)
 
 
-class UpOrDown(OnPrice):
+class UpOrDown(L0Controller):
     """λ times 1 ± 3e-4 by the sign of the error, after a fifth of the run."""
 
     PROPORTIONAL, SMOOTHING = 0.0, 0.0
@@ -87,7 +60,7 @@ class UpOrDown(OnPrice):
         return (self.ema - self.target).sign().nan_to_num(0.0)
 
 
-class LogIntegral(OnPrice):
+class LogIntegral(L0Controller):
     """log λ += .01·tanh(3·log(L0_ema/L0*)), EMA .95, after a tenth of the run."""
 
     PROPORTIONAL, SMOOTHING = 0.0, 0.95
@@ -100,7 +73,7 @@ class LogIntegral(OnPrice):
         return (3 * (self.ema.clamp_min(1e-3) / self.target).log()).tanh().nan_to_num(0.0)
 
 
-class Quadratic(OnPrice):
+class Quadratic(L0Controller):
     """c·(L0/L0* − 1)²: its gradient is that of λ·L0 with λ = 2c·(L0/L0* − 1)/L0*, of the batch before."""
 
     SMOOTHING, WEIGHT = 0.0, 1.0
@@ -117,8 +90,8 @@ class Quadratic100(Quadratic):
 
 
 DEVICES = {
-    "levels and price (ours)": L0Controller,
-    "price alone, PI in log space": OnPrice,
+    "levels and price (ours)": LevelController,
+    "price alone, PI in log space": L0Controller,
     "the same on λ itself": OnLambda,
     "slow integral, EMA .99": SlowIntegral,
     "up or down by 3e-4": UpOrDown,
@@ -145,20 +118,21 @@ def _measure(args: argparse.Namespace, name: str, device: type[L0Controller]) ->
     archs = ["jumprelu"] if issubclass(device, Quadratic) else ["relu", "jumprelu"]
     folder = args.runs / device.__name__
     if not (folder / "run.json").exists() or read_json(folder / "run.json").get("status") != "finished":
-        kept = learner.L0Controller, {arch: TRAINED[arch].calibrate for arch in archs}
+        kept = learner.L0Controller, {arch: (TRAINED[arch].calibrate, TRAINED[arch].moves_levels) for arch in archs}
         learner.L0Controller = device
         for arch in archs:
             TRAINED[arch].calibrate = lambda self, held_out: None
+            TRAINED[arch].moves_levels = device is LevelController
         try:
-            with nullcontext() if device in (L0Controller, OnPrice) else unpriced("jumprelu"):
+            with nullcontext() if device in (L0Controller, LevelController) else unpriced("jumprelu"):
                 train(
                     name=folder.name, out=str(args.runs), arch=archs, width=WIDTH, l0=list(TARGETS),
                     tokens=args.tokens, absorption=False,
                 )  # fmt: skip
         finally:
             learner.L0Controller = kept[0]
-            for arch, calibrate in kept[1].items():
-                TRAINED[arch].calibrate = calibrate
+            for arch, (calibrate, moves_levels) in kept[1].items():
+                TRAINED[arch].calibrate, TRAINED[arch].moves_levels = calibrate, moves_levels
     return [
         {"device": name, "arch": sae["arch"], "width": sae["width"], "l0": sae["l0"], "tokens": args.tokens,
          "l0_reached": sae["final"]["metrics/l0"], "ev": sae["final"]["metrics/explained_variance"]}

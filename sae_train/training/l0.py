@@ -1,4 +1,5 @@
-"""Steering of L0 for relu, jumprelu and gated: the controller of levels and price, and the levels that give an L0.
+"""Steering of L0 for relu, jumprelu and gated: controllers of the price of a latent and of levels, and the levels that
+give an L0.
 
 Everything lives in device tensors, so that an update costs no wait; `state_dict` is all a resumed run needs.
 """
@@ -21,51 +22,66 @@ CHUNK_ROWS = 1024
 
 
 class L0Controller:
-    """Holds L0 at its target from two sides, with e = log(L0 / L0*) of each batch.
+    """A PI controller of the price λ in log space: log λ = I + K_p·e, I ← I + K_i·e, e = clip(log(L0_ema / L0*), ±1).
 
-    Fast: all levels that latents must exceed move so that log L0 falls by LEVEL_GAIN·e. Above a level pre-activations
-    thin out about exponentially, so that a move by δ·(mean excess) lowers log L0 by δ; the architecture moves them.
-    Slow: log λ ← log λ + PRICE_GAIN·clip(e, ±1). What e is left then is what the levels must be moved against the
-    loss's own pull, so that λ comes to where there is none.
-
-    λ stays within a factor MAX_FACTOR of where it began, so that it cannot wind up while it has no grip on L0.
+    I stays within a factor MAX_FACTOR of where it began, so that it cannot wind up while λ has no grip on L0.
     """
 
-    LEVEL_GAIN = 0.4
-    PRICE_GAIN = 0.02
+    PROPORTIONAL = 1.0
+    INTEGRAL = 0.02
+    SMOOTHING = 0.8
     MAX_FACTOR = 1e4
-    MOST = 2.0  # of e that levels answer to in one step
 
     def __init__(self, target: float, start: float, first_step: int, device: torch.device | str = "cpu"):
-        """λ begins to move at `first_step`, the levels at once."""
         self.target, self.start, self.first_step = target, math.log(start), first_step
-        self.log_price = torch.tensor(self.start, device=device)
+        self.integral = torch.tensor(self.start, device=device)
+        self.ema = torch.tensor(float("nan"), device=device)
 
     @property
     def coefficient(self) -> Tensor:
         """λ now."""
-        return self.log_price.exp()
+        return (self.integral + self.PROPORTIONAL * self._error()).exp()
 
     @torch.no_grad()
-    def update(self, l0: Tensor, step: int, keep: Tensor | bool = True) -> Tensor:
-        """Take in the L0 of one batch; return by how many mean excesses the levels are to rise.
-
-        `keep` false leaves everything as it was, and returns 0.
-        """
-        error, keep = (l0.clamp_min(1e-3) / self.target).log(), torch.as_tensor(keep)
+    def update(self, l0: Tensor, step: int, keep: Tensor | bool = True) -> None:
+        """Take in the L0 of one batch; λ moves from `first_step` on. `keep` false leaves everything as it was."""
+        ema = torch.where(self.ema.isnan(), l0, self.SMOOTHING * self.ema + (1 - self.SMOOTHING) * l0)
+        self.ema = torch.where(torch.as_tensor(keep), ema, self.ema)
         if step >= self.first_step:
             limit = math.log(self.MAX_FACTOR)
-            moved = self.log_price + self.PRICE_GAIN * error.clamp(-1, 1)
-            self.log_price = torch.where(keep, moved.clamp(self.start - limit, self.start + limit), self.log_price)
-        return torch.where(keep, self.LEVEL_GAIN * error.clamp(-self.MOST, self.MOST), 0.0)
+            moved = self.integral + self.INTEGRAL * self._error()
+            moved = moved.clamp(self.start - limit, self.start + limit)
+            self.integral = torch.where(torch.as_tensor(keep), moved, self.integral)
+
+    def _error(self) -> Tensor:
+        return (self.ema.clamp_min(1e-3) / self.target).log().nan_to_num(0.0).clamp(-1, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the controller's memory."""
-        return {"log_price": self.log_price}
+        return {"integral": self.integral, "ema": self.ema}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what state_dict returned."""
-        self.log_price = state["log_price"].to(self.log_price.device).clone()
+        self.integral = state["integral"].to(self.integral.device).clone()
+        self.ema = state["ema"].to(self.ema.device).clone()
+
+
+class LevelController(L0Controller):
+    """Holds L0 from two sides where all levels that latents must exceed can be moved; e = log(L0 / L0*) of a batch.
+
+    Fast: the levels move so that log L0 falls by LEVEL_GAIN·e. Above a level pre-activations thin out about
+    exponentially, so that a rise by δ mean excesses lowers log L0 by δ. Slow: I takes e in as above, without K_p. What
+    e is left is what the levels must be moved against the loss's own pull, so that λ comes to where there is none.
+    """
+
+    PROPORTIONAL, SMOOTHING = 0.0, 0.0
+    LEVEL_GAIN = 0.4
+    MOST = 2.0  # of e that levels answer to in one step
+
+    def rise(self, l0: Tensor) -> Tensor:
+        """Return by how many mean excesses the levels are to rise after a batch with this L0."""
+        error = (l0.clamp_min(1e-3) / self.target).log()
+        return self.LEVEL_GAIN * error.clamp(-self.MOST, self.MOST)
 
 
 def level_for(pre: Float[Tensor, "n d_sae"], l0: float) -> Float[Tensor, ""]:

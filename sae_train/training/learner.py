@@ -16,7 +16,7 @@ from sae_train.errors import UserError
 from sae_train.kernels import ops
 from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm, fold_scale
 from sae_train.training.architectures import TRAINED, Forward
-from sae_train.training.l0 import L0Controller
+from sae_train.training.l0 import L0Controller, LevelController
 from sae_train.training.ranks import Ranks
 from sae_train.training.recording import Recorder
 
@@ -69,7 +69,8 @@ class Learner:
         self.control = None
         if self.arch.first_coefficient is not None:
             first = round(settings.lr_warm_up * n_steps)
-            self.control = L0Controller(spec.l0, self.arch.first_coefficient, first, device)
+            kind = LevelController if self.arch.moves_levels else L0Controller
+            self.control = kind(spec.l0, self.arch.first_coefficient, first, device)
         self.step_count = 0
         self.last: dict[str, Tensor] = {}
         self.failed: str | None = None
@@ -125,8 +126,11 @@ class Learner:
         self.idle_tokens.add_(n_tokens).masked_fill_(fired > 0, 0)
         metrics = self._metrics(run, terms, l0, norms)
         if self.control:
-            rise = self.control.update(l0, self.step_count, ~bad)
-            self.arch.raise_levels(rise * self.ranks.mean(torch.as_tensor(run.excess, device=self.device)))
+            self.control.update(l0, self.step_count, ~bad)
+        if self.arch.moves_levels:
+            excess, n_active = self.ranks.sum(run.excess)
+            rise = self.control.rise(l0) * excess / n_active.clamp_min(1)
+            self.arch.raise_levels(torch.where(bad, 0.0, rise))
         return metrics
 
     def check(self) -> str | None:

@@ -34,8 +34,8 @@ class Forward:
 
     `error` is the squared error to be lowered, `sparsity` is multiplied by `price` and the controller's coefficient,
     `extra` is what else the architecture's loss has. `level` is where a latent begins to be active, for dead ones to
-    rise to, and `excess` by how much active latents are above theirs on average, in the units of `raise_levels`.
-    `state` replaces entries of the architecture's state if the step is taken.
+    rise to; `excess` is by how much active latents are above theirs in sum, in the units of `raise_levels`, and how
+    many. `state` replaces entries of the architecture's state if the step is taken.
     """
 
     recon: Tensor
@@ -46,7 +46,7 @@ class Forward:
     price: Tensor | float = 1.0
     extra: Tensor | None = None
     level: Tensor | float = 0.0
-    excess: Tensor | float = 0.0
+    excess: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -69,6 +69,8 @@ class Architecture(ABC):
     base_lr: float
     lr_factors: dict[str, float]
     first_coefficient: float | None
+    moves_levels = False
+    """whether L0 is also held by moving all levels (`raise_levels`, from `Forward.excess`), which is fast"""
     shares_batches = True
     """whether several processes can each train on their share of a batch"""
     takes_bfloat16 = False
@@ -114,8 +116,8 @@ class Architecture(ABC):
         """Return the weighted loss that brings dead latents back, from some rows of x and x̂."""
 
     def raise_levels(self, by: Tensor) -> None:
-        """Raise what every latent must exceed; a controlled architecture has its own way to do so."""
-        raise NotImplementedError(f"{type(self).__name__} asks for control of L0: give it raise_levels")
+        """Raise what every latent must exceed; asked only where `moves_levels`."""
+        raise NotImplementedError
 
     @abstractmethod
     def settle(self) -> None:
@@ -127,10 +129,10 @@ class Architecture(ABC):
 
 
 @torch.no_grad()
-def mean_excess(excess: Tensor) -> Float[Tensor, ""]:
-    """Mean of the positive ones of some latents' distances to their levels; 0 where there is none."""
+def sum_excess(excess: Tensor) -> Float[Tensor, 2]:
+    """Sum and number of the positive ones of some latents' distances to their levels."""
     above = excess.detach().clamp_min(0.0)
-    return above.sum() / (above > 0).sum().clamp_min(1)
+    return torch.stack([above.sum(), (above > 0).sum()])
 
 
 def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"], bias: Tensor) -> Float[Tensor, "n d_sae"]:

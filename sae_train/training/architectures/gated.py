@@ -14,7 +14,6 @@ from sae_train.training.architectures.base import (
     START_L0,
     Architecture,
     Forward,
-    mean_excess,
     pre_activations,
     revival_by_level,
     start_level,
@@ -47,15 +46,10 @@ class Gated(Architecture):
         return Forward(
             recon, values, pattern, losses.mse(x, recon),
             sparsity=losses.l1(gate, pattern.latents, sae.W_dec, len(x)), extra=losses.mse(x, frozen),
-            excess=mean_excess(gate),
         )  # fmt: skip
 
     def revival(self, run, x, recon, dead):
         return revival_by_level(self.sae, x, self.sae.b_gate, 0.0, dead)
-
-    @torch.no_grad()
-    def raise_levels(self, by):
-        self.sae.b_gate -= by
 
     def settle(self):
         """The SAE is what is trained: nothing to bring in line."""

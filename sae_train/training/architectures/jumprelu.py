@@ -16,10 +16,10 @@ from sae_train.training.architectures.base import (
     Architecture,
     Forward,
     fit_scale,
-    mean_excess,
     pre_activations,
     revival_by_level,
     start_level,
+    sum_excess,
 )
 from sae_train.training.l0 import level_on
 
@@ -32,7 +32,7 @@ class JumpReLU(Architecture):
 
     form, base_lr = "jumprelu", 2e-4
     first_coefficient = 0.4
-    takes_bfloat16 = True
+    takes_bfloat16 = moves_levels = True
 
     def make_leaves(self):
         # A step of log θ changes θ by a share: the rule that wide SAEs take small steps is not for it.
@@ -57,7 +57,7 @@ class JumpReLU(Architecture):
         error = error / len(x)
         price = self.ranks.mean(error.detach()) / self.spec.l0
         # log θ is what moves, so that distances are shares of θ.
-        excess = mean_excess(values.detach() / threshold.detach()[pattern.latents] - 1)
+        excess = sum_excess(values.detach() / threshold.detach()[pattern.latents] - 1)
         return Forward(recon, values, pattern, error, active / len(x), price, level=threshold, excess=excess)
 
     def revival(self, run, x, recon, dead):
