@@ -16,6 +16,7 @@ import torch
 from sae_train.errors import UserError
 from sae_train.evals import k_sparse, tables
 from sae_train.evals.contexts import show_nothing
+from sae_train.evals.figures import f1_precision_recall
 from sae_train.evals.latents import Latents, encode
 from sae_train.evals.presets import ASSET_FIELDS, Preset, get_preset
 from sae_train.evals.ranking import rank_latents
@@ -32,18 +33,23 @@ if TYPE_CHECKING:
     from sae_train.evals.contexts import Progress
     from sae_train.protocols import SAE, LanguageModel
 
+MOST_SILENT = 0.5  # of the test words
+LEAST_ABOVE_NULL = 0.05  # of F1; random directions are further above it
+
 __all__ = ["AbsorptionResult", "evaluate", "score_projections", "score_words"]
 
 
 @torch.no_grad()
 def evaluate(
     sae: SAE, assets: Assets, preset: str | Preset = "saebench", seed: int = 0, lm: LanguageModel | None = None,
-    progress: Progress = show_nothing,
+    progress: Progress = show_nothing, baseline: bool = False,
 ) -> AbsorptionResult:  # fmt: skip
     """Evaluate one SAE; whatever is wrong with it or with the assets ends in valid = False and a reason.
 
-    Presets of the paper ask the language model, so they need lm. `progress` hears what is being done. UserError if lm
-    is missing, or if the assets were built for a preset with other prompts or another probe.
+    An SAE that does nothing absorbs nothing: unless it is a `baseline`, which may have learnt nothing, its latents must
+    be active on words and its main latents tell letters apart. Presets of the paper ask the language model, so they
+    need lm. `progress` hears what is being done. UserError if lm is missing, or if the assets were built for a preset
+    with other prompts or another probe.
     """
     chosen = get_preset(preset)
     stored = assets.settings["preset"]
@@ -55,7 +61,7 @@ def evaluate(
         )
     if chosen.attribution and lm is None:
         raise UserError(f"the preset {chosen.name} asks the language model about each word: give it as lm.")
-    return Evaluation(sae, assets, chosen, seed, lm, progress).run()
+    return Evaluation(sae, assets, chosen, seed, lm, progress, baseline).run()
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,9 @@ class Evaluation:
 
     def __init__(
         self, sae: SAE, assets: Assets, preset: Preset, seed: int, lm: LanguageModel | None,
-        progress: Progress = show_nothing,
+        progress: Progress = show_nothing, baseline: bool = False,
     ):  # fmt: skip
-        self.progress = progress
+        self.progress, self.baseline = progress, baseline
         self.sae, self.preset, self.seed, self.lm = sae, preset, seed, lm
         self.device, self.dtype = sae.W_dec.device, sae.W_dec.dtype
         self.assets = assets.to(self.device)
@@ -196,11 +202,31 @@ class Evaluation:
             f"only {n_letters} of {self.n_labels} labels can be read off the model by a linear probe (F1 above "
             f"{self.preset.min_probe_f1} on test words); the eval needs {needed}"
         )  # fmt: skip
+        reason = reason or ("" if self.baseline else self.find_idleness(latents.test, chosen))
         details = {**self.details(), "ranking": how}
         return replace(
             self.invalid_result(reason), valid=not reason, by_letter=letters, words=words, l0=latents.test.l0,
             ev=self.explained_variance(latents.test), details=details,
         )  # fmt: skip
+
+    def find_idleness(self, test: Latents, chosen: k_sparse.KSparse) -> str:
+        """Why the SAE does too little on test words for a score to mean anything: an idle one has no absorption.
+
+        Its main latents' F1 is held against what they get for labels dealt out at random, 2pr/(p + r) where a share p
+        of the words has the label and they name a share r.
+        """
+        silent = float((test.counts == 0).float().mean())
+        if silent > MOST_SILENT:
+            return f"the SAE is silent on {silent:.0%} of the test words (its L0 there is {test.l0:.2f})"
+        counting = self.assets.letters_that_count.to(chosen.logits.device)
+        truth = self.assets.labels[self.assets.is_test][:, None] == torch.arange(self.n_labels, device=self.device)
+        truth, named = truth.to(chosen.logits.device)[:, counting], (chosen.logits > 0)[:, counting]
+        p, r = truth.double().mean(0), named.double().mean(0)
+        null = float((2 * p * r / (p + r).clamp_min(1e-12)).mean())
+        f1 = float(f1_precision_recall(named, truth)[0].mean())
+        if f1 > null + LEAST_ABOVE_NULL:
+            return ""
+        return f"the SAE's latents tell no letters apart: the main ones have F1 {f1:.3f}, by chance {null:.3f}"
 
     def explained_variance(self, test: Latents) -> float:
         """On at most 1,024 test words."""

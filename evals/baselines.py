@@ -91,7 +91,7 @@ def random_score(
     for draw in range(draws):
         progress("measuring random SAEs", draw, draws)
         sae = random_sae(like, x, seed=seed * draws + draw)
-        results.append(evaluate(sae, assets, preset=preset, seed=seed, lm=lm))
+        results.append(evaluate(sae, assets, preset=preset, seed=seed, lm=lm, baseline=True))
     if not all(result.valid for result in results):
         return next(result for result in results if not result.valid)
 
@@ -133,7 +133,7 @@ def shuffled_labels_score(
         a, labels=labels, tp_rows=tp_rows, tp_x=a.x[tp_rows], tp_tokens=a.tp_tokens[:0], probe_weight=probe.weight,
         probe_bias=probe.bias, probe_figures=figures.nan_to_num(), settings=settings,
     )  # fmt: skip
-    e = Evaluation(sae, dealt, ungated, seed, None)
+    e = Evaluation(sae, dealt, ungated, seed, None, baseline=True)
     if latents is not None:
         places = (a.is_test.cumsum(0) - 1)[tp_rows].to(e.device)
         latents = replace(latents, tp=latents.test.pick(places))

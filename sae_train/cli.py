@@ -6,6 +6,7 @@ Flags and their help are made from the settings tree; nothing heavy is imported 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from cyclopts import App, Group, Parameter
 from sae_train.config import groups, leaves, resolve
 from sae_train.errors import UserError
 
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 OTHERS_WAIT = 10.0  # seconds that other processes leave the first one to say what is wrong
 EPILOGUE = """Examples:
 
@@ -95,7 +97,11 @@ def train(
     *,
     config: Annotated[str | None, Parameter(group=SESSION, help="YAML file with settings; flags win over it")] = None,
     dry_run: Annotated[
-        bool, Parameter(group=SESSION, help="print the resolved plan (derived values, memory, time) and stop")
+        bool,
+        Parameter(
+            group=SESSION,
+            help="print the resolved plan (derived values, memory, time), refuse what the run would, and stop",
+        ),
     ] = False,
     flags: Annotated[TrainFlags | None, FLAT] = None,
 ) -> None:
@@ -106,11 +112,14 @@ def train(
     given = vars(flags or TrainFlags())
     settings = resolve(given, config)
     if dry_run:
+        from sae_train.runs.folder import check_free
         from sae_train.runs.plan import make_plan
 
+        check_free(settings)
         plan = make_plan(settings)
         if _rank() == 0:
             print(plan.text())
+        plan.check()
         return
     from sae_train.publishing.reproduce import shell_call
     from sae_train.runs.run import start
@@ -269,6 +278,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (UserError, cyclopts.CycloptsError) as error:
         _complain(str(error))
+        return 2
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _complain(f"the disk does not take what is to be written{where}: {error.strerror}")
         return 2
     except KeyboardInterrupt:
         return 130

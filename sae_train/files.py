@@ -9,7 +9,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -95,6 +95,27 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines = [line for line in text.split("\n") if line.strip()]
     records = [record for record in map(_record, lines) if record is not None]
     return records, len(lines) - len(records)
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep the records of a JSON-lines file that are wanted, and, as they are, the lines that cannot be read.
+
+    A last line without its end is what a kill left of a record, and goes.
+    """
+    if not path.exists():
+        return
+    *lines, _ = path.read_bytes().split(b"\n")
+    kept = [line for line in lines if _is_wanted(line, wanted)]
+    with whole(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+
+
+def _is_wanted(line: bytes, wanted: Callable[[dict[str, Any]], bool]) -> bool:
+    record = _record(line.decode(errors="replace"))
+    try:
+        return record is None or wanted(record)
+    except (KeyError, TypeError):
+        return True
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from eval_fakes import D_IN, Decodes, FakeLM, fake_words, word_tokenizer
 
+from sae_train.config import EvalSettings
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets
 from sae_train.evals.absorption import score_projections, score_words
 from sae_train.evals.baselines import random_sae
 from sae_train.evals.hierarchy import FIRST_LETTER
+from sae_train.runs.callbacks import Absorption
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,25 @@ def test_unreadable_letters_are_a_reason_and_no_score():
     assert len(result.by_letter) == 26
 
 
+class Noise(Tied):
+    """Latents that have nothing to do with the words."""
+
+    def encode(self, x):
+        drawn = torch.rand(len(x), len(self.W_dec), generator=torch.Generator().manual_seed(len(x)))
+        return torch.where(drawn > 0.9, drawn, 0.0)
+
+
+class Constant(Tied):
+    """The same latents for every word."""
+
+    def encode(self, x):
+        return torch.zeros(len(x), len(self.W_dec)).index_fill_(1, torch.arange(6), 1.0)
+
+
+def test_an_idle_sae_may_be_a_baseline(built):
+    assert absorption.evaluate(_broken("noise"), built, baseline=True).valid
+
+
 def _broken(kind):
     W_dec = torch.randn(64, D_IN, generator=torch.Generator().manual_seed(1))
     sae = Tied(W_dec, k=6)
@@ -197,6 +218,12 @@ def _broken(kind):
         sae = Tied(W_dec[:3], k=2)
     if kind == "one latent":
         sae = Tied(W_dec[:1], k=1)
+    if kind == "asleep":
+        sae = Tied(W_dec, k=6, threshold=15.0)
+    if kind == "constant":
+        sae = Constant(W_dec, k=6)
+    if kind == "noise":
+        sae = Noise(W_dec, k=6)
     if kind == "dead":
         sae = Tied(W_dec, k=6, threshold=1e9)
     return sae
@@ -204,13 +231,22 @@ def _broken(kind):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("nan", "not finite"), ("dead", "no latent"), ("zero rows", ""), ("narrow", ""), ("one latent", "")],
+    [
+        ("nan", "not finite"),
+        ("dead", "no latent"),
+        ("zero rows", ""),
+        ("narrow", ""),
+        ("one latent", "silent on 5"),
+        ("asleep", "silent on 9"),
+        ("constant", "tell no letters apart"),
+        ("noise", "tell no letters apart"),
+    ],
 )
 def test_broken_saes_give_a_result(built, kind, reason):
     result = absorption.evaluate(_broken(kind), built)
     assert result.valid == (not reason) and reason in result.reason
     json.dumps(result.to_saebench_json(), allow_nan=False)
-    assert result.n_letters in (0, 26)
+    assert result.n_letters in (0, 26) and (result.valid or result.mean_full != result.mean_full)
 
 
 def test_letters_without_words_do_not_count():
@@ -223,3 +259,17 @@ def test_letters_without_words_do_not_count():
 def test_random_sae_absorbs_next_to_nothing(built):
     result = absorption.evaluate(random_sae(_broken(""), built.x), built)
     assert result.valid and result.mean_full < 0.2 and result.ev == result.ev
+
+
+@pytest.mark.parametrize(
+    ("reached", "step", "valid"),
+    [(7.5, 9, True), (3.0, 9, False), (float("nan"), 9, False), (11.0, None, False), (3.0, 4, True)],
+)
+def test_at_the_end_of_a_run_a_score_needs_an_sae_near_its_l0(built, reached, step, valid):
+    learner = SimpleNamespace(name="a", spec=SimpleNamespace(l0=8.0), export=lambda scale: _broken(""))
+    lm = SimpleNamespace(device="cpu")
+    export = lambda each: each.export(1.0)  # noqa: E731
+    look = Absorption(lm, built, EvalSettings(), export, 9, lambda *_: None, lambda _: reached)
+    result = look.result_of(learner, step)
+    assert result.valid == valid and ("where 8 was asked" in result.reason) == (not valid)
+    assert len(result.by_letter) == 26, "what was measured stays"

@@ -602,7 +602,7 @@ def test_trade_offs_have_a_line_an_architecture_with_the_l0_that_was_reached(tmp
 def test_the_answer_comes_first_in_plain_words(tmp_path):
     text = read(write_report(fake_run(tmp_path / "run", l0s=(8.0, 50.0)))).text
     body = text[text.index("Does a latent that stands for a first letter fire on every word with that letter?") :]
-    share = "absorbed on 10.0 % of a letter’s words, on average (95 % interval 8.0 % to 12.5 %)"
+    share = "absorbed on 10.0 % of a letter’s words, on average (95 % interval over words 8.0 % to 12.5 %)"
     assert body.index(f"topk-16k-l0_50: {share}") < 400
     assert "distinguishably more than a random SAE (0.0 %)" in body
     assert "What the words mean" in body

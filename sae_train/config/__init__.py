@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import Any
 
 PLACES = {
-    "merge": ("flat", "groups", "leaves", "resolve"),
+    "merge": ("flat", "groups", "leaves", "read_yaml", "resolve"),
     "settings": (
-        "CONFIGS", "DEFAULT_HUB_DATASET", "EvalSettings", "LMSettings", "SAESpec", "Settings", "TrainSettings",
+        "CONFIGS", "DEFAULT_HUB_DATASET", "LOCAL_NAMES", "PRESETS", "EvalSettings", "LMSettings", "SAESpec", "Settings",
+        "TrainSettings",
     ),
-    "units": ("EACH", "EVAL_PRESETS", "parse_contexts", "width_label"),
+    "units": ("EACH", "EVAL_PRESETS", "l0_label", "parse_contexts", "width_label"),
 }  # fmt: skip
 PLACE_OF = {name: module for module, names in PLACES.items() for name in names}
 

@@ -97,6 +97,21 @@ class GivenRecord(Record):
     file: str | None = None
 
 
+class TextRecord(Record):
+    """Which text a run read."""
+
+    held_out_tokens: str
+    files: dict[str, list[Any]] = {}
+
+
+class MadeFrom(Record):
+    """What a run's activations are made from."""
+
+    weights: Weights | None = None
+    packages: dict[str, str] | None = None
+    text: TextRecord | None = None
+
+
 class RunRecord(Record):
     """run.json, as a report reads it: what is only shown may be anything."""
 
@@ -112,6 +127,8 @@ class RunRecord(Record):
     seconds: Number | None = None
     passes: list[list[str]] | None = None
     activations: GivenRecord | None = None
+    made_from: MadeFrom | None = None
+    working_folder: str | None = None
     eval_assets: dict[str, Any] | None = None
 
 

@@ -11,11 +11,13 @@ from sae_train.config.units import (
     ARCHITECTURES,
     EVAL_PRESETS,
     NONE,
+    l0_label,
     listed,
     parse_arch,
     parse_contexts,
     parse_count,
     parse_l0,
+    parse_name,
     parse_outlier_norm,
     parse_preset,
     parse_seed,
@@ -42,7 +44,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class SettingsGroup(BaseModel):
     """Settings that belong together."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SAESettings(SettingsGroup):
@@ -169,7 +171,7 @@ class EvalSettings(SettingsGroup):
         description="sets of in-context examples that the words of a split side share (the model reads each once), or "
         "each: one a word, as SAEBench draws them",
     )
-    eval_seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the split, prompts and probes")
+    eval_seed: Annotated[int, Field(ge=0, le=2**62)] = Field(0, description="seed of the split, prompts and probes")
     eval_cache: Annotated[str, Field(min_length=1)] | None = Field(
         None,
         description="folder that keeps the words' activations and probes for later runs, or none; default: "
@@ -180,7 +182,7 @@ class EvalSettings(SettingsGroup):
 class RunSettings(SettingsGroup):
     """Run folder"""
 
-    name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] | None = Field(
+    name: Annotated[str, BeforeValidator(parse_name)] | None = Field(
         None, description="name of the run; default: from model, arch, width and l0"
     )
     out: str = Field("checkpoints", description="folder that holds the runs")
@@ -213,7 +215,7 @@ class SAESpec(SettingsGroup):
     def name(self) -> str:
         """Folder and display name, such as 'topk-16k-l0_50' or 'relu-4k-l0_8-seed_1'."""
         seed = f"-seed_{self.seed}" if self.seed else ""
-        return f"{self.arch}-{width_label(self.width)}-l0_{self.l0:g}{seed}"
+        return f"{self.arch}-{width_label(self.width)}-l0_{l0_label(self.l0)}{seed}"
 
 
 class Settings(SettingsGroup):
@@ -238,6 +240,11 @@ class Settings(SettingsGroup):
             problems.append(
                 f"tokens {self.train.tokens} gives under 100 steps of batch_tokens {self.train.batch_tokens}: "
                 "raise tokens or lower batch_tokens"
+            )
+        if self.train.lr_warm_up + self.train.lr_decay > 1:
+            problems.append(
+                f"lr_warm_up {self.train.lr_warm_up:g} and lr_decay {self.train.lr_decay:g} overlap, so the learning "
+                "rate would never be reached: together they must be at most 1"
             )
         if problems:
             raise ValueError("\n".join(problems))

@@ -25,6 +25,7 @@ ARCHITECTURES = {  # what --arch takes, and the class that trains it: a new one 
 EACH = "each"  # a set of in-context examples for each word of the eval
 NONE = "none"  # no activation is an outlier
 EVAL_PRESETS = ("saebench", "saebench-adam", "saebench-0.3", "paper", "paper-exact", "paper-released")
+LARGEST_SEED = 2**63 - 1  # that torch takes
 WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
     "65k": 2**16,
     "131k": 2**17,
@@ -38,6 +39,11 @@ WIDTH_LABELS = {f"{2**i}k": 2 ** (i + 10) for i in range(6)} | {
 def width_label(width: int) -> str:
     """Write a width as the field does: 16384 is '16k', 65536 is '65k', 1000 stays '1000'."""
     return next((label for label, value in WIDTH_LABELS.items() if value == width), str(width))
+
+
+def l0_label(l0: float) -> str:
+    """Write an L0 in full, so that two that differ have two names: 50.0 is '50'."""
+    return f"{l0:g}" if float(f"{l0:g}") == l0 else repr(l0).removesuffix(".0")
 
 
 def parse_width(value: object) -> int:
@@ -55,9 +61,13 @@ def parse_width(value: object) -> int:
 
 
 def parse_count(value: object) -> int:
-    """Read a number of tokens: 1_000_000, '300k', '1.5M' or '2B' (decimal suffixes); raise ValueError otherwise."""
-    text = str(value).strip().lower().replace("_", "").replace(",", "")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kmb]?)", text)
+    """Read a number of tokens: 1_000_000, 1,000,000, '300k', '1.5M' or '2B' (decimal suffixes); raise ValueError
+    otherwise. A comma stands between groups of three digits alone, and a fraction of a thousand or more.
+    """
+    text = str(value).strip().lower().replace("_", "")
+    if re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+[kmb]?", text):
+        text = text.replace(",", "")
+    match = re.fullmatch(r"(\d+(?:\.\d+(?=e|[kmb])|\.0)?(?:e\+?\d+)?)([kmb]?)", text)
     number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]] if match else 0
     if number < 1 or number != int(number):
         raise ValueError(f"{value!r} is not a count: give a positive whole number such as 4096, 300k, 1.5M or 2B")
@@ -69,8 +79,8 @@ def parse_l0(value: object) -> float:
         number = float(str(value))
     except ValueError:
         number = math.nan
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"{value!r} is not an L0: give a positive number of active latents per token, such as 50")
+    if not (number >= 1 and math.isfinite(number)):
+        raise ValueError(f"{value!r} is not an L0: give a number of active latents per token, at least 1, such as 50")
     return number
 
 
@@ -128,10 +138,18 @@ def parse_share(value: object) -> float:
     return share
 
 
+def parse_name(value: object) -> str:
+    """Read the name of a folder: no path, not only dots, at most 200 bytes; raise ValueError otherwise."""
+    text = str(value)
+    if not re.fullmatch(r"[\w.+-]+", text) or not text.strip(".") or len(text.encode()) > 200:
+        raise ValueError(f"{text[:60]!r} is not a name: give letters, digits, '_', '.', '+' and '-', at most 200 bytes")
+    return text
+
+
 def parse_seed(value: object) -> int:
     text = str(value).strip()
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError(f"{value!r} is not a seed: give a whole number from 0 up")
+    if not re.fullmatch(r"\d+", text) or int(text) > LARGEST_SEED:
+        raise ValueError(f"{value!r} is not a seed: give a whole number from 0 to {LARGEST_SEED}")
     return int(text)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae_train.data.activation_cache import ActivationCache, files_of, key_of
 from sae_train.data.buffer import LM_BATCH_TOKENS, ActivationBuffer, held_out_activations
+from sae_train.data.documents import find_documents
 from sae_train.data.dtypes import choose_dtype
 from sae_train.data.language_model import LanguageModel, describe_language_model, load_language_model
+from sae_train.data.origin import describe_text
 from sae_train.data.pretrained import tokenizer_of
 from sae_train.data.sources import Facts, Language, Opened
 from sae_train.data.tokens import open_tokens
 from sae_train.errors import UserError
+from sae_train.evals.hierarchy import get_hierarchy
+from sae_train.evals.prompts import with_template
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +42,9 @@ class HookedText:
         # Without BOS it is the first token that attention falls back on, with a norm of many times the usual.
         self.skip_first = lm.bos_id is None and settings.outlier_norm is not None
         self.weights, self.packages = lm.weights, stream.packages  # for the record of a run
+        self.made_from = {
+            "weights": lm.weights, "packages": stream.packages, "text": describe_text(settings.dataset, stream),
+        }  # fmt: skip
         self.cache: ActivationCache | None = None
         self._held_out: Tensor | None = None
         self._asked = 0
@@ -70,10 +78,12 @@ class TextSource:
         return []
 
     def describe(self, settings: Settings, device: torch.device) -> Facts:
-        """Sizes from the model's configuration alone; UserError for an unknown model or hook."""
+        """Sizes from the model's configuration alone; UserError for an unknown model, hook, text or prompt."""
         s, lm = settings, settings.lm
         dtype = choose_dtype(lm.dtype, device)
         model = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
+        _check_text(settings)
+        _check_drop(settings)
         evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
         lines = (
             f"model      {lm.model}: {model.architecture}, {model.n_layers} blocks, d_model {model.d_model}, "
@@ -104,7 +114,7 @@ class TextSource:
             text_column=settings.data.text_column,
             held_out_tokens=settings.data.held_out_tokens,
         )
-        drop = drop_ids(lm, settings.data.drop)
+        drop = drop_ids(lm.tokenizer, lm.name, settings.data.drop)
         source = HookedText(lm.shared_by(ranks), stream, drop, settings)
         asked = settings.data.activation_cache
         if asked or folder:
@@ -134,10 +144,27 @@ def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCach
     return ActivationCache(folder, key, source.lm.dtype)
 
 
-def drop_ids(lm: LanguageModel, strings: tuple[str, ...]) -> set[int]:
-    """Token ids of the strings left out of SAE training; UserError for a string that is not one token."""
-    ids = {string: lm.tokenizer(string, add_special_tokens=False)["input_ids"] for string in strings}
+def _check_text(settings: Settings) -> None:
+    """UserError for a data set that is not there or holds no text, and for prompts that cannot be made."""
+    if settings.eval.absorption:
+        with_template(get_hierarchy(settings.eval.hierarchy), settings.eval.template)
+    documents, _ = find_documents(settings.dataset, settings.data.text_column)
+    if Path(settings.dataset).expanduser().exists():  # a first read of the hub's would take long
+        with closing(documents.reads()) as reads:
+            next(reads, None)
+
+
+def _check_drop(settings: Settings) -> None:
+    """UserError for a string to be dropped that is not one token."""
+    if settings.data.drop:
+        model = settings.lm.model
+        drop_ids(tokenizer_of(model, settings.lm.trust_remote_code), model, settings.data.drop)
+
+
+def drop_ids(tokenizer: Any, name: str, strings: tuple[str, ...]) -> set[int]:
+    """Token ids of the strings left out of SAE training; UserError for a string that is not one token of a model's."""
+    ids = {string: tokenizer(string, add_special_tokens=False)["input_ids"] for string in strings}
     wrong = [repr(string) for string, tokens in ids.items() if len(tokens) != 1]
     if wrong:
-        raise UserError(f"drop: {', '.join(wrong)} is not a single token of {lm.name}: name whole tokens")
+        raise UserError(f"drop: {', '.join(wrong)} is not a single token of {name}: name whole tokens")
     return {tokens[0] for tokens in ids.values()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from sae_train.files import write_text
 from sae_train.publishing.hub import Origin, front_matter
-from sae_train.report.text import leaves_out, left_out
+from sae_train.report.text import leaves_out, left_out, number
 
 SAE_CARD = """---
 library_name: saelens
@@ -99,7 +99,7 @@ def _text_row(sae: dict[str, Any]) -> list[str]:
     random = sae["baseline"].get("random") or {}
     cells = [_number(sae["final"].get("metrics/ce_loss_score"), ".4f")]
     for name in ("mean_fraction", "mean_full"):
-        beside = f" (random SAE {random[name]:.4f})" if random.get(name) is not None else ""
+        beside = f" (random SAE {random[name]:.4f})" if number(random.get(name)) is not None else ""
         cells.append(_estimate(sae["final"], f"absorption/{name}") + beside)
     return [*cells, _number(sae["final"].get("absorption/mean_f1"), ".2f")]
 
@@ -138,13 +138,13 @@ def _licence(origin: Origin) -> str:
 
 
 def _estimate(values: dict[str, Any], key: str) -> str:
-    low, high = values.get(f"{key}_low"), values.get(f"{key}_high")
+    low, high = (number(values.get(f"{key}_{end}")) for end in ("low", "high"))
     interval = f" [{low:.4f}, {high:.4f}]" if low is not None and high is not None else ""
     return _number(values.get(key), ".4f") + interval
 
 
 def _number(value: float | None, form: str) -> str:
-    return NAN if value is None else format(value, form)
+    return NAN if number(value) is None else format(value, form)
 
 
 def weights_sentence(weights: dict[str, Any] | None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.errors import UserError
+from sae_train.report.text import number
 from sae_train.sae.fetch import hub_errors, quiet_client, some
 
 if TYPE_CHECKING:
@@ -76,15 +77,20 @@ def _arrived(api: HfApi, repo: str, before: str, names: set[str]) -> bool:
 
 def check_repo_id(repo: str) -> None:
     """UserError unless a repo's name is one that the hub takes, with its owner."""
+    if not is_hub_id(repo) or repo.count("/") != 1:
+        raise UserError("--repo takes an owner and a name of letters, digits, '-', '_' and '.', such as you/name.")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a repo's on the hub, with its owner or, as gpt2, without."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(repo)
+        validate_repo_id(name)
     except HFValidationError:
-        repo = ""
-    if repo.count("/") != 1:
-        raise UserError("--repo takes an owner and a name of letters, digits, '-', '_' and '.', such as you/name.")
+        return False
+    return name.isascii()
 
 
 def front_matter(origin: Origin, saes: list[dict[str, Any]]) -> str:
@@ -123,7 +129,7 @@ def _results(name: str, origin: Origin, sae: dict[str, Any]) -> list[dict[str, A
             metric_args=_interval(final, key),
         )
         for key, kind, title in FIGURES
-        if final.get(key) is not None
+        if number(final.get(key)) is not None
     ]
     return (
         ModelCardData(model_name=name, eval_results=figures).to_dict()["model-index"][0]["results"] if figures else []
@@ -131,7 +137,7 @@ def _results(name: str, origin: Origin, sae: dict[str, Any]) -> list[dict[str, A
 
 
 def _interval(final: dict[str, Any], key: str) -> dict[str, float] | None:
-    ends = {f"ci95_{end}": final.get(f"{key}_{end}") for end in ("low", "high")}
+    ends = {f"ci95_{end}": number(final.get(f"{key}_{end}")) for end in ("low", "high")}
     return None if None in ends.values() else {name: _short(value) for name, value in ends.items()}
 
 

@@ -5,7 +5,6 @@ Everything is staged and read back in a temporary folder first. What is off its 
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -21,14 +20,15 @@ from sae_train.errors import UserError
 from sae_train.files import check_types, read_json, read_metrics, write_json, write_text
 from sae_train.publishing.card import card
 from sae_train.publishing.curves import write_curves
-from sae_train.publishing.hub import Origin, check_repo_id, upload
+from sae_train.publishing.hub import Origin, check_repo_id, is_hub_id, upload
+from sae_train.publishing.licences import check_licence
 from sae_train.publishing.reproduce import command
+from sae_train.report.text import number
 from sae_train.sae.files import load_sae, save_sae
 from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm
 
 MAX_L0_ERROR = 0.02
 UNIT = 1e-5  # how far from 1 sae-bench lets the norm of a decoder row be
-HUB_ID = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 KEPT = ("hook_name", "d_in", "context", "tokens", "epochs", "seconds", "eval_seconds", "processes", "weights",
         "text_packages", "versions", "hardware", "git_commit")  # fmt: skip
 
@@ -43,16 +43,17 @@ class Candidate:
     def problems(self) -> list[str]:
         """Why it should not be published as it is."""
         name, final = self.entry["name"], self.entry["final"]
+        asked, reached = number(self.entry["l0"]), number(final.get("metrics/l0"))
         if not (self.folder / "cfg.json").is_file():
             return [f"{name} is not finished ({self.entry['failed'] or 'its run was interrupted'})"]
         problems = []
-        if self.entry["l0"] is None:
+        if not asked:
             problems.append(f"{name} is in no run's folder, so nothing says what it was to be")
-        elif final.get("metrics/l0") is None:
+        elif reached is None:
             problems.append(f"the L0 of {name} was not measured")
-        elif abs(final["metrics/l0"] / self.entry["l0"] - 1) > MAX_L0_ERROR:
-            problems.append(f"{name} has L0 {final['metrics/l0']:.2f} where {self.entry['l0']:g} was asked")
-        if final.get("absorption/valid") is None and final.get("toy/mcc") is None:
+        elif abs(reached / asked - 1) > MAX_L0_ERROR:
+            problems.append(f"{name} has L0 {reached:.2f} where {asked:g} was asked")
+        if final.get("absorption/valid") is None and number(final.get("toy/mcc")) is None:
             problems.append(f"the absorption eval of {name} is missing (sae-train eval {self.folder})")
         return problems
 
@@ -83,6 +84,9 @@ def publish(
     says in one sentence what stands in the way; the repo then holds nothing new.
     """
     check_repo_id(repo)
+    license = check_licence(license)
+    if base_model and not is_hub_id(base_model):
+        raise UserError(f"--base-model {base_model!r} is no id of the hub's: give one such as gpt2 or owner/name")
     source = find(Path(checkpoint))
     problems = source.problems()
     if problems and not force:
@@ -182,7 +186,7 @@ def _public_name(name: str) -> str:
 
 
 def _on_hub(name: str) -> bool:
-    return bool(re.fullmatch(HUB_ID, name)) and name not in LOCAL_NAMES and not Path(name).exists()
+    return is_hub_id(name) and name not in LOCAL_NAMES and not Path(name).exists()
 
 
 def _stage(staged: Path, source: Source, origin: Origin) -> None:

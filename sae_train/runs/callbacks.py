@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 Pairs = Iterable[tuple[str, Any]]
 Export = Callable[["Learner"], "SAE"]
 """makes a learner's SAE for raw activations"""
+DEAD = "sparsity/dead_features"
+FAR_FROM_L0 = 0.1  # of the L0 asked for: an SAE that is further off has no score
 
 
 class TrainingFigures:
@@ -47,10 +50,12 @@ class TrainingFigures:
         self._seconds_before = clock.training
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
+        could_die = learner.dead_tokens <= learner.n_steps * self.batch_tokens
         for name, value in learner.last.items():
-            yield name, float(value)
-        if "sparsity/dead_features" in learner.last:
-            yield "sparsity/dead_fraction", float(learner.last["sparsity/dead_features"]) / learner.spec.width
+            if could_die or name != DEAD:  # else 0 would be no finding
+                yield name, float(value)
+        if could_die and DEAD in learner.last:
+            yield "sparsity/dead_fraction", float(learner.last[DEAD]) / learner.spec.width
         seconds = self.clock.training - self._seconds_before
         if step > self.start and seconds > 0:
             yield "details/tokens_per_second", (step - self.start) * self.batch_tokens / seconds
@@ -64,6 +69,10 @@ class HeldOut:
 
     def __init__(self, x: Float[Tensor, "n d_in"], uncentred: Float[Tensor, "n d_in"]):
         self.x, self.totals = x, totals(uncentred)
+
+    def l0_of(self, learner: Learner) -> float:
+        """Its L0 as it is now."""
+        return float(held_out_metrics(learner.sae, self.x, self.totals)["metrics/l0"])
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
         figures = held_out_metrics(learner.sae, self.x, self.totals)
@@ -135,29 +144,39 @@ class Absorption:
 
     def __init__(
         self, lm: LanguageModel, assets: Assets, settings: EvalSettings, export: Export, last_step: int,
-        keep: Callable[[pd.DataFrame, pd.DataFrame], None], progress: Progress = show_nothing,
+        keep: Callable[[pd.DataFrame, pd.DataFrame], None], l0_of: Callable[[Learner], float],
+        progress: Progress = show_nothing,
     ):  # fmt: skip
         """`progress` hears what a look is busy with."""
         self.lm, self.assets, self.settings, self.export = lm, assets.to(lm.device), settings, export
-        self.last_step, self.keep, self.progress = last_step, keep, progress
+        self.last_step, self.keep, self.l0_of, self.progress = last_step, keep, l0_of, progress
         self.results: dict[str, AbsorptionResult] = {}
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
         start = time.perf_counter()
         self.results.pop(learner.name, None)
-        result = self.result_of(learner)
+        result = self.result_of(learner, step)
         table = result.table(learner.name, step, with_words=step == self.last_step)
         self.keep(table, trace(result).assign(sae=learner.name, step=step))
         yield from result.metrics().items()
         yield "absorption/seconds", time.perf_counter() - start
 
-    def result_of(self, learner: Learner) -> AbsorptionResult:
-        """The result at the last look; measured now where a resumed run has had none."""
+    def result_of(self, learner: Learner, step: int | None = None) -> AbsorptionResult:
+        """The result at the last look; measured now where a resumed run has had none.
+
+        After the last step it counts only for an SAE that has about the L0 that was asked for.
+        """
         if learner.name not in self.results:
             sae, how = self.export(learner), self.settings
-            self.results[learner.name] = absorption.evaluate(
+            result = absorption.evaluate(
                 sae, self.assets, how.preset, how.eval_seed, self.lm, self.progress_of(learner)
             )
+            if result.valid and step in (None, self.last_step):
+                asked, reached = learner.spec.l0, self.l0_of(learner)
+                if not abs(reached / asked - 1) <= FAR_FROM_L0:
+                    reason = f"the SAE has L0 {reached:.2f} where {asked:g} was asked"
+                    result = replace(result, valid=False, reason=reason)
+            self.results[learner.name] = result
         return self.results[learner.name]
 
     def progress_of(self, learner: Learner) -> Progress:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sae_train.config import Settings, resolve
 from sae_train.errors import UserError
 from sae_train.files import write_json, write_parquet
+from sae_train.runs.folder import find_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +116,7 @@ def _write_evaluation(
 
 def _add_origin(given: dict[str, Any], sae: SAE, checkpoint: Path) -> dict[str, Any]:
     """Fill in model and hook from the checkpoint; UserError if neither it nor the caller names them."""
-    known = {"model": sae.cfg.model_name or None, "hook": sae.cfg.hook_name or None}
+    known = {"model": find_model(sae.cfg.model_name, checkpoint) or None, "hook": sae.cfg.hook_name or None}
     merged = known | {key: value for key, value in given.items() if value is not None}
     missing = [f"--{key}" for key in known if not merged[key]]
     if missing:

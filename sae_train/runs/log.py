@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_train.files import finite, read_metrics, write_json, write_lines, write_parquet
+from sae_train.errors import explaining, first_line
+from sae_train.files import finite, keep_lines, read_metrics, write_json, write_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,6 +70,14 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def final_figures(folder: Path) -> dict[str, dict[str, Any]]:
+    """The newest value of every figure of a run's metrics.jsonl, by SAE."""
+    finals: dict[str, dict[str, Any]] = {}
+    for row in read_metrics(folder):
+        finals.setdefault(row.get("sae"), {}).update(row)
+    return finals
+
+
 class GrowingTable:
     """A Parquet file to which rows are added; each time it is rewritten whole."""
 
@@ -89,7 +98,8 @@ class GrowingTable:
         import pandas as pd
 
         if self.path.exists():
-            table = pd.read_parquet(self.path)
+            with explaining(lambda error: f"{str(self.path)!r} cannot be read: {first_line(error)}; move it away"):
+                table = pd.read_parquet(self.path)
             self._parts = [table[table["step"] <= table["sae"].map(reached).fillna(-1)]]
 
 
@@ -120,9 +130,7 @@ class RunLog:
 
     def rewind(self, reached: dict[str, int]) -> None:
         """Keep only rows up to the step that each SAE has reached, so that a resumed run logs every step once."""
-        if self.metrics_path.exists():
-            rows = [row for row in read_metrics(self.folder) if row["step"] <= reached.get(row["sae"], -1)]
-            write_lines(self.metrics_path, rows)
+        keep_lines(self.metrics_path, lambda row: row["step"] <= reached.get(row["sae"], -1))
         self.absorption.rewind(reached)
         self.trajectory.rewind(reached)
 

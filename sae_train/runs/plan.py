@@ -157,6 +157,7 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
     `kind` is where the activations come from, by default what the settings name.
     """
     from sae_train.data.sources import kind_of
+    from sae_train.training.precision import takes_bfloat16
     from sae_train.training.ranks import choose_device
 
     cache_folder(settings.eval.eval_cache)
@@ -166,6 +167,7 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
     problems = kind.problems(settings) + of_architectures
     if problems:
         raise UserError("\n".join(problems))
+    takes_bfloat16(settings.train, device)
     facts = kind.describe(settings, device)
     ranks = current()
     division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
@@ -237,6 +239,12 @@ def _notes(settings: Settings, facts: Facts, passes: Passes) -> list[str]:
     notes = list(facts.notes)
     if too_many:
         notes.append(f"L0 {', '.join(too_many)} is above d_in {facts.d_in}: such a code is not sparse")
+    dead, tokens = settings.train.dead_tokens or 0, settings.n_steps * settings.train.batch_tokens
+    if dead > tokens:
+        notes.append(
+            f"dead_tokens {dead:,} is more than the {tokens:,} tokens of the run: no latent can count as dead or is "
+            "brought back; how many are silent is measured on held-out activations alone"
+        )
     if len(passes) > 1:
         notes.append(f"the SAEs do not fit into memory together: they are trained in {len(passes)} passes")
     return notes

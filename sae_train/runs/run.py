@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import functools
 import os
-import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_train.config import Settings, resolve, width_label
+from sae_train.config import Settings, resolve
 from sae_train.config.record import ResumedRun, read_run
 from sae_train.errors import UserError, first_line
 from sae_train.files import read_json, read_metrics
 from sae_train.publishing.reproduce import python_call
+from sae_train.runs.folder import alone_in, check_free, removed_on_failure, reserve, restore_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,13 +28,9 @@ if TYPE_CHECKING:
     from sae_train.evals.assets import Assets
     from sae_train.protocols import Callback
     from sae_train.runs.display import Display
+    from sae_train.runs.runner import Runner
     from sae_train.runs.session import Session
     from sae_train.sae.model import SAE
-
-
-# What a run does that began before these settings were there: it kept outliers, and each word had its own context.
-BEFORE_GIVEN = {"outlier_norm": "none"}
-BEFORE = BEFORE_GIVEN | {"eval_contexts": "each"}
 
 
 @dataclass(frozen=True)
@@ -97,14 +94,15 @@ def train(
 def start(
     settings: Settings, given: Given | None = None, command: str | None = None, callbacks: Sequence[Callback] = ()
 ) -> Run:
-    """Check the plan, open everything, make the run's folder and train, on activations that were `given` or else made.
+    """Check the plan, take the run's folder, open everything and train, on activations that were `given` or else made.
 
-    `command` is how the run was asked for, as run.json keeps it.
+    `command` is how the run was asked for, as run.json keeps it. Where nothing was trained yet, a failure leaves no
+    folder behind.
     """
     from sae_train.runs.process import prepare_process, without_collection
 
     prepare_process()
-    folder = free_folder(settings)
+    check_free(settings)
     with _display() as display:
         with without_collection():
             from sae_train.runs import session
@@ -112,17 +110,44 @@ def start(
             from sae_train.runs.runner import Runner
             from sae_train.training.ranks import current
 
-            plan = make_plan(settings, given)
-            current().first(plan.check)
-            display(f"loading {settings.lm.model} and its data")
-            opened = session.open_session(settings, plan.passes, folder, given)
-            built, notes = _assets(opened, display)
-            display("looking at the first activations")
-            session.begin(opened)
-        opened.ranks.first(lambda: folder.mkdir(parents=True))
-        own_note = [settings.run.note] if settings.run.note else []
-        about = {"notes": own_note + plan.notes + notes, "command": command, "activations": given and given.record}
-        return Run(Runner(opened, folder, built, about, display, callbacks).go())
+            plan, ranks = make_plan(settings, given), current()
+            ranks.first(plan.check)
+            about = {
+                "notes": ([settings.run.note] if settings.run.note else []) + plan.notes,
+                "command": command,
+                "working_folder": str(Path.cwd()),
+                "activations": given and given.record,
+                "passes": [[spec.name for spec in specs] for specs in plan.passes],
+            }
+            was_there = Path(settings.run.out).exists()
+            folder = ranks.first(lambda: reserve(settings, about))
+            with removed_on_failure(folder, was_there):
+                display(f"loading {settings.lm.model} and its data")
+                opened = session.open_session(settings, plan.passes, folder, given)
+                built, notes = _assets(opened, display)
+                display("looking at the first activations")
+                session.begin(opened)
+                about["notes"] += notes
+                runner = Runner(opened, folder, built, about, display, callbacks)
+        return _work(runner)
+
+
+def _work(runner: Runner) -> Run:
+    """Let a runner go to the end, alone in its folder; UserError if none of its SAEs was finished."""
+    with alone_in(runner.folder) if runner.ranks.is_first else nullcontext():
+        return _finished(runner.go())
+
+
+def _finished(folder: Path) -> Run:
+    """The run that ended; UserError if none of its SAEs was finished."""
+    run = Run(folder)
+    if run.info["status"] == "failed":
+        reasons = {sae["failed"].split(": ", 1)[-1] for sae in run.info["saes"] if sae["failed"]}
+        raise UserError(
+            f"no SAE of the run {str(folder)!r} was finished ({'; '.join(sorted(reasons))}): lower --lr, or look at "
+            "what the SAEs are trained on"
+        )
+    return run
 
 
 def _display() -> Display:
@@ -152,6 +177,7 @@ def resume(
     A run on activations of your own needs them again, and one with callbacks of your own goes on without those that are
     not given again. Code of the hub's is run only where `trust_remote_code` says so here, whatever run.json says.
     """
+    from sae_train.data.origin import check_unchanged
     from sae_train.runs import session
     from sae_train.runs.plan import find_passes
     from sae_train.runs.process import prepare_process
@@ -160,11 +186,8 @@ def resume(
     prepare_process()
     folder = Path(folder)
     info = read_run(folder, ResumedRun)
-    if info.get("status") == "finished":
+    if info.get("status") == "finished" and (folder / "report.html").exists():
         raise UserError(f"the run {str(folder)!r} is finished: sae-train report {folder} shows it")
-    saved = session.newest_state(folder)
-    if saved is None:
-        raise UserError(f"the run {str(folder)!r} has no saved state yet: delete the folder and start it again")
     if info.get("passes") is None:
         raise UserError(f"the run {str(folder)!r} was begun by an earlier version of sae-train: start it again")
     if info["settings"].get("trust_remote_code") and not trust_remote_code:
@@ -173,15 +196,21 @@ def resume(
             f"it, say so again by sae-train resume {folder} --trust-remote-code"
         )
     info["settings"]["trust_remote_code"] = trust_remote_code
-    settings, given = _restore_settings(folder, info, activations)
-    about = {name: info.get(name) for name in ("command", "activations", "saes")} | {"notes": info.get("notes", [])}
+    settings, given = restore_settings(folder, info, activations)
+    about = {name: info.get(name) for name in ("command", "working_folder", "activations", "saes")}
     with _display() as display:
         display.interrupted = f"go on with: sae-train resume {folder}"
         display(f"loading {settings.lm.model} and its data")
         opened = session.open_session(settings, find_passes(settings.specs, info["passes"]), folder, given)
-        _load_state(opened, saved)
-        built, _ = _assets(opened, display)
-        return Run(Runner(opened, folder, built, about, display, callbacks).go())
+        check_unchanged(info, getattr(opened.source, "made_from", {}))
+        saved = session.newest_state(folder)
+        if saved:
+            _load_state(opened, saved)
+        else:  # it ended before its first state was saved
+            session.begin(opened)
+        built, notes = _assets(opened, display)
+        about["notes"] = [*info.get("notes", []), *(note for note in notes if note not in info.get("notes", []))]
+        return _work(Runner(opened, folder, built, about, display, callbacks))
 
 
 def _load_state(opened: Session, saved: Path) -> None:
@@ -199,53 +228,3 @@ def _load_state(opened: Session, saved: Path) -> None:
             f"the saved state {str(saved)!r} is damaged or of other settings than run.json's ({first_line(error)}): "
             "go on from a copy whose files belong together, or start the run again"
         ) from error
-
-
-def _restore_settings(folder: Path, info: dict[str, Any], activations: Any) -> tuple[Settings, Given | None]:
-    """The settings of an interrupted run, and its activations where they are a user's own."""
-    from sae_train.data.given import given_settings
-
-    if not info.get("activations"):
-        if activations is not None:
-            raise UserError(f"the run {str(folder)!r} makes its activations itself: leave activations out")
-        # What "auto" meant there counts here.
-        dtype = {"dtype": info["dtype"]} if info.get("dtype") else {}
-        return resolve(BEFORE | info["settings"] | dtype), None
-    if activations is None:
-        activations = info["activations"].get("file")
-    if activations is None:
-        raise UserError(
-            f"the run {str(folder)!r} was trained on activations given in Python: go on with it there, by "
-            f"sae_train.resume({str(folder)!r}, activations=…)"
-        )
-    settings, given = given_settings(activations, BEFORE_GIVEN | info["settings"])
-    if {**given.record, "file": None} != {**info["activations"], "file": None}:
-        raise UserError(f"the activations are not those that the run {str(folder)!r} began with: give the same ones")
-    return settings, given
-
-
-def default_name(settings: Settings) -> str:
-    """Name a run by model, architectures, widths and targets."""
-    sae = settings.sae
-    widths = "+".join(width_label(width) for width in sae.width)
-    targets = "+".join(f"{l0:g}" for l0 in sae.l0)
-    seeds = f"-seed_{'+'.join(map(str, sae.seed))}" if sae.seed != (0,) else ""
-    model = re.sub(r"[^\w.+-]+", "_", Path(settings.lm.model).name)
-    return f"{model}-{'+'.join(sae.arch)}-{widths}-l0_{targets}{seeds}"
-
-
-def free_folder(settings: Settings) -> Path:
-    """The folder of a new run: an asked name must be free, a derived one gets a number when taken."""
-    out = Path(settings.run.out)
-    if settings.run.name:
-        folder = out / settings.run.name
-        if folder.exists():
-            raise UserError(
-                f"the run folder {str(folder)!r} exists: choose another --name, or go on with it by "
-                f"sae-train resume {folder}"
-            )
-        return folder
-    name = default_name(settings)
-    taken = {path.name for path in out.glob(f"{name}*")} if out.is_dir() else set()
-    numbered = (f"{name}-{i}" for i in range(2, len(taken) + 3))
-    return out / next(free for free in (name, *numbered) if free not in taken)

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import flat
+from sae_train.errors import first_line
 from sae_train.evals import fidelity
 from sae_train.evals.presets import get_preset
-from sae_train.files import read_metrics
 from sae_train.publishing.card import write_card
 from sae_train.report import write_report
 from sae_train.runs import callbacks, session
 from sae_train.runs.display import Display
 from sae_train.runs.finisher import Finisher
-from sae_train.runs.log import RunLog, provenance
-from sae_train.runs.summary import measured_line, summary_lines
+from sae_train.runs.folder import describe_saes
+from sae_train.runs.log import RunLog, final_figures, provenance
+from sae_train.runs.summary import epochs_note, measured_line, summary_lines
 from sae_train.runs.wandb_mirror import open_mirror
 from sae_train.training import loop
 
@@ -50,7 +51,7 @@ class Runner:
 
         `own` are evals of a user's own.
         """
-        known, self.own = about.get("saes"), [*opened.opened.callbacks, *map(callbacks.check_callback, own)]
+        known, self.own = about.get("saes") or [], [*opened.opened.callbacks, *map(callbacks.check_callback, own)]
         self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, about["notes"]
         self.ranks = opened.ranks
         wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
@@ -61,14 +62,16 @@ class Runner:
             "dataset": self.settings.dataset,
             "weights": getattr(opened.source, "weights", None),
             "text_packages": getattr(opened.source, "packages", None),
+            "made_from": getattr(opened.source, "made_from", {}),
             "command": about["command"],
+            "working_folder": about.get("working_folder"),
             "activations": about.get("activations"),
             "processes": self.ranks.size,
             "passes": [[spec.name for spec in specs] for specs in opened.passes],
         } | provenance()
-        self.failed = {sae["name"]: sae.get("failed") for sae in known or []}
+        self.failed = {sae["name"]: sae.get("failed") for sae in known}
         # The baselines of the SAEs that are written: those are not measured and written again.
-        self.written = {sae["name"]: sae.get("baseline") or {} for sae in known or [] if sae.get("written")}
+        self.written = {sae["name"]: sae.get("baseline") or {} for sae in known if sae.get("written")}
         self.finisher = Finisher(opened, folder)
         self.assets = assets
         self.absorption: callbacks.Absorption | None = None
@@ -76,19 +79,27 @@ class Runner:
         self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
 
     def go(self) -> Path:
-        """Train to the end, or until Ctrl-C; raise KeyboardInterrupt then, with everything saved."""
+        """Train to the end, or until Ctrl-C; whatever ends the run early is raised with everything saved."""
+        try:
+            with self.session.stop:
+                self._train()
+            return self._finish()
+        except BaseException as error:
+            self._break_off(error)
+            raise
+
+    def _train(self) -> None:
+        """Train and write the SAEs, pass by pass."""
         opened = self.session
         self.ranks.first(lambda: self.files.rewind(opened.last_steps()))
         self._write_run("running")
         for note in self.notes:
             self.display.say(note)
-        with opened.stop:
+        self._pass()
+        for number in range(opened.number + 1, len(opened.passes)):
+            session.enter(opened, number)
+            session.begin(opened)
             self._pass()
-            for number in range(opened.number + 1, len(opened.passes)):
-                session.enter(opened, number)
-                session.begin(opened)
-                self._pass()
-        return self._finish()
 
     def _pass(self) -> None:
         """Train the SAEs that are in memory to the end, and write them."""
@@ -101,7 +112,7 @@ class Runner:
         opened.save_steps = loop.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps)
         loop.fit(opened, self._callbacks(), self)
         if opened.stop.requested and opened.step < n_steps:
-            self._interrupt()
+            raise loop.Stopped
         self.display.end()
         self._write_saes()
         if opened.opened.cache:
@@ -124,15 +135,16 @@ class Runner:
         if not opened.owned:
             return [loop.Scheduled(lambda learner, step: (), often | looks)]
         figures = callbacks.TrainingFigures(opened.clock, settings.train.batch_tokens, opened.step)
+        held_out = callbacks.HeldOut(opened.normalise(opened.held_out), opened.held_out * opened.scale)
         made = [
             loop.Scheduled(figures, often | looks),
-            loop.Scheduled(callbacks.HeldOut(opened.normalise(opened.held_out), opened.held_out * opened.scale), looks),
+            loop.Scheduled(held_out, looks),
             *(loop.Scheduled(look, looks) for look in self._evals()),
         ]
         if self.assets is not None:
             self.absorption = callbacks.Absorption(
                 opened.language.lm, self.assets, settings.eval, opened.export, n_steps, self._keep_absorption,
-                self.display,
+                held_out.l0_of, self.display,
             )  # fmt: skip
             # Where too few letters can be read off the model itself, one look records that; more would say the same.
             readable = int(self.assets.letters_that_count.sum()) >= self.assets.n_needed(
@@ -193,19 +205,21 @@ class Runner:
             self.files.log(row)
             self.display.row(row)
 
-    def _write_run(self, status: str) -> None:
+    def _write_run(self, status: str, ended_by: str | None = None, alone: bool = False) -> None:
+        """Write run.json; `alone` where the other processes do not come here."""
         opened = self.session
         failed, beside = dict(self.failed), {}
         own = {learner.name: learner.failed for learner in opened.own_learners}
-        for theirs in self.ranks.gather((own, self.written)):
+        for theirs in [(own, self.written)] if alone else self.ranks.gather((own, self.written)):
             failed |= theirs[0]
             beside |= theirs[1]
         self.failed = failed
         if not self.ranks.is_first:
             return
-        finals = self._finals()
+        finals = final_figures(self.folder)
         self.info |= {
             "status": status,
+            "ended_by": ended_by,
             "notes": self.notes,
             "model": opened.source.name,
             "hook_name": opened.source.hook_name,
@@ -219,34 +233,29 @@ class Runner:
             "seconds": opened.clock.training,
             "eval_seconds": opened.clock.paused_for,
             "eval_assets": {} if self.assets is None else {"hash": self.assets.hash, **self.assets.settings},
-            "saes": [
-                {
-                    "name": spec.name,
-                    **spec.model_dump(),
-                    "failed": failed.get(spec.name),
-                    "final": finals.get(spec.name, {}),
-                    "written": spec.name in beside,
-                    "baseline": beside.get(spec.name, {}),
-                }
-                for spec in self.settings.specs
-            ],
+            "saes": describe_saes(self.settings.specs, failed, finals, beside),
         }
         self.files.write_run(self.info)
 
-    def _finals(self) -> dict[str, dict[str, Any]]:
-        """The newest value of every figure, by SAE."""
-        finals: dict[str, dict[str, Any]] = {}
-        for row in read_metrics(self.folder):
-            finals.setdefault(row["sae"], {}).update(row)
-        return finals
+    def _break_off(self, error: BaseException) -> None:
+        """Save what there is and say how to go on, whatever ended the run.
 
-    def _interrupt(self) -> None:
-        self._save()
-        self._write_run("interrupted")
+        Of several processes all come here together only where they were asked to stop: else the last saved state has
+        to do.
+        """
+        opened, together = self.session, isinstance(error, loop.Stopped) or self.ranks.size == 1
+        asked, lost = isinstance(error, KeyboardInterrupt), ""
+        if opened.whole and together:
+            try:
+                self._save()
+            except Exception as fault:  # a full disk, say: the state before is still there
+                lost = f" (this step could not be saved: {first_line(fault)})"
+        reason = "interrupted" if asked else f"{type(error).__name__}: {first_line(error)}"
+        self._write_run("interrupted", reason, alone=not together)
         self.files.mirror.close()
-        self.display.say(f"interrupted at step {self.session.step}; {self.display.interrupted}")
+        how = f"{'interrupted' if asked else 'ended'} at step {opened.step}{lost}"
+        self.display.say(f"{how}; go on with: sae-train resume {self.folder}")
         self.display.interrupted = ""
-        raise KeyboardInterrupt
 
     def _write_saes(self) -> None:
         """Write the SAEs in memory and measure their baselines.
@@ -254,7 +263,7 @@ class Runner:
         run.json notes each SAE once it is written, so that a run that ends here goes on with the others.
         """
         whole = loop.running(self.session.own_learners)
-        finals = self.ranks.first(self._finals)
+        finals = self.ranks.first(lambda: final_figures(self.folder))
         to_write = [learner for learner in whole if learner.name not in self.written]
         # Every process comes round as often as the one with the most to write: `_write_run` waits for all of them.
         for i in range(max(self.ranks.gather(len(to_write)))):
@@ -264,7 +273,15 @@ class Runner:
             self._write_run("running")
 
     def _finish(self) -> Path:
-        """Close run.json, present the results, and remove activations that nobody asked to keep."""
+        """Close run.json, present the results, and remove activations that nobody asked to keep.
+
+        A finished run without a report was ended while it wrote one: it can be resumed.
+        """
+        self.ranks.first(lambda: (self.folder / "report.html").unlink(missing_ok=True))
+        epochs = self.session.data.epoch
+        if epochs and epochs_note(epochs) not in self.notes:
+            self.notes = [*self.notes, epochs_note(epochs)]
+            self.display.say(epochs_note(epochs))
         self._write_run("finished" if any(self.ranks.any(bool(self.written))) else "failed")
         self.ranks.first(self._present)
         self.ranks.first(lambda: shutil.rmtree(session.run_cache(self.folder), ignore_errors=True))

@@ -5,6 +5,7 @@ Nothing is written before everything has opened, so that bad input leaves no fol
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_train.data.buffer import check_activations, estimate_scale
+from sae_train.data.origin import check_same_activations
 from sae_train.data.outliers import WithoutOutliers, is_kept, norm_limit
 from sae_train.data.sources import kind_of
 from sae_train.errors import UserError
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from sae_train.sae.model import SAE
 
 CALIBRATION_PERIOD = 3  # one held-out activation in three sets the final L0; no figure is measured on those
+N_COMPARED = 16  # held-out activations of a saved state, which a resumed run has again
 SAMPLE_TOKENS = 16_384  # training activations that set the input scale and the learners' start
 
 
@@ -67,6 +70,10 @@ class Session:
     limit: float = math.inf
     held_out_left_out: int = 0
     step: int = 0
+    looked: bool = False
+    """whether the looks that are due at this step have been taken"""
+    whole: bool = False
+    """whether all learners are at this step, so that the session can be saved as it is"""
     clock: Clock = field(default_factory=Clock)
     stop: StopRequest = field(default_factory=StopRequest)
     save: Callable[[], None] = lambda: None
@@ -118,6 +125,16 @@ class Session:
             "first_position": self.language is not None and self.language.skip_first,
         }
 
+    @contextlib.contextmanager
+    def rewinding(self) -> Iterator[None]:
+        """Put the data back to where it was if what happens inside fails."""
+        start = self.data.state_dict()
+        try:
+            yield
+        except BaseException:
+            self.data.load_state_dict(start)
+            raise
+
     @property
     def own_learners(self) -> list[Learner]:
         """The learners that this process looks at and saves."""
@@ -128,26 +145,29 @@ class Session:
         learner.calibrate(self.normalise(self.calibration))
 
     def last_steps(self) -> dict[str, int]:
-        """The last step of each SAE whose training has begun; at step 0 it begins anew."""
+        """The last step at which each SAE whose training has begun was looked at; -1 where none was."""
         done = {spec.name: self.n_steps for specs in self.passes[: self.number] for spec in specs}
-        return done | {spec.name: self.step or -1 for spec in self.passes[self.number]}
+        return done | {spec.name: self.step - (not self.looked) for spec in self.passes[self.number]}
 
     def state_dict(self) -> dict[str, Any]:
         """What a bit-equal continuation needs beside the learners' own states."""
         return {
             "pass": self.number,
             "step": self.step,
+            "looked": self.looked,
             "scale": self.scale,
             "mean": self.mean,
             "limit": self.limit,
             "seconds": self.clock.training,
             "paused_seconds": self.clock.paused_for,
             "buffer": self.data.state_dict(),
+            "first_held_out": self.held_out[:N_COMPARED].cpu(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a saved moment."""
         self.step, self.scale, self.mean = state["step"], state["scale"], state.get("mean")
+        self.looked, self.whole = state.get("looked", True), True  # states of before were saved after their looks
         if self.mean is not None:
             self.mean = self.mean.to(self.device)
         if self.settings.outlier_norm is not None:
@@ -208,7 +228,7 @@ def enter(session: Session, number: int) -> None:
         if division.together or owner == ranks.rank
     ]
     session.owned = frozenset(spec.name for spec, owner in owners.items() if owner == ranks.rank)
-    session.number, session.step = number, 0
+    session.number, session.step, session.looked, session.whole = number, 0, False, False
     session.data.load_state_dict(session.start)
 
 
@@ -227,11 +247,14 @@ def begin(session: Session) -> None:
     session.scale = estimate_scale(sample if session.mean is None else sample - session.mean)
     for learner in session.learners:
         learner.initialise(session.normalise(sample))
+    session.whole = True
 
 
 def save(session: Session, folder: Path) -> None:
     """Write state/step-N whole, every process the learners it owns, then remove older ones."""
     target = folder / "state" / f"step-{session.number * session.n_steps + session.step:09d}"
+    if target.exists():  # never is there none that is whole
+        target = target.with_name(f"{target.name}-again")
     temporary = target.with_name(f"{target.name}.tmp")
     ranks = session.ranks
     ranks.first(lambda: _make_empty(temporary))
@@ -244,11 +267,13 @@ def save(session: Session, folder: Path) -> None:
 
 
 def load(session: Session, saved: Path) -> None:
-    """Go back to a saved moment, which any number of processes may have written."""
+    """Go back to a saved moment, which any number of processes may have written; UserError for other activations."""
     state = load_state(saved)
     if state["pass"] != session.number:
         enter(session, state["pass"])
     session.load_state_dict(state)
+    if "first_held_out" in state:  # states of before have none
+        check_same_activations(state["first_held_out"], session.held_out[:N_COMPARED].cpu(), session.source.name)
     for learner in session.learners:
         learner.load_state_dict(load_state(saved / learner.name))
 

@@ -25,12 +25,25 @@ def _one(sae: dict[str, Any]) -> list[str]:
     figures = [
         f"L0 asked {sae['l0']:g}, reached {_number(final, 'metrics/l0', '.2f')}",
         f"EV {_number(final, 'metrics/explained_variance', '.4f')}{beside}",
-        *([f"loss recovered {final['metrics/ce_loss_score']:.4f}"] if final.get("metrics/ce_loss_score") else []),
-        f"dead {_number(final, 'sparsity/dead_fraction', '.1%')}",
+        *([f"loss recovered {recovered:.4f}"] if (recovered := final.get("metrics/ce_loss_score")) is not None else []),
+        _unused(final),
     ]
     lines = [f"{sae['name']}: " + ", ".join(figures), "  " + measured_line(final, sae["baseline"].get("random"))]
     own = [f"{name} {value:.4g}" for name, value in own_figures(final).items() if isinstance(value, int | float)]
     return [*lines, "  " + ", ".join(own)] if own else lines
+
+
+def _unused(final: dict[str, Any]) -> str:
+    """The share of dead latents, or, where none could count as dead, of those that are silent on held-out data."""
+    if final.get("sparsity/dead_fraction") is None and final.get("sparsity/silent_fraction") is not None:
+        return f"silent on held-out data {final['sparsity/silent_fraction']:.1%}"
+    return f"dead {_number(final, 'sparsity/dead_fraction', '.1%')}"
+
+
+def epochs_note(epochs: int) -> str:
+    """Say that training data came up more than once."""
+    times = "once" if epochs == 1 else f"{epochs:,} times"
+    return f"the training data was used up and begun anew {times}: fewer tokens, or more data, would not repeat it"
 
 
 def measured_line(final: dict[str, Any], random: dict[str, Any] | None = None) -> str:
@@ -53,7 +66,7 @@ def truth_line(final: dict[str, Any]) -> str:
 
 
 def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None) -> str:
-    """Absorption in one line: both scores with 95 % intervals, the random SAE's beside them, letters and F1."""
+    """Absorption in one line: both scores with intervals over words, the random SAE's beside them, letters and F1."""
     if final.get("absorption/valid") is None:
         return "absorption: not measured"
     if not final["absorption/valid"]:
@@ -66,7 +79,7 @@ def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None)
     letters = (
         f"{final.get('absorption/n_letters')} letters count, mean F1 {_number(final, 'absorption/mean_f1', '.3f')}"
     )
-    return "absorption, 95 % intervals: " + ", ".join([*parts, letters])
+    return "absorption, 95 % intervals over words: " + ", ".join([*parts, letters])
 
 
 def _estimate(values: dict[str, Any], name: str) -> str:

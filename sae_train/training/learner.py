@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sae_train.errors import UserError
 from sae_train.kernels import ops
 from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm, fold_scale
 from sae_train.training.architectures import TRAINED, Forward
 from sae_train.training.l0 import L0Controller, LevelController
+from sae_train.training.precision import takes_bfloat16
 from sae_train.training.ranks import Ranks
 from sae_train.training.recording import Recorder
 
@@ -59,7 +59,7 @@ class Learner:
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.lr = settings.lr or default_lr(spec, n_steps)
         share = math.ceil(DEAD_SHARE * settings.tokens)
-        self.bfloat16 = self._takes_bfloat16()
+        self.bfloat16 = takes_bfloat16(settings, self.device)
         self.dead_tokens = settings.dead_tokens or min(MAX_DEAD_TOKENS, share)
         self.leaves = {"W_enc": self.sae.W_enc, "W_dec": self.sae.W_dec} | self.arch.leaves
         self.trained = {name: leaf.detach() for name, leaf in self.leaves.items()}
@@ -166,6 +166,7 @@ class Learner:
             "generator": self.generator.get_state(),
             "step_count": self.step_count,
             "failed": self.failed,
+            "last": [[name, float(value)] for name, value in self.last.items()],
         }
 
     @torch.no_grad()
@@ -184,6 +185,7 @@ class Learner:
             setattr(self, name, state[name].to(self.device).clone())
         self.generator.set_state(state["generator"])
         self.step_count, self.failed = state["step_count"], state["failed"]
+        self.last = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.get("last", ())}
         self.recorder.forget()
 
     def _optimiser(self) -> torch.optim.Adam:
@@ -195,13 +197,6 @@ class Learner:
         for group in groups if on_gpu else ():
             group["lr"] = torch.full((), self.lr, device=self.device)
         return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True, capturable=on_gpu)
-
-    def _takes_bfloat16(self) -> bool:
-        """Whether products are made in bfloat16: on a GPU that has it, unless float32 was asked for."""
-        asked, fused = self.settings.precision, ops.choose(None, self.device) == "triton"
-        if asked == "bfloat16" and not fused:
-            raise UserError("precision bfloat16 is for GPUs with the package triton: take auto or float32")
-        return fused and (asked == "bfloat16" or (asked == "auto" and torch.cuda.is_bf16_supported()))
 
     def _set_lr(self) -> None:
         s = self.settings

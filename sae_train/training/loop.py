@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Look = Callable[["Learner", int], Iterable[tuple[str, Any]]]
 MAX_TURN = 5  # steps that an SAE of a grid takes in a row on a CPU: 3 % faster than one by one; Ctrl-C waits for it
 SAME_REQUEST = 1.0  # seconds in which signals to stop count as one
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 MIN_SPACING = 0.5  # of a period: a regular step nearer than this to the last one is left out
 
 
@@ -80,11 +81,16 @@ class Clock:
         return now
 
 
+class Stopped(KeyboardInterrupt):
+    """All processes were asked to stop, and have."""
+
+
 class StopRequest:
     """Ctrl-C asks the loop to stop after its step, when everything is consistent; a second Ctrl-C breaks at once.
 
-    Signals within SAME_REQUEST seconds of the first are the same request: a scheduler signals torchrun and its
-    processes, and torchrun passes its own signal on. `requested` is also set when another process was asked.
+    So do SIGTERM and the end of a terminal, unless nohup has it ignored. Signals within SAME_REQUEST seconds of the
+    first are the same request: a scheduler signals torchrun and its processes, and torchrun passes its own signal on.
+    `requested` is also set when another process was asked.
     """
 
     def __init__(self) -> None:
@@ -93,7 +99,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         with contextlib.suppress(ValueError):  # not the main thread: signals stay as they are
-            self._previous = {sig: signal.signal(sig, self._ask) for sig in (signal.SIGINT, signal.SIGTERM)}
+            taken = [sig for sig in STOPPING if signal.getsignal(sig) is not signal.SIG_IGN]
+            self._previous = {sig: signal.signal(sig, self._ask) for sig in taken}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,6 +124,10 @@ class Work(Protocol):
     """names of the learners that this process looks at"""
     step: int
     """steps done; the loop counts it up"""
+    looked: bool
+    """whether the looks that are due at this step have been taken"""
+    whole: bool
+    """whether all learners are at this step, so that the work can be saved as it is"""
     n_steps: int
     clock: Clock
     stop: StopRequest
@@ -124,6 +135,9 @@ class Work(Protocol):
 
     def batches(self) -> Iterator[Float[Tensor, "batch d_in"]]:
         """Return scaled training batches without end."""
+
+    def rewinding(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that puts the data back to where it was if what happens inside fails."""
 
     def calibrate(self, learner: Learner) -> None:
         """Bring a finished learner's L0 to its target."""
@@ -149,17 +163,16 @@ def fit(work: Work, callbacks: list[Scheduled], log: Log) -> None:
     """Train all learners on the same batches to the last step, or until a stop is requested.
 
     A learner that failed is left alone while the others go on. Of several processes all stop after the same step. On a
-    CPU the learners of a grid take turns of up to MAX_TURN steps in one process.
+    CPU the learners of a grid take turns of up to MAX_TURN steps in one process. Where something fails, `work` says
+    whether it can be saved as it is: it can, but for a failure in the midst of steps.
     """
     work.clock.start()
     batches, begun = work.batches(), work.step
     due = frozenset({work.n_steps}).union(work.save_steps, *(callback.steps for callback in callbacks))
     while True:
-        if work.step > begun or begun == 0:  # a saved state was calibrated and looked at before it was saved
-            for learner in running(work.learners) if work.step == work.n_steps else ():
-                log.doing(f"calibrating the L0 of {learner.name}")
-                work.calibrate(learner)
+        if not work.looked:
             look_at(work, callbacks, log)
+            work.looked = True
         if work.step > begun and work.step in work.save_steps:
             with work.clock.paused():
                 work.save()
@@ -167,12 +180,18 @@ def fit(work: Work, callbacks: list[Scheduled], log: Log) -> None:
         if work.step == work.n_steps or work.stop.requested or not any_left:
             return
         log.doing("training steps", work.step, work.n_steps)
-        taken = [next(batches) for _ in range(_turn(work, due))]
+        with work.rewinding():
+            taken = [next(batches) for _ in range(_turn(work, due))]
+        work.whole = False
         with tf32_products(work.learners):
             for learner in running(work.learners):
                 for x in taken:
                     learner.last = learner.step(x)
         work.step += len(taken)
+        for learner in running(work.learners) if work.step == work.n_steps else ():
+            log.doing(f"calibrating the L0 of {learner.name}")
+            work.calibrate(learner)
+        work.looked, work.whole = False, True
 
 
 def _turn(work: Work, due: Collection[int]) -> int:
