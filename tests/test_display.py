@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from sae_train.cli import main
+from sae_train.evals import assets
 from sae_train.runs import display as display_module
 from sae_train.runs.activity import Activity
 from sae_train.runs.display import Display
@@ -99,7 +100,12 @@ def test_ctrl_c_while_the_assets_are_written_keeps_none(tmp_path, monkeypatch, c
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "fsync", interrupt)
+    def write(*arguments):
+        monkeypatch.setattr(os, "fsync", interrupt)
+        return write_tensors(*arguments)
+
+    write_tensors = assets.asset_cache.write_tensors
+    monkeypatch.setattr(assets.asset_cache, "write_tensors", write)
     small = ["--eval-words", "200", "--tokens", "30k", "--batch-tokens", "256", "--held-out-tokens", "2048"]
     with pytest.raises(SystemExit, match="130"):
         main(["--out", str(tmp_path / "runs"), *small])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_a_tokenizer_beside_the_file_is_not_taken(twins, tmp_path: Path) -> None
 @pytest.mark.parametrize("hook", [HOOK, "blocks.0.mlp.hook_post", None])
 def test_the_plan_knows_it_as_the_folder(hook: str | None, twins) -> None:
     ours, theirs = (describe_language_model(str(path), hook) for path in twins)
-    assert ours == theirs
+    assert ours.is_quantised and not theirs.is_quantised and replace(ours, is_quantised=False) == theirs
 
 
 def test_it_trains_and_the_run_says_which_weights_it_was(twins, tmp_path: Path) -> None:
