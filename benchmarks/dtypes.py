@@ -1,4 +1,4 @@
-"""What a language model in bfloat16 does to the figures of its SAEs: the same runs in float32 and bfloat16, side by side.
+"""What a language model in bfloat16 does to the figures of its SAEs: the same runs in float32 and in bfloat16.
 
     python benchmarks/dtypes.py --flags='--model smollm2 --hook blocks.8.hook_resid_post --dataset TEXT --width 4k'
 
