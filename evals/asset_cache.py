@@ -51,6 +51,11 @@ def cache_folder(asked: str | None = None) -> Path | None:
     return folder
 
 
+def holds(folder: Path, key: dict[str, Any]) -> bool:
+    """Whether there is an entry under a key, of whatever model."""
+    return any(folder.glob(f"{_digest(key)}-*.safetensors"))
+
+
 def read(folder: Path, key: dict[str, Any], is_of_the_model: Callable[[Tensor], bool]) -> Iterator[dict[str, Any]]:
     """Yield the fields of the assets under a key that can be read and whose fingerprint passes, and mark them used."""
     from safetensors import SafetensorError, safe_open

@@ -150,6 +150,16 @@ def build(
     return assets
 
 
+def is_kept(
+    lm: Any, cache_dir: Path, hierarchy: str, template: str | None, seed: int, preset: str, n_words: int | None,
+    contexts: Contexts,
+) -> bool:  # fmt: skip
+    """Whether cache_dir seems to hold the assets of a model of which only name, hook_name, tokenizer, special_ids,
+    dtype, context and bos_id are known: whether its weights are the same shows once they are loaded."""
+    asked = prompts.with_template(get_hierarchy(hierarchy), template)
+    return asset_cache.holds(cache_dir, _key(lm, asked, seed, get_preset(preset), n_words, contexts))
+
+
 def _collect(
     lm: LanguageModel,
     hierarchy: Hierarchy,

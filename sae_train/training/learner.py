@@ -280,11 +280,14 @@ def _new_sae(spec: SAESpec, d_in: int, device: str | torch.device) -> SAE:
 
 def geometric_median(x: Float[Tensor, "n d_in"], n_steps: int = 30) -> Float[Tensor, " d_in"]:
     """Return the point with the least summed distance to the rows of x (Weiszfeld's iteration)."""
-    median = x.mean(0)
+    mean = x.mean(0)
+    x = x - mean  # so that distances come out of products, which take no memory, without loss
+    squares, median = x.square().sum(1), torch.zeros_like(mean)
     for _ in range(n_steps):
-        weights = 1 / (x - median).norm(dim=1).clamp_min(1e-8)
-        median = (weights[:, None] * x).sum(0) / weights.sum()
-    return median
+        distances = (squares - 2 * (x @ median) + median.square().sum()).clamp_min(1e-16).sqrt()
+        weights = 1 / distances
+        median = weights @ x / weights.sum()
+    return mean + median
 
 
 def default_lr(spec: SAESpec, n_steps: int) -> float:
