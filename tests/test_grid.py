@@ -167,4 +167,8 @@ def test_passes_hold_what_fits_the_widest_first_in_grid_order():
     assert [[spec.width for spec in members] for members in passes] == [[64, 512], [128, 256]]
     assert split(specs, lambda members: True) == (tuple(specs),)
     assert len(split(specs, lambda members: False)) == 4
-    assert find_passes(specs, [["topk-128-l0_8"]]) == ((specs[1],),)
+    names = [[spec.name for spec in members] for members in passes]
+    assert find_passes(specs, names) == passes
+    for other in (names[:1], [*names, names[0]], [*names, ["topk-32-l0_8"]]):  # one missing, one twice, one unknown
+        with pytest.raises(UserError, match=r"run\.json's passes hold other SAEs"):
+            find_passes(specs, other)

@@ -10,8 +10,8 @@ from eval_fakes import D_IN, FakeLM, fake_words, word_tokenizer
 
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets
-from sae_train.evals.baselines import RandomSAE
 from sae_train.evals.hierarchy import RULES, get_hierarchy
+from sae_train.sae.model import SAE, SAEConfig
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,15 @@ def colours():
     return {name: [w.strip() for w in words[i::4]] for i, name in enumerate(names)}, words
 
 
+@torch.no_grad()
+def tied_sae(directions: torch.Tensor, k: int) -> SAE:
+    """A topk SAE that reads and writes the same unit directions."""
+    sae = SAE(SAEConfig("topk", D_IN, len(directions), k))
+    sae.W_dec.copy_(torch.nn.functional.normalize(directions, dim=1))
+    sae.W_enc.copy_(sae.W_dec.T)
+    return sae
+
+
 def test_a_file_of_classes_runs_through_the_whole_eval(tmp_path, colours):
     table, words = colours
     path = write(tmp_path, {"colour": table, "template": "{word} has the first letter: {label}"})
@@ -94,7 +103,7 @@ def test_a_file_of_classes_runs_through_the_whole_eval(tmp_path, colours):
     assert built.counts["dropped: not a word of 'colour'"] > 0
     assert tokenizer.convert_ids_to_tokens(built.answer_ids.tolist()) == [f" {name}" for name in table]
     W_dec = torch.cat([lm.letters[:4], torch.randn(60, D_IN, generator=torch.Generator().manual_seed(0))])
-    result = absorption.evaluate(RandomSAE(W_dec / W_dec.norm(dim=1, keepdim=True), torch.zeros(D_IN), k=4), built)
+    result = absorption.evaluate(tied_sae(W_dec, k=4), built)
     assert result.valid and result.n_letters == 4 and result.by_letter["letter"].tolist() == list(table)
     assert [main[0] for main in result.by_letter["main_latents"]] == [0, 1, 2, 3]
     out = json.loads(json.dumps(result.to_saebench_json()))
@@ -108,7 +117,7 @@ def test_a_file_of_classes_runs_through_the_whole_eval(tmp_path, colours):
 def test_a_hierarchy_that_the_model_does_not_tell_is_no_score(colours):
     _, words = colours
     result = absorption.evaluate(
-        RandomSAE(torch.eye(D_IN), torch.zeros(D_IN), k=4),
+        tied_sae(torch.eye(D_IN), k=4),
         assets.build(FakeLM(word_tokenizer(words)), hierarchy="last-letter", template="{word} has"),
     )
     assert not result.valid and "of 26 labels can be read off" in result.reason

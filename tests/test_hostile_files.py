@@ -238,6 +238,46 @@ def test_run_files_give_a_result_or_one_sentence(interrupted, tmp_path, monkeypa
     assert set().union(*results.values()) == {True, False} and all(results.values())
 
 
+LEFT_OUT = {"median_norm": 2.5, "trained": 7, "held_out": 3, "first_position": True}
+FILE = {"name": "model.safetensors", "bytes": 5, "sha256": None}
+
+
+@pytest.mark.parametrize("norm", [None, "", "none", [1], {}, 10])
+def test_what_was_left_out_is_told_whatever_the_setting_says(norm, interrupted, tmp_path):
+    settings = json.loads((interrupted / "run.json").read_text())["settings"] | {"outlier_norm": norm}
+    folder = rewrite(interrupted, tmp_path / "run", settings=settings, outliers=LEFT_OUT)
+    write_report(folder)
+    limit = "10" if norm == 10 else "–"
+    assert f"more than {limit} times the median norm of 2.50" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("change", [{"trained": "7"}, {"held_out": None}, {"first_position": []}, {"median_norm": {}}])
+def test_a_count_of_outliers_of_another_type_is_refused(change, interrupted, tmp_path):
+    folder = rewrite(interrupted, tmp_path / "run", outliers=LEFT_OUT | change)
+    for action in (write_report, lambda folder: publish(folder, "me/x", dry_run=True, force=True)):
+        with pytest.raises(UserError, match=rf"run\.json: outliers\.{next(iter(change))}"):
+            action(folder)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"files": [FILE], "package": None}, "weights: `model.safetensors` (5 bytes, sha256 not taken)."),
+        ({"files": [FILE], "package": "p 1"}, "(5 bytes, sha256 not taken) of the package p 1."),
+        ({"hub": "me/lm"}, "weights: revision unknown of `me/lm`"),
+        ({"package": "p 1"}, None),
+    ],
+)
+def test_a_card_says_what_is_known_of_the_weights(weights, words, interrupted, tmp_path):
+    folder = rewrite(interrupted, tmp_path / "run", weights=weights)
+    for entry in json.loads((folder / "run.json").read_text())["saes"]:
+        write_sae(folder / "saes" / entry["name"], "topk")
+    staged = publish(folder, "me/x", dry_run=True, force=True)
+    text = (staged / "README.md").read_text()
+    shutil.rmtree(staged)
+    assert "3,200 tokens" in text and (words in text if words else "model's weights" not in text)
+
+
 def test_lines_of_other_types_are_left_out_and_counted(interrupted, tmp_path):
     folder = rewrite(interrupted, tmp_path / "run")
     good = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -146,9 +146,10 @@ def test_batches_hold_the_kept_rows_in_order_and_resume_at_every_position(share,
     kept = x[x.norm(dim=1) <= limit]
     batches = WithoutOutliers(rows_of(x), 10)
     batches.limit = limit
-    states, given = [], []
+    states, given, counts = [], [], []
     for _ in range(30):
         states.append(json.loads(json.dumps(batches.state_dict())))
+        counts.append((batches.left_out, batches.epoch))
         given.append(next(batches))
     assert torch.equal(torch.cat(given), kept.repeat(30, 1)[:300])
     monkeypatch.undo()  # a position is one wherever the run goes on
@@ -156,6 +157,7 @@ def test_batches_hold_the_kept_rows_in_order_and_resume_at_every_position(share,
         again = WithoutOutliers(rows_of(x), 10)
         again.limit = limit
         again.load_state_dict(state)
+        assert (again.left_out, again.epoch) == counts[i]
         assert torch.equal(again.peek(40)[:1], given[i][:1])
         assert all(torch.equal(next(again), batch) for batch in given[i : i + 5])
     if not share:

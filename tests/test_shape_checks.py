@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
     [
         lambda: ops.encode_topk(torch.ones(2, 3), torch.ones(4, 5), torch.ones(5), torch.ones(3), 1),
         lambda: ops.decode(torch.ones(2, 1), torch.zeros(2, 1), torch.ones(5, 3), torch.ones(3)),  # indices are floats
-        lambda: SAE(SAEConfig("relu", d_in=3, d_sae=5)).encode(torch.ones(3)),
+        lambda: SAE(SAEConfig("relu", d_in=3, d_sae=5)).encode(torch.ones(2, 3, dtype=torch.int64)),
         lambda: mse(torch.ones(2, 3), torch.ones(1, 3)),
         lambda: score_words(torch.ones(2, 5), torch.ones(3, 5), torch.ones(3), torch.ones(2, 3), [0]),
     ],

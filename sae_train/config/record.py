@@ -91,6 +91,15 @@ class Hardware(Record):
     gpus: list[str] | None = None
 
 
+class Outliers(Record):
+    """What a run left out as outliers."""
+
+    median_norm: Number | None
+    trained: Whole
+    held_out: Whole
+    first_position: bool
+
+
 class GivenRecord(Record):
     """What a run knows of activations that were given to it."""
 
@@ -123,8 +132,9 @@ class RunRecord(Record):
     hook_name: str | None = None
     dataset: str | None = None
     d_in: Whole | None = None
-    tokens: Number | None = None
+    tokens: Whole | None = None
     seconds: Number | None = None
+    outliers: Outliers | None = None
     passes: list[list[str]] | None = None
     activations: GivenRecord | None = None
     made_from: MadeFrom | None = None

@@ -37,7 +37,8 @@ def is_kept(x: Float[Tensor, "*n d_in"], limit: float) -> Bool[Tensor, "*n"]:
 class WithoutOutliers:
     """Batches without the rows whose norm is above `limit`, which is set later; the rows behind them move up.
 
-    Where nothing is above it, the batches are those that come in, bit for bit. `left_out` counts the others.
+    Where nothing is above it, the batches are those that come in, bit for bit. `left_out` counts the others, up to the
+    last batch that was looked through; a position keeps that count, and looks through that batch again.
     """
 
     def __init__(self, batches: Batches, batch_tokens: int) -> None:
@@ -48,7 +49,7 @@ class WithoutOutliers:
     @property
     def epoch(self) -> int:
         """How often the data began anew, up to the last batch that was looked through."""
-        return self._batches.epoch
+        return max(self._epoch, self._batches.epoch)
 
     def __iter__(self) -> WithoutOutliers:
         return self
@@ -73,20 +74,24 @@ class WithoutOutliers:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: that of the batches whose rows are handed out, and how many of the rows are."""
+        seen = {"left_out": self.left_out, "epoch": self.epoch}
         if self._rows is not None and self._used == len(self._rows):
-            return {"batches": self._batches.state_dict(), "used": 0, "left_out": self.left_out}
-        return {"batches": self._start, "used": self._used, "left_out": self._left_out_before}
+            return {"batches": self._batches.state_dict(), "used": 0, "left_out_before": self.left_out} | seen
+        return {"batches": self._start, "used": self._used, "left_out_before": self._left_out_before} | seen
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position; with the same limit the batches that followed it follow again, bit for bit."""
         self._start, self._used = state["batches"], state["used"]
-        self._left_out_before = self.left_out = state["left_out"]
+        self.left_out, self._epoch = state["left_out"], state.get("epoch", 0)
+        self._left_out_before = state.get("left_out_before", self.left_out)  # states of before have no other count
         self._rows: Tensor | None = None
         self._batches.load_state_dict(self._start)
 
     def _look(self) -> None:
         """Take in the next batches that have rows to keep; after a resume some of the rows are used up."""
         used = self._used if self._rows is None else 0
+        if self._rows is None:
+            self.left_out = self._left_out_before
         for _ in range(MOST_EMPTY):
             self._start, self._left_out_before = self._batches.state_dict(), self.left_out
             x = next(self._batches)

@@ -152,12 +152,14 @@ def weights_sentence(weights: dict[str, Any] | None) -> str:
     if not weights:
         return ""
     if weights.get("hub"):
-        return f" The model's weights: revision {weights['revision'] or 'unknown'} of `{weights['hub']}` on the hub."
+        revision = weights.get("revision") or "unknown"
+        return f" The model's weights: revision {revision} of `{weights['hub']}` on the hub."
     files = ", ".join(
         f"`{file['name']}` ({file['bytes']:,} bytes, sha256 {file['sha256'] or 'not taken'})"
-        for file in weights["files"]
+        for file in weights.get("files", ())
     )
-    return f" The model's weights: {files}{' of the package ' + weights['package'] if 'package' in weights else ''}."
+    package = f" of the package {weights['package']}" if weights.get("package") else ""
+    return f" The model's weights: {files}{package}." if files else ""
 
 
 def outliers_sentence(info: dict[str, Any]) -> str:

@@ -86,7 +86,7 @@ def duration(seconds: object) -> str:
 
 def left_out(facts: dict[str, Any]) -> str:
     """Say, from what run.json holds, which activations were outliers; empty where none was to be left out."""
-    outliers, norm = facts.get("outliers"), (facts.get("settings") or {}).get("outlier_norm")
+    outliers, norm = facts.get("outliers"), number((facts.get("settings") or {}).get("outlier_norm"))
     if not outliers:
         return ""
     seen = (number(facts.get("tokens")) or 0) + outliers["trained"]
@@ -95,7 +95,7 @@ def left_out(facts: dict[str, Any]) -> str:
     median = "" if outliers["median_norm"] is None else f" of {short(outliers['median_norm'])}"
     return (
         f"{outliers['trained']:,} training activations ({share}) and {outliers['held_out']:,} held-out ones, of more "
-        f"than {norm:g} times the median norm{median}{sinks}"
+        f"than {target(norm)} times the median norm{median}{sinks}"
     )
 
 
