@@ -33,11 +33,12 @@ def main() -> int:
             plan = run([*command, "--dry-run"], scratch)
             planned = next(line for line in plan.splitlines() if line.startswith("time "))
             start = time.perf_counter()
-            run(command, scratch)
+            shown = run(command, scratch)
             taken = time.perf_counter() - start
         asked, unit = re.search(r"about ([\d.]+) (s|min|h)", planned).groups()
         seconds = float(asked) * UNITS[unit]
-        print(f"{flags}\n  {planned}\n  took {taken:.0f} s, {taken / seconds:.2f} times the plan", flush=True)
+        print(f"{flags}\n  {planned}\n  took {taken:.0f} s, {taken / seconds:.2f} times the plan; the run ended with")
+        print("\n".join(shown.splitlines()[-4:]), flush=True)
     return 0
 
 
