@@ -12,9 +12,7 @@ from contextlib import contextmanager
 # malloc.h of glibc; 32 MB is the largest threshold that it takes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 LARGEST_BLOCK = 32 * 2**20
-MOST_ARENAS = (
-    2  # heaps that threads take blocks from: each keeps what was freed in it (4 GB more with as many as threads)
-)
+MOST_ARENAS = 2  # heaps that threads take blocks from: each keeps what was freed in it, 4 GB more without this limit
 
 
 @functools.cache
