@@ -13,7 +13,7 @@ FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")  # what processo
 def choose_dtype(asked: str, device: torch.device) -> str:
     """Return the asked format; for "auto", bfloat16 where the device multiplies it faster than float32, else float32.
 
-    Two to three times faster on a CPU with AMX or AVX-512 BF16 (docs/speed.md). UserError for an unknown name.
+    benchmarks/dtypes.py shows what that does to the figures of SAEs. UserError for an unknown name.
     """
     if asked in DTYPES:
         return asked
