@@ -35,7 +35,7 @@ def main() -> int:
     args = parser.parse_args()
     rows = [row for dtype in ("float32", "bfloat16") for row in figures(args.flags, dtype)]
     columns = ("date", "machine", "sae", "dtype", *FIGURES, "seconds")
-    append(args.out, columns, [{"date": time.strftime("%Y-%m-%d"), "machine": machine(), **row} for row in rows])
+    append(args.out, columns, [{"date": time.strftime("%Y-%m-%d"), "machine": machine("cpu"), **row} for row in rows])
     print("| SAE | dtype | " + " | ".join(FIGURES) + " | seconds |", "|---" * (3 + len(FIGURES)) + "|", sep="\n")
     for row in sorted(rows, key=lambda row: row["sae"]):
         values = " | ".join("–" if row[name] is None else f"{row[name]:.4f}" for name in FIGURES)

@@ -35,7 +35,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rows = [
-            {"date": time.strftime("%Y-%m-%d"), "machine": machine(), **measure(args, arch, levels, scratch)}
+            {"date": time.strftime("%Y-%m-%d"), "machine": machine("cpu"), **measure(args, arch, levels, scratch)}
             for arch in ("jumprelu", "relu")
             for levels in (False, True)
         ]
