@@ -16,8 +16,7 @@ from sae_train.evals.absorption import Evaluation, evaluate
 from sae_train.evals.contexts import show_nothing
 from sae_train.evals.presets import Preset, get_preset
 from sae_train.evals.scoring import unit
-from sae_train.sae.model import SAE as RandomSAE
-from sae_train.sae.model import SAEConfig
+from sae_train.sae import model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +34,7 @@ _DRAWS = 3
 
 
 @torch.no_grad()
-def random_sae(like: SAE, x: Float[Tensor, "n d_in"], l0: float | None = None, seed: int = 0) -> RandomSAE:
+def random_sae(like: SAE, x: Float[Tensor, "n d_in"], l0: float | None = None, seed: int = 0) -> SAE:
     """Random SAE as wide as `like`; its L0 on x is l0, or else what `like` has there.
 
     latents = act(s·(x − b_dec)·W_decᵀ), with random unit rows W_dec. act keeps the k largest positive values where
@@ -46,7 +45,7 @@ def random_sae(like: SAE, x: Float[Tensor, "n d_in"], l0: float | None = None, s
     x = x.to(like.W_dec.device, torch.float32)
     k = getattr(getattr(like, "cfg", None), "k", None)
     k = round(l0) if k and l0 else k
-    sae = RandomSAE(SAEConfig("topk" if k else "jumprelu", d_in, d_sae, k), x.device).requires_grad_(False)
+    sae = model.SAE(model.SAEConfig("topk" if k else "jumprelu", d_in, d_sae, k), x.device).requires_grad_(False)
     rows = unit(torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed)).to(x.device))
     for weight, value in ((sae.W_dec, rows), (sae.W_enc, rows.T), (sae.b_dec, x.mean(0))):
         weight.copy_(value)
@@ -205,7 +204,7 @@ def _threshold(pre: Tensor, l0: float) -> float:
     return max(float(pre.flatten().topk(n_active).values[-1]), 0.0)
 
 
-def _gain(sae: RandomSAE, x: Tensor) -> float:
+def _gain(sae: SAE, x: Tensor) -> float:
     """Least squares of x − b_dec on its reconstruction."""
     recon, centred = sae(x) - sae.b_dec, x - sae.b_dec
     return float((recon * centred).sum() / recon.square().sum().clamp(min=1e-12))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS = 2**24  # of dense latents: 64 MB in float32
 _LOGIT_ELEMENTS = 2**25  # of one (batch, position, vocabulary) block: 128 MB in float32
 _CHECKED = 4  # sequences on which a pass that starts late is compared with a whole one
+FIDELITY_TOKENS = 4096  # that a look in a run takes
 _KEEP_ELEMENTS = 2**27  # clean log-probabilities are kept up to 512 MB, or else computed again at each look
 
 

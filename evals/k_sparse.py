@@ -7,6 +7,7 @@ starting from the answer for k − 1; a label whose F1 stopped rising has its ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,10 +38,15 @@ class KSparse:
         return self.ranking[label, : int(self.n_main[label])].tolist()
 
     def is_main(self, d_sae: int) -> Bool[Tensor, "labels d_sae"]:
-        out = torch.zeros(len(self.ranking), d_sae, dtype=torch.bool)
-        for label in range(len(self.ranking)):
-            out[label, self.main_latents(label)] = True
-        return out
+        return mark([self.main_latents(label) for label in range(len(self.ranking))], d_sae)
+
+
+def mark(latents: Sequence[Sequence[int]], d_sae: int) -> Bool[Tensor, "labels d_sae"]:
+    """Say which latents are among each label's."""
+    out = torch.zeros(len(latents), d_sae, dtype=torch.bool)
+    for label, chosen in enumerate(latents):
+        out[label, list(chosen)] = True
+    return out
 
 
 def split_features(f1: list[float], jump: float = 0.03) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from sae_train.errors import UserError
 from sae_train.evals.intervals import bootstrap
+from sae_train.evals.k_sparse import mark
 from sae_train.evals.presets import Preset, get_preset
 from sae_train.evals.prompts import query_of
 
@@ -75,10 +76,7 @@ class AbsorptionResult:
 
     def is_main(self, d_sae: int) -> Bool[torch.Tensor, "labels d_sae"]:
         """Which latents are main latents of which label."""
-        out = torch.zeros(len(self.by_letter), d_sae, dtype=torch.bool)
-        for label, main in enumerate(self.by_letter["main_latents"]):
-            out[label, list(main)] = True
-        return out
+        return mark(list(self.by_letter["main_latents"]), d_sae)
 
     def figures(self) -> dict[str, Any]:
         """The evaluation in numbers: validity with the reason, means with intervals, what stands beside the score."""

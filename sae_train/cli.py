@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Group, Parameter
 
-from sae_train.config import groups, leaves, resolve
+from sae_train.config import Settings, groups, leaves, resolve
 from sae_train.errors import UserError
 
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -112,19 +112,36 @@ def train(
     given = vars(flags or TrainFlags())
     settings = resolve(given, config)
     if dry_run:
-        from sae_train.runs.folder import check_free
-        from sae_train.runs.plan import make_plan
-
-        check_free(settings)
-        plan = make_plan(settings)
-        if _rank() == 0:
-            print(plan.text())
-        plan.check()
+        _show_plan(settings)
         return
     from sae_train.publishing.reproduce import shell_call
     from sae_train.runs.run import start
 
     start(settings, command=shell_call(given, config))
+
+
+def _show_plan(settings: Settings) -> None:
+    """Print what a run would take, then refuse what cannot work.
+
+    What is looked up meanwhile is shown on stderr, so that the plan can be piped.
+    """
+    from rich.console import Console
+
+    from sae_train.runs.display import Display
+    from sae_train.runs.folder import check_free
+
+    check_free(settings)
+    with Display(Console(stderr=True, highlight=False, quiet=_rank() > 0)) as display:
+        display.interrupted = "nothing was begun"
+        display("looking at the model and its text")
+        from sae_train.runs.plan import make_plan
+
+        plan = make_plan(settings)
+        display("timing matrix products and counting words")
+        text = plan.text()
+    if _rank() == 0:
+        print(text)
+    plan.check()
 
 
 @app.command

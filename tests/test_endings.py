@@ -17,6 +17,7 @@ from sae_train.cli import main
 from sae_train.data.toy_source import ToyStream
 from sae_train.errors import UserError
 from sae_train.runs import runner
+from sae_train.runs.finisher import Finisher
 from sae_train.runs.log import RunLog
 from sae_train.runs.run import resume
 from sae_train.runs.session import newest_state
@@ -97,6 +98,26 @@ def test_a_failure_between_steps_loses_none_of_them(what, unbroken, tmp_path, mo
     assert newest_state(run).name.startswith(f"step-{step:09d}")
     assert main(["resume", str(run)]) == 0
     assert_same_end(run, unbroken)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_the_first_ctrl_c_breaks_in_while_saes_are_written(at, unbroken, tmp_path, monkeypatch, capsys):
+    write, written = Finisher.write, []
+
+    def take_long(*arguments):
+        written.append(1)
+        if len(written) == at:
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the run went on")
+        return write(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Finisher, "write", take_long)
+        train(**TOY, out=tmp_path, name="broken")
+    assert read(tmp_path / "broken")["status"] == "interrupted"
+    assert f"interrupted at step {N_STEPS}; go on with: sae-train resume" in capsys.readouterr().out
+    resume(tmp_path / "broken")
+    assert_same_end(tmp_path / "broken", unbroken)
 
 
 def test_a_failure_in_the_midst_of_steps_leaves_the_state_before(unbroken, tmp_path, monkeypatch, capsys):

@@ -24,7 +24,8 @@ def check_name(name: str) -> str:
     return name
 
 
-def _check_number(value: Any) -> Any:
+def check_number(value: Any) -> Any:
+    """Return what is neither text nor a truth value, which would pass for numbers; ValueError for these."""
     if isinstance(value, bool | str):
         raise ValueError("a number is needed")
     return value
@@ -42,8 +43,8 @@ def _check_figures(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 Name = Annotated[str, AfterValidator(check_name)]
-Number = Annotated[float, BeforeValidator(_check_number)]
-Whole = Annotated[int, BeforeValidator(_check_number), Field(ge=0)]
+Number = Annotated[float, BeforeValidator(check_number)]
+Whole = Annotated[int, BeforeValidator(check_number), Field(ge=0)]
 Figures = Annotated[dict[str, Any], AfterValidator(_check_figures)]
 
 

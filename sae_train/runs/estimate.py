@@ -14,7 +14,9 @@ import torch
 from sae_train.config import EACH
 from sae_train.data.dtypes import DTYPES
 from sae_train.evals import asset_cache, assets, vocab
+from sae_train.evals.fidelity import FIDELITY_TOKENS
 from sae_train.evals.hierarchy import get_hierarchy
+from sae_train.evals.presets import get_preset
 
 if TYPE_CHECKING:
     from sae_train.config import SAESpec, Settings
@@ -29,11 +31,11 @@ KEPT = 2.0  # seconds that the eval's set-up takes from its cache
 TRUE_POSITIVES = 0.19  # of the words are read a second time
 PROMPT = 80  # tokens
 LONE = 6  # what a lone token behind a shared context costs, in tokens of a long pass
-PROBE_EPOCHS, PROBE_BATCH, PROBE_STEP = 50, 64, 250e-6
+PROBE_STEP = 250e-6  # seconds
 ENCODING = 0.8  # of an SAE's latents, in encoder products at a step's efficiency
 RANKING = 3.0e-6  # seconds for an active latent of a word
 BASELINES = 10  # of an SAE, in looks: three random SAEs; shuffled labels, which are hard to rank by; its own latents
-FIDELITY = 2 * 4096  # tokens that go through the whole language model in a look at an SAE
+FIDELITY = 2 * FIDELITY_TOKENS  # tokens that go through the whole language model in a look at an SAE
 END = 4.0  # seconds: files and report
 
 
@@ -107,7 +109,8 @@ class Estimate:
 
     def probe(self, n_words: int) -> float:
         """Fitting the linear probe of the labels."""
-        return n_words / PROBE_BATCH * PROBE_EPOCHS * PROBE_STEP
+        preset = get_preset(self.settings.eval.preset)
+        return n_words / preset.probe_batch * preset.probe_epochs * PROBE_STEP
 
     def look(self, spec: SAESpec, n_words: int) -> float:
         """The absorption eval of one SAE."""

@@ -121,7 +121,8 @@ def start(
             }
             was_there = Path(settings.run.out).exists()
             folder = ranks.first(lambda: reserve(settings, about))
-            with removed_on_failure(folder, was_there):
+            held = alone_in(folder) if ranks.is_first else nullcontext()
+            with held, removed_on_failure(folder, was_there):
                 display(f"loading {settings.lm.model} and its data")
                 opened = session.open_session(settings, plan.passes, folder, given)
                 built, notes = _assets(opened, display)

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 N_LOGGED = 100
 N_SAVED = 10
-FIDELITY_TOKENS = 4096
 
 
 class Runner:
@@ -114,7 +113,9 @@ class Runner:
         if opened.stop.requested and opened.step < n_steps:
             raise loop.Stopped
         self.display.end()
+        opened.stop.at_once = self.ranks.size == 1  # others would wait for a process that ends alone
         self._write_saes()
+        opened.stop.at_once = False
         if opened.opened.cache:
             self.display.say(f"activations on disk: {opened.opened.cache.said()}")
 
@@ -166,7 +167,7 @@ class Runner:
     def _fidelity_data(self) -> fidelity.FidelityData:
         """The passes of the language model that all SAEs share."""
         language = self.session.language
-        rows = language.rows[: max(1, FIDELITY_TOKENS // language.context)]
+        rows = language.rows[: max(1, fidelity.FIDELITY_TOKENS // language.context)]
         return fidelity.FidelityData.build(language.lm, rows, language.drop_ids)
 
     def log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sae_train.config.record import Number, Whole
 from sae_train.errors import UserError
 from sae_train.files import check_types
 
@@ -38,15 +39,7 @@ BLOCK_SUMS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_o
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
-def _whole(value: Any) -> Any:
-    """Let a truth value pass for no number."""
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    return value
-
-
-Size = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-Number = Annotated[float, BeforeValidator(_whole)]
+Size = Annotated[Whole, Field(gt=0)]
 
 
 class SettingsFile(BaseModel):

@@ -90,11 +90,12 @@ class StopRequest:
 
     So do SIGTERM and the end of a terminal, unless nohup has it ignored. Signals within SAME_REQUEST seconds of the
     first are the same request: a scheduler signals torchrun and its processes, and torchrun passes its own signal on.
-    `requested` is also set when another process was asked.
+    `requested` is also set when another process was asked. Outside of steps, where `at_once` is set, the first one
+    breaks as well.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.at_once = False
         self._asked: float | None = None
 
     def __enter__(self) -> StopRequest:
@@ -109,7 +110,7 @@ class StopRequest:
 
     def _ask(self, number: int, _frame: object) -> None:
         now = time.monotonic()
-        if self._asked is not None and now - self._asked > SAME_REQUEST:
+        if self.at_once or (self._asked is not None and now - self._asked > SAME_REQUEST):
             raise KeyboardInterrupt
         self._asked = self._asked or now
         self.requested = True
