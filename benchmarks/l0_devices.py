@@ -1,6 +1,6 @@
 """Ways to hold L0 at a target, on the same runs: relu and jumprelu SAEs with one device after another in the place of
-the L0 controller, nothing corrected at the end. Ours moves levels and the price of an active latent, the others the
-price alone; theirs is λ itself, but for the one that stood here before. It writes a CSV and a table.
+the L0 controller, nothing corrected at the end. jumprelu's moves thresholds and the price of an active latent, the
+others the price alone, which is λ itself but for ours. It writes a CSV and a table.
 
     python benchmarks/l0_devices.py
 
@@ -90,8 +90,8 @@ class Quadratic100(Quadratic):
 
 
 DEVICES = {
-    "levels and price (ours)": LevelController,
-    "price alone, PI in log space": L0Controller,
+    "thresholds and price (jumprelu's)": LevelController,
+    "PI in log space (relu's)": L0Controller,
     "the same on λ itself": OnLambda,
     "slow integral, EMA .99": SlowIntegral,
     "up or down by 3e-4": UpOrDown,
@@ -115,7 +115,7 @@ def main() -> None:
 
 def _measure(args: argparse.Namespace, name: str, device: type[L0Controller]) -> list[dict[str, object]]:
     """Train with this device and read off the held-out figures; a finished run is read only."""
-    archs = ["jumprelu"] if issubclass(device, Quadratic) else ["relu", "jumprelu"]
+    archs = ["jumprelu"] if issubclass(device, Quadratic | LevelController) else ["relu", "jumprelu"]
     folder = args.runs / device.__name__
     if not (folder / "run.json").exists() or read_json(folder / "run.json").get("status") != "finished":
         kept = learner.L0Controller, {arch: (TRAINED[arch].calibrate, TRAINED[arch].moves_levels) for arch in archs}

@@ -1,4 +1,4 @@
-"""What moving levels adds to the control of L0: relu and jumprelu SAEs with it and with the coefficient alone.
+"""What moving thresholds adds to the control of L0: jumprelu SAEs with it and with the coefficient alone.
 
     python benchmarks/level_control.py --model smollm2 --hook blocks.8.hook_resid_post --dataset english_mix.parquet
 
@@ -23,7 +23,7 @@ from sae_train.training.architectures import TRAINED
 from sae_train.training.metrics import held_out_metrics
 
 RESULTS = Path(__file__).resolve().parent / "results" / "level_control.csv"
-COLUMNS = ("date", "machine", "model", "width", "l0", "tokens", "arch", "levels", "l0_before", "ev", "dead")
+COLUMNS = ("date", "machine", "model", "width", "l0", "tokens", "levels", "l0_before", "ev", "dead")
 
 
 def main() -> int:
@@ -35,21 +35,21 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rows = [
-            {"date": time.strftime("%Y-%m-%d"), "machine": machine("cpu"), **measure(args, arch, levels, scratch)}
-            for arch in ("jumprelu", "relu")
+            {"date": time.strftime("%Y-%m-%d"), "machine": machine("cpu"), **measure(args, levels, scratch)}
             for levels in (False, True)
         ]
     append(args.out, COLUMNS, rows)
     print("| | L0 before the correction | EV after it | dead |", "|---|---|---|---|", sep="\n")
     for row in rows:
         how = "levels and coefficient" if row["levels"] else "coefficient alone"
-        print(f"| {row['arch']}, {how} | {row['l0_before']:.1f} | {row['ev']:.4f} | {row['dead']:.1%} |")
+        print(f"| {how} | {row['l0_before']:.1f} | {row['ev']:.4f} | {row['dead']:.1%} |")
     return 0
 
 
-def measure(args: argparse.Namespace, arch: str, levels: bool, scratch: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, levels: bool, scratch: str) -> dict[str, Any]:
     """Train one SAE with or without moving levels."""
-    cls, before = TRAINED[arch], []
+    arch, before = "jumprelu", []
+    cls = TRAINED[arch]
     kept = cls.moves_levels, cls.calibrate
 
     def calibrate(self: Any, held_out: Any) -> None:
@@ -67,7 +67,7 @@ def measure(args: argparse.Namespace, arch: str, levels: bool, scratch: str) -> 
         cls.moves_levels, cls.calibrate = kept
     final = run.info["saes"][0]["final"]
     figures = {"ev": final["metrics/explained_variance"], "dead": final["sparsity/dead_fraction"]}
-    return {**{k: asked[k] for k in ("model", "width", "l0", "tokens")}, "arch": arch, "levels": levels,
+    return {**{k: asked[k] for k in ("model", "width", "l0", "tokens")}, "levels": levels,
             "l0_before": before[-1], **figures}  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from sae_train.training.architectures.base import (
     pre_activations,
     revival_by_level,
     start_level,
-    sum_excess,
 )
 from sae_train.training.l0 import level_on
 from sae_train.training.metrics import held_out_metrics
@@ -27,7 +26,7 @@ class ReLU(Architecture):
 
     form, base_lr = "relu", 6e-4
     lr_factors, first_coefficient = {"b_enc": 10.0}, 0.3
-    takes_bfloat16 = moves_levels = True
+    takes_bfloat16 = True
 
     def make_leaves(self):
         return {"b_enc": self.sae.b_enc, "b_dec": self.sae.b_dec}
@@ -40,14 +39,10 @@ class ReLU(Architecture):
         values, pattern = ops.active_above(x, sae.W_enc, sae.b_enc, sae.b_dec, 0.0, crossover=self.crossover)
         sparsity = losses.l1(values, pattern.latents, sae.W_dec, len(x))
         recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
-        return Forward(recon, values, pattern, error / len(x), sparsity, excess=sum_excess(values))
+        return Forward(recon, values, pattern, error / len(x), sparsity)
 
     def revival(self, run, x, recon, dead):
         return revival_by_level(self.sae, x, self.sae.b_enc, 0.0, dead)
-
-    @torch.no_grad()
-    def raise_levels(self, by):
-        self.sae.b_enc -= by
 
     def settle(self):
         """The SAE is what is trained: nothing to bring in line."""
