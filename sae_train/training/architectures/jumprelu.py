@@ -17,7 +17,7 @@ from sae_train.training.architectures.base import (
     Forward,
     fit_scale,
     pre_activations,
-    revival_by_level,
+    revival_by_aux_k,
     start_level,
     sum_excess,
 )
@@ -61,7 +61,7 @@ class JumpReLU(Architecture):
         return Forward(recon, values, pattern, error, active / len(x), price, level=threshold, excess=excess)
 
     def revival(self, run, x, recon, dead):
-        return revival_by_level(self.sae, x, self.sae.b_enc, run.level, dead)
+        return revival_by_aux_k(self, x, recon, dead)
 
     @torch.no_grad()
     def raise_levels(self, by):
