@@ -45,6 +45,7 @@ COLUMNS = ("date", "machine", "threads", "load", "versions", "model", "d_in", "d
            "part", "n", "p20", "p50", "p80")  # fmt: skip
 DOCUMENTS, CHARACTERS = 40_000, 20_000_000
 HARVEST = ("language model", "text and buffer")
+EVAL = ("eval set-up", "evaluation")
 
 
 class Parts:
@@ -143,9 +144,9 @@ def evaluate(job: dict[str, Any], sae: Any, lm: Any, parts: Parts) -> dict[str, 
         (absorption, "rank_latents", "{}: k-sparse probes"), (k_sparse, "fit", "{}: k-sparse probes"),
     ):  # fmt: skip
         parts.watch(owner, name, part)
-    with parts.part("eval set-up"):
+    with parts.part(EVAL[0]):
         built = assets.build(lm, n_words=job["eval_words"])
-    with parts.part("evaluation"):
+    with parts.part(EVAL[1]):
         found = absorption.evaluate(sae, built)
     figures = {"words": len(built.words), "true positives": len(built.tp_rows),
                "letters that count": int(built.letters_that_count.sum()),
@@ -248,9 +249,11 @@ def _figures(turn: dict[str, Any], evaluate: bool) -> dict[str, float]:
     if not evaluate:
         return out
     harvest = sum(parts[part] for part in HARVEST)
-    whole = {"harvest": harvest, "training": seconds - harvest, **turn["eval"]}
-    out |= {f"{part}, s": x for part, x in whole.items()}
-    return out | {"text to evaluated SAE, s": sum(whole.values()), **turn["figures"]}
+    whole = {"harvest": harvest, "training": seconds - harvest}
+    whole |= {phase: sum(x for part, x in turn["eval"].items() if part.startswith(phase)) for phase in EVAL}
+    within = {part: x for part, x in turn["eval"].items() if part not in EVAL}
+    out |= {f"{part}, s": x for part, x in {**whole, **within, "text to evaluated SAE": sum(whole.values())}.items()}
+    return out | turn["figures"]
 
 
 def _ratios(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pipeline import Parts, clock
+from pipeline import EVAL, Parts, clock
 
 LARGE_BATCH = 64  # prompts at a time, of 79 tokens
 
@@ -95,7 +95,7 @@ def evaluate(job: dict[str, Any], trained: Any, model: Any, parts: Parts, versio
         main, "run_feature_absortion_experiment", probes_dir=places["probes"], experiment_dir=places["absorbed"],
         sparse_probing_experiment_dir=places["ranked"],
     )  # fmt: skip
-    parts.watch(common, "train_and_save_probes", "eval set-up")
+    parts.watch(common, "train_and_save_probes", EVAL[0])
     parts.watch(common, "train_linear_probe_for_task", "{}: probe")
     parts.watch(model, "run_with_cache", "{}: language model")
     parts.watch(k_sparse_probing, "train_k_sparse_probes", "{}: k-sparse probes")
@@ -103,7 +103,7 @@ def evaluate(job: dict[str, Any], trained: Any, model: Any, parts: Parts, versio
         model_name="model", random_seed=0, llm_batch_size=LARGE_BATCH, llm_dtype=job["dtype"], min_feats_for_eval=1,
         eval_k_sparse_probe_batch_size=4096, precalc_k_sparse_probe_sae_acts=True,
     )  # fmt: skip
-    with parts.part("evaluation"):
+    with parts.part(EVAL[1]):
         result = main.run_eval(config, [("trained", sae)], "cpu", str(work), force_rerun=True)
     means = next(iter(result.values()))["eval_result_metrics"]["mean"]
     figures = {"words": len(job["words"]), "true positives": len(absorbed[0]),
