@@ -35,7 +35,7 @@ from kill_and_resume import PHASES, measure, resume, sae_train, wait_for_moment
 
 from sae_train.files import read_metrics
 
-LONGEST_SILENCE, LONGEST_END = 5.0, 10.0  # seconds
+LONGEST_SILENCE, LONGEST_END, GIVEN_UP = 5.0, 10.0, 60.0  # seconds
 INTERRUPTED = 130
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
@@ -123,12 +123,15 @@ def interrupt(process: subprocess.Popen, log: Path) -> str:
     if process.poll() is not None:
         return ""  # it had ended
     process.send_signal(signal.SIGINT)
+    begun = time.perf_counter()
     try:
-        code = process.wait(LONGEST_END)
+        code = process.wait(GIVEN_UP)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        return f"still there after {LONGEST_END:.0f} s"
+        return f"still there after {GIVEN_UP:.0f} s"
+    if (took := time.perf_counter() - begun) > LONGEST_END:
+        return f"took {took:.1f} s to end"
     if code == 0:
         return ""  # the run was done before it heard of it
     if code != INTERRUPTED:
