@@ -3,15 +3,18 @@
 
     python benchmarks/eval_contexts.py [--model MODEL] [--eval-words N] SAE_FOLDER ...     measure, then the tables
     python benchmarks/eval_contexts.py --table                                            the tables of all rows
+    python benchmarks/eval_contexts.py --set-up [--model MODEL] [--dtype auto]          the set-up alone, printed
 
 The SAEs are of one model and hook. Set-up times are seconds of one core (the process' own time), so that other work on
-the machine does not count.
+the machine does not count; --set-up prints seconds of the clock, with all cores, of a fresh set-up and of one from the
+cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from itertools import combinations
 from pathlib import Path
@@ -32,8 +35,11 @@ DRAWS = ("each", 64)
 
 def main() -> None:
     args = _arguments()
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if args.set_up:
+        time_set_up(args)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch
     if not args.table:
         append(args.out, COLUMNS, measure(args))
     import pandas as pd
@@ -68,6 +74,21 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 rows.append(common | {"sae": name, "fraction": found.mean_fraction, "full": found.mean_full})
                 print(rows[-1], flush=True)
     return rows
+
+
+def time_set_up(args: argparse.Namespace) -> None:
+    """Print how long the set-up of the eval takes, made anew and read from the cache."""
+    from sae_train.data.language_model import load_language_model
+    from sae_train.evals import assets
+
+    lm = load_language_model(args.model, args.hook, dtype=args.dtype)
+    with tempfile.TemporaryDirectory() as cache:
+        for how in ("fresh", "from the cache"):
+            start = time.perf_counter()
+            built = assets.build(lm, n_words=args.eval_words, cache_dir=cache)
+            print(f"{how}: {time.perf_counter() - start:.1f} s for {len(built.words):,} words", flush=True)
+            if how == "fresh":
+                print("  " + ", ".join(f"{part} {seconds:.1f} s" for part, seconds in built.seconds.items()))
 
 
 def tables(data: pd.DataFrame) -> str:
@@ -108,13 +129,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("saes", nargs="*")
     parser.add_argument("--model", default="speller")
     parser.add_argument("--hook")
+    parser.add_argument("--dtype", default="auto", help="of the language model, with --set-up")
     parser.add_argument("--eval-words", type=int)
     parser.add_argument("--seeds", default="0,1,2", help="eval seeds")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--set-up", action="store_true", help="time the set-up alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if not args.table and not args.saes:
-        parser.error("name the folders of SAEs, or --table")
+    if not (args.table or args.set_up or args.saes):
+        parser.error("name the folders of SAEs, or --table, or --set-up")
     return args
 
 

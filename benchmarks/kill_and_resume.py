@@ -12,6 +12,7 @@ code 1 where anything differs. A kill takes about one and a half times as long a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import shutil
@@ -37,7 +38,10 @@ RUNS = {
 TIMED = ("seconds", "details/tokens_per_second", "absorption/seconds")
 TABLES = ("absorption.parquet", "trajectory.parquet")
 POLL = 0.002  # seconds
+Start = Callable[[Path], subprocess.Popen]
+"""starts a run that is to be in a folder"""
 STARTS: dict[str, Callable[[Path], bool]] = {  # when each phase has begun, by what is on the disk
+    "start": lambda run: True,
     "set-up": lambda run: (run / "run.json").exists(),
     "training": lambda run: (run / "metrics.jsonl").exists(),
     "writing": lambda run: (run / "saes").exists(),
@@ -57,21 +61,22 @@ def main() -> int:
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or Path(scratch)
-        durations = measure(args.model, out)
+        start = functools.partial(_start, args.model)
+        durations = measure(start, out)
         wanted = results(out / "undisturbed")
-        alike = [_try(number, args.model, out, durations, wanted, draw) for number in range(args.kills)]
+        alike = [_try(number, start, out, durations, wanted, draw) for number in range(args.kills)]
     print(f"{sum(alike)} of {len(alike)} killed runs ended as the undisturbed one")
     return 0 if all(alike) else 1
 
 
-def _try(number: int, model: str, out: Path, durations: dict[str, float], wanted: dict, draw: random.Random) -> bool:
+def _try(number: int, start: Start, out: Path, durations: dict[str, float], wanted: dict, draw: random.Random) -> bool:
     """Kill a run, resume it and compare it; say what happened."""
     phase, run = PHASES[number % len(PHASES)], out / f"killed-{number}"
     n_rows = len(read_metrics(out / "undisturbed"))
-    told = [kill(start(model, run), run, phase, durations, n_rows, draw)]
+    told = [kill(start(run), run, phase, durations, n_rows, draw)]
     if number % 2:
-        told.append(kill(resume(model, run), run, draw.choice(PHASES[:-2]), durations, n_rows, draw))
-    done = resume(model, run).wait()
+        told.append(kill(resume(start, run), run, draw.choice(PHASES[:-2]), durations, n_rows, draw))
+    done = resume(start, run).wait()
     found = results(run) if done in (0, 2) and (run / "run.json").exists() else {}
     differ = sorted(key for key in wanted if found.get(key) != wanted[key])
     print(
@@ -83,10 +88,10 @@ def _try(number: int, model: str, out: Path, durations: dict[str, float], wanted
     return not differ
 
 
-def measure(model: str, out: Path) -> dict[str, float]:
+def measure(start: Start, out: Path) -> dict[str, float]:
     """Make the undisturbed run and return how long each phase took."""
     run, seen, begun = out / "undisturbed", {}, time.perf_counter()
-    process = start(model, run)
+    process = start(run)
     while process.poll() is None or len(seen) < len(STARTS):
         assert process.poll() in (None, 0), "the undisturbed run failed"
         seen |= {name: time.perf_counter() for name, at in STARTS.items() if name not in seen and at(run)}
@@ -98,16 +103,17 @@ def measure(model: str, out: Path) -> dict[str, float]:
     return durations
 
 
-def start(model: str, run: Path) -> subprocess.Popen:
-    return _sae_train(run, *RUNS[model], "--out", str(run.parent), "--name", run.name)
+def _start(model: str, run: Path) -> subprocess.Popen:
+    return sae_train(run, *RUNS[model], "--out", str(run.parent), "--name", run.name)
 
 
-def resume(model: str, run: Path) -> subprocess.Popen:
-    """Go on with a run, or start it where it was killed before it had a folder."""
-    return _sae_train(run, "resume", str(run)) if (run / "run.json").exists() else start(model, run)
+def resume(start: Start, run: Path) -> subprocess.Popen:
+    """Go on with a run, or start it where it was ended before it had a folder."""
+    return sae_train(run, "resume", str(run)) if (run / "run.json").exists() else start(run)
 
 
-def _sae_train(run: Path, *words: str) -> subprocess.Popen:
+def sae_train(run: Path, *words: str) -> subprocess.Popen:
+    """Start the command line; what it says goes to a file beside the run's folder."""
     run.parent.mkdir(parents=True, exist_ok=True)
     with run.with_suffix(".log").open("a") as log:
         return subprocess.Popen([sys.executable, "-m", "sae_train", *words], stdout=log, stderr=log)
@@ -116,9 +122,19 @@ def _sae_train(run: Path, *words: str) -> subprocess.Popen:
 def kill(
     process: subprocess.Popen, run: Path, phase: str, durations: dict[str, float], n_rows: int, draw: random.Random
 ) -> str:
-    """Kill a process at a random moment of a phase; say which.
+    """Kill a process at a random moment of a phase; say which."""
+    where = wait_for_moment(process, run, phase, durations, n_rows, draw)
+    process.kill()
+    process.wait()
+    return where
 
-    A look logs a row for each SAE, so a kill just after a row is one in the midst of a look.
+
+def wait_for_moment(
+    process: subprocess.Popen, run: Path, phase: str, durations: dict[str, float], n_rows: int, draw: random.Random
+) -> str:
+    """Wait until a random moment of a phase; say which.
+
+    A look logs a row for each SAE, so the moment just after a row is one in the midst of a look.
     """
     row = draw.randrange(1, n_rows)
     begun = (lambda run: len(read_metrics(run)) >= row) if phase == "looks" else STARTS[phase]
@@ -126,11 +142,8 @@ def kill(
     while not begun(run) and process.poll() is None:
         time.sleep(POLL)
     time.sleep(delay)
-    ended = process.poll() is not None
-    process.kill()
-    process.wait()
     where = f"at row {row}" if phase == "looks" else f"after {delay:.2f} s"
-    return f"in {phase} {where}{' (it had ended)' if ended else ''}"
+    return f"in {phase} {where}{' (it had ended)' if process.poll() is not None else ''}"
 
 
 def results(run: Path) -> dict[str, Any]:
