@@ -161,6 +161,11 @@ def test_the_embedded_preset_applies_to_the_embedded_model_only():
     assert resolve({"model": "gpt2"}).dataset == "monology/pile-uncopyrighted"
 
 
+def test_smollm2_needs_no_more_than_its_name():
+    settings = resolve({"model": "smollm2", "l0": 25})
+    assert (settings.dataset, settings.sae.l0) == ("installed-docs", (25.0,)) and settings.lm.hook
+
+
 def test_settings_survive_run_json():
     settings = resolve({"width": "1k,4k", "drop": ["a", "b"], "lr": 1e-3, "absorption": False})
     assert resolve(flat(settings)) == settings

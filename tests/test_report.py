@@ -357,7 +357,7 @@ def test_architectures_are_compared_at_matched_l0_or_the_reason_is_said(tmp_path
         sae["final"]["metrics/l0"] = sae["l0"] * (1.1 if (sae["arch"], sae["l0"]) == ("jumprelu", 32.0) else 1.0)
     (run / "run.json").write_text(json.dumps(facts))
     rows = _comparisons(run)
-    assert rows["topk − jumprelu, 1k, L0 8"][:2] == ["1 + 1", "as reached"]
+    assert rows["topk − jumprelu, 1k, L0 8"][:2] == ["1 + 1", "L0 as reached"]
     assert rows["topk − jumprelu, 1k, L0 32"][1:4] == ["not compared: L0 10.0\u00a0% apart", "–", "–"]
 
     run = fake_run(tmp_path / "many", ("jumprelu", "topk"), (1024,), (4.0, 8.0, 16.0, 32.0), words=30)
@@ -369,7 +369,24 @@ def test_architectures_are_compared_at_matched_l0_or_the_reason_is_said(tmp_path
     share = math.log(16 / 8) / math.log(17.6 / 8)
     expected = paired_difference(_fractions(run, 1024, 16.0, "topk", 1), (1 - share) * low + share * high)
     row = _comparisons(run)["topk − jumprelu, 1k, L0 16"]
-    assert row[1] == "interpolated" and row[2].startswith(f"{expected.mean:.3f} <small>{expected.low:.3f}")
+    assert row[1] == "L0 interpolated" and row[2].startswith(f"{expected.mean:.3f} <small>{expected.low:.3f}")
+
+
+def test_architectures_are_compared_at_the_same_ev_where_both_reach_it(tmp_path):
+    from sae_train.evals.intervals import paired_difference
+
+    run = fake_run(tmp_path / "run", ("jumprelu", "topk"), (1024,), (8.0, 32.0), words=30)
+    facts = json.loads((run / "run.json").read_text())
+    ev = {("jumprelu", 8.0): 0.7, ("jumprelu", 32.0): 0.9, ("topk", 8.0): 0.75, ("topk", 32.0): 0.95}
+    for sae in facts["saes"]:
+        sae["final"]["metrics/explained_variance"] = ev[sae["arch"], sae["l0"]]
+    (run / "run.json").write_text(json.dumps(facts))
+    low, high = (_fractions(run, 1024, l0, "topk", 1) for l0 in (8.0, 32.0))
+    expected = paired_difference(0.25 * low + 0.75 * high, _fractions(run, 1024, 32.0, "jumprelu", 1))
+    rows = {name: row for name, row in _comparisons(run).items() if "EV" in name}
+    assert list(rows) == ["topk − jumprelu, 1k, EV 0.900 (jumprelu at L0 32)"]  # .7 is below all of topk's
+    row = rows.popitem()[1]
+    assert row[1] == "EV interpolated" and row[2].startswith(f"{expected.mean:.3f} <small>{expected.low:.3f}")
 
 
 def _comparisons(run: Path) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ def leaves() -> dict[str, str]:
 def resolve(given: dict[str, Any], file: str | Path | None = None, presets: bool = True) -> Settings:
     """Merge defaults < the model's preset < `file` < `given`, all with flat keys, where None means not given.
 
-    Presets (unless they are left out) are configs/speller.yaml for the embedded model and configs/toy.yaml for the toy.
+    Presets (unless they are left out) are the files in configs/ of the embedded model, the toy and SmolLM2.
     Raises UserError that names every problem, one line each.
     """
     flat = (read_yaml(file) if file else {}) | {key: value for key, value in given.items() if value is not None}

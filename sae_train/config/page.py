@@ -13,7 +13,8 @@ HEAD = """# Settings
 
 Every setting, made from the code by `python -m sae_train.config.page > docs/settings.md`. The same names serve as
 flags (`--batch-tokens 2048`), in YAML files (`--config FILE`: `batch_tokens: 2048`) and in Python
-(`train(batch_tokens=2048)`). Defaults < the model's preset (`configs/speller.yaml`, `configs/toy.yaml`) < file < flags.
+(`train(batch_tokens=2048)`). Defaults < the model's preset (`configs/speller.yaml`,
+`toy.yaml`, `smollm2.yaml`) < file < flags.
 Numbers may be written 16k (a power of two for widths, thousands elsewhere), 1M, 1B; what takes a list takes commas.
 """
 

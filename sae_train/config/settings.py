@@ -35,7 +35,7 @@ LOCAL_NAMES = {
     "generated", "installed-docs", "letters", "dictionary", "trees", "pairs",
 }  # fmt: skip
 """models and data sets that are here under these names, not on the hub"""
-PRESETS = ("speller", "toy")  # models with a settings file of their own, configs/NAME.yaml
+PRESETS = ("speller", "toy", "smollm2")  # models with a settings file of their own, configs/NAME.yaml
 CONFIGS = Path(__file__).parents[1] / "configs"
 Count = Annotated[int, BeforeValidator(parse_count)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

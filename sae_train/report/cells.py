@@ -42,8 +42,16 @@ class Cell:
     @property
     def reached(self) -> float | None:
         """Mean L0 on held-out text; None where one was not measured."""
-        reached = [sae.get("metrics/l0") for sae in self.saes]
-        return None if None in reached or not reached else sum(reached) / len(reached)  # type: ignore[arg-type]
+        return self._mean("metrics/l0")
+
+    @property
+    def ev(self) -> float | None:
+        """Mean explained variance on held-out text; None where one was not measured."""
+        return self._mean("metrics/explained_variance")
+
+    def _mean(self, metric: str) -> float | None:
+        values = [sae.get(metric) for sae in self.saes]
+        return None if None in values or not values else sum(values) / len(values)  # type: ignore[arg-type]
 
     @property
     def repeated(self) -> bool:

@@ -1,14 +1,15 @@
-"""Comparisons of SAEs at matched L0, pair by pair.
+"""Comparisons of SAEs at matched L0, and of architectures also at matched EV, pair by pair.
 
 Two cells are compared as they are where their L0 differ by at most 2 %. Otherwise each side's scores, label by label
 and seed by seed, are interpolated on log L0 to the L0 asked for, if it has at least four L0 around it; else the pair is
-left out with its reason. Labels are paired; a pair needs the same words, which the same eval assets give.
+left out with its reason. At matched EV one side is as it was measured, and the other is interpolated on EV between two
+of its L0. Labels are paired; a pair needs the same words, which the same eval assets give.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby, pairwise
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ SEEDS_ASKED = 3  # a side; fewer leave the noise of training out of sight
 
 @dataclass(frozen=True)
 class Comparison:
-    """b − a of each score, or why there is none; `how` says what was done to match L0."""
+    """b − a of each score, or why there is none; `how` says what was matched, and in which way."""
 
     name: str
     seeds: tuple[int, int]
@@ -42,6 +43,7 @@ class Comparison:
 def comparisons(cells: list[Cell]) -> list[Comparison]:
     """Architectures at one width and L0, widths of one architecture and L0, L0 of one architecture and width."""
     made = [_at_one_l0(a, b, cells) for a, b in _pairs(cells, "arch") + _pairs(cells, "width")]
+    made += [pair for a, b in _pairs(cells, "arch") if (pair := _at_one_ev(a, b, cells))]
     return made + [
         _compare(f"{a.arch}, {width_label(a.width)}: L0 {b.l0:g} − {a.l0:g}", "two L0", a, b)
         for a, b in _pairs(cells, "l0")
@@ -66,25 +68,60 @@ def _at_one_l0(a: Cell, b: Cell, cells: list[Cell]) -> Comparison:
     name = f"{differs}, L0 {a.l0:g}"
     apart = abs(math.log(b.reached / a.reached)) if a.reached and b.reached else math.inf
     if apart <= CLOSE_L0:
-        return _compare(name, "as reached", a, b)
+        return _compare(name, "L0 as reached", a, b)
     if all(_can_interpolate(cell, cells) for cell in (a, b)):
-        return _compare(name, "interpolated", a, b, _series(a, cells), _series(b, cells))
+        sides = [_Side(cell, _series(cell, cells), _log_l0, math.log(cell.l0)) for cell in (a, b)]
+        return _compare(name, "L0 interpolated", *sides)
     reason = f"not compared: L0 {percent(math.expm1(apart))} apart" if math.isfinite(apart) else "not compared: no L0"
-    return Comparison(name, _seeds(a, b), reason, {})
+    return Comparison(name, (len(a.saes), len(b.saes)), reason, {})
 
 
-def _compare(
-    name: str, how: str, a: Cell, b: Cell, along_a: Sequence[Cell] = (), along_b: Sequence[Cell] = ()
-) -> Comparison:  # fmt: skip
-    """b − a over the labels that count in both, along a series of L0 if one is given."""
+def _at_one_ev(a: Cell, b: Cell, cells: list[Cell]) -> Comparison | None:
+    """The pair at the EV of a; None where b's architecture does not reach it from both sides."""
+    along = [c for c in _series(b, cells) if c.ev is not None]
+    if a.ev is None or not along or not min(c.ev for c in along) <= a.ev <= max(c.ev for c in along):
+        return None
+    name = f"{b.arch} − {a.arch}, {width_label(a.width)}, EV {a.ev:.3f}"
+    return _compare(f"{name} ({a.arch} at L0 {a.l0:g})", "EV interpolated", a, _Side(b, along, lambda c: c.ev, a.ev))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Scores of a cell's architecture and width at one place between the cells of a series."""
+
+    cell: Cell
+    along: Sequence[Cell]
+    x: Callable[[Cell], float]
+    at: float
+
+    @property
+    def letters(self) -> set[str]:
+        return set.intersection(*(cell.letters for cell in self.along))
+
+    @property
+    def saes(self) -> tuple[Any, ...]:
+        return self.cell.saes
+
+    def matrix(self, score: str, letters: list[str]) -> Any:
+        """Seeds × labels, on a straight line between the neighbours."""
+        order = sorted(self.along, key=self.x)
+        low = [c for c in order if self.x(c) <= self.at][-1]
+        high = next(c for c in order if self.x(c) >= self.at)
+        span = self.x(high) - self.x(low)
+        share = (self.at - self.x(low)) / span if span else 0.0
+        return (1 - share) * low.matrix(score, letters) + share * high.matrix(score, letters)
+
+
+def _compare(name: str, how: str, a: Cell | _Side, b: Cell | _Side) -> Comparison:
+    """b − a over the labels that count in both."""
     from sae_train.evals.intervals import paired_difference
 
-    labels = sorted(set.intersection(*(cell.letters for cell in (a, b, *along_a, *along_b))))
+    seeds = len(a.saes), len(b.saes)
+    labels = sorted(a.letters & b.letters)
     if not labels:
-        return Comparison(name, _seeds(a, b), "not compared: no label counts in both", {})
-    sides = [(b, along_b), (a, along_a)]
-    matrices = {score: [_matrix(cell, along, score, labels) for cell, along in sides] for score in SCORES}
-    return Comparison(name, _seeds(a, b), how, {score: paired_difference(*pair) for score, pair in matrices.items()})
+        return Comparison(name, seeds, "not compared: no label counts in both", {})
+    pairs = {score: (b.matrix(score, labels), a.matrix(score, labels)) for score in SCORES}
+    return Comparison(name, seeds, how, {score: paired_difference(*pair) for score, pair in pairs.items()})
 
 
 def _series(cell: Cell, cells: list[Cell]) -> list[Cell]:
@@ -98,16 +135,5 @@ def _can_interpolate(cell: Cell, cells: list[Cell]) -> bool:
     return len(series) >= LEAST_POINTS and (series[0].reached or 0) <= cell.l0 <= (series[-1].reached or 0)
 
 
-def _matrix(cell: Cell, along: Sequence[Cell], score: str, labels: list[str]) -> Any:
-    """Seeds × labels of the cell, or at the L0 asked for by straight lines over log L0 between its neighbours."""
-    if not along:
-        return cell.matrix(score, labels)
-    low = [c for c in along if (c.reached or 0) <= cell.l0][-1]
-    high = next(c for c in along if (c.reached or 0) >= cell.l0)
-    span = math.log(high.reached / low.reached)
-    share = math.log(cell.l0 / low.reached) / span if span else 0.0
-    return (1 - share) * low.matrix(score, labels) + share * high.matrix(score, labels)
-
-
-def _seeds(a: Cell, b: Cell) -> tuple[int, int]:
-    return len(a.saes), len(b.saes)
+def _log_l0(cell: Cell) -> float:
+    return math.log(cell.reached or 0)

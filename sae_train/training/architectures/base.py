@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from sae_train.sae.model import SAE
     from sae_train.training.ranks import Ranks
 
-# λ_P of the pre-activation loss. Anthropic's 3e-6 (January 2025 update) is for runs of billions of tokens: in one of 1 M
-# (relu, width 16k, SmolLM2) it left 43 % dead, this 9 %, at the same EV.
+# λ_P of the pre-activation loss. Anthropic's 3e-6 (January 2025 update) is for runs of billions of tokens: in one of
+# 1 M (relu, width 16k, SmolLM2) it left 43 % dead, this 9 %, at the same EV.
 PRE_ACTIVATION_COEFFICIENT = 3e-4
 # Where L0 starts under a controller, in targets, and how many pre-activations are looked at to find that level.
 START_L0 = 2.0
@@ -162,7 +162,7 @@ def fit_scale(sae: SAE, sample: Float[Tensor, "n d_in"], level: Tensor) -> Float
 
 
 def revival_by_aux_k(arch: Architecture, x: Tensor, recon: Tensor, dead: Tensor) -> Tensor:
-    """AuxK with its coefficient (Gao et al. 2024), there beside an error in units of the activations' energy: here d_in.
+    """AuxK with its coefficient (Gao et al. 2024), who divide the error beside it by ⟨‖x‖²⟩, here d_in.
 
     Were it smaller beside the error, Adam would not care while a latent is dead, but throw it far with the first token
     on which it is active again (at width 16k on SmolLM2, 1 M tokens: 22 % dead at the end, not 13 %).
