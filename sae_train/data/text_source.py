@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_train.config import LEAST_HELD_OUT
 from sae_train.data.activation_cache import ActivationCache, files_of, key_of
 from sae_train.data.buffer import LM_BATCH_TOKENS, ActivationBuffer, held_out_activations
 from sae_train.data.documents import find_documents
@@ -53,7 +54,9 @@ class HookedText:
         """Return the first n activations of the held-out rows."""
         if self._held_out is None or self._asked < n_tokens:
             rows, self._asked = self.stream.held_out, n_tokens
-            self._held_out = held_out_activations(self.lm, rows, self.drop_ids, n_tokens, skip_first=self.skip_first)
+            self._held_out = held_out_activations(
+                self.lm, rows, self.drop_ids, n_tokens, at_least=LEAST_HELD_OUT, skip_first=self.skip_first
+            )
         return self._held_out[:n_tokens]
 
     def batches(self, batch_tokens: int) -> ActivationBuffer:
