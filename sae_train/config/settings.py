@@ -90,8 +90,8 @@ class DataSettings(SettingsGroup):
 
     dataset: str | None = Field(
         None,
-        description="hub id (streamed), local file or folder (parquet, jsonl, txt), generated (embedded), or "
-        "installed-docs (documentation strings of the installed packages that sae-train needs); "
+        description="hub id (streamed), local file or folder (parquet, jsonl, json, txt; .gz), generated (embedded) "
+        "or installed-docs (documentation strings of the installed packages that sae-train needs); "
         "for toy: letters, dictionary, trees or pairs; default: generated for speller, letters for toy, "
         "monology/pile-uncopyrighted otherwise",
     )
