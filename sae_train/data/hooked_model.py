@@ -76,8 +76,9 @@ class LanguageModel:
             raise UserError(f"the blocks of {self.name} pass on several streams, which cannot be read here.")
         others = returned[1:] if isinstance(returned, tuple | list) else None
         self._n_others = None if others is None else len(others)
-        # Then a block needs what those before it found out, and cannot be started at.
-        self._carries = any(other is not None for other in others or ())
+        # Some hand on what the next ones need (router states, chosen positions), so that none can be started at;
+        # attention's weights, (1, heads, 1, 1) for the one token that is passed here, are not that.
+        self._carries = any(other is not None and getattr(other, "shape", ())[2:] != (1, 1) for other in others or ())
 
     def activations(self, tokens: Int[Tensor, "batch position"]) -> Float[Tensor, "batch position d_in"]:
         """Return the activations at the hook in float32, computing nothing beyond the hooked module."""
