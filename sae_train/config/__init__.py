@@ -9,8 +9,8 @@ from typing import Any
 PLACES = {
     "merge": ("flat", "groups", "leaves", "read_yaml", "resolve"),
     "settings": (
-        "CONFIGS", "DEFAULT_HUB_DATASET", "LOCAL_NAMES", "PRESETS", "EvalSettings", "LMSettings", "SAESpec", "Settings",
-        "TrainSettings",
+        "CONFIGS", "DEFAULT_HUB_DATASET", "LEAST_HELD_OUT", "LOCAL_NAMES", "PRESETS", "EvalSettings", "LMSettings",
+        "SAESpec", "Settings", "TrainSettings",
     ),
     "units": ("EACH", "EVAL_PRESETS", "l0_label", "parse_contexts", "width_label"),
 }  # fmt: skip

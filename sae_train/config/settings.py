@@ -38,6 +38,7 @@ LOCAL_NAMES = {
 PRESETS = ("speller", "toy", "smollm2")  # models with a settings file of their own, configs/NAME.yaml
 CONFIGS = Path(__file__).parents[1] / "configs"
 Count = Annotated[int, BeforeValidator(parse_count)]
+LEAST_HELD_OUT = 16  # activations: fewer, of which a third calibrates, measure nothing
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -89,8 +90,8 @@ class DataSettings(SettingsGroup):
 
     dataset: str | None = Field(
         None,
-        description="hub id (streamed), local file or folder (parquet, jsonl, txt), generated (embedded), or "
-        "installed-docs (documentation strings of the installed packages that sae-train needs); "
+        description="hub id (streamed), local file or folder (parquet, jsonl, json, txt; .gz), generated (embedded) "
+        "or installed-docs (documentation strings of the installed packages that sae-train needs); "
         "for toy: letters, dictionary, trees or pairs; default: generated for speller, letters for toy, "
         "monology/pile-uncopyrighted otherwise",
     )
@@ -99,7 +100,9 @@ class DataSettings(SettingsGroup):
         None, description="tokens per sequence; default: the model's own, at most 128"
     )
     held_out_tokens: Count = Field(
-        16_384, description="tokens kept apart from training: for the held-out figures, a third to calibrate L0"
+        16_384,
+        ge=LEAST_HELD_OUT,
+        description="tokens kept apart from training: for the held-out figures, a third to calibrate L0",
     )
     buffer_tokens: Count = Field(65_536, description="activations shuffled together")
     drop: Annotated[tuple[str, ...], BeforeValidator(strings)] = Field(

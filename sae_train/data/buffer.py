@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_train.config import LEAST_HELD_OUT
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def held_out_activations(
     if n_kept < max(1, at_least):
         raise UserError(
             f"{n_kept} of {rows.numel()} tokens are left once special and dropped ones are taken out, but "
-            f"{max(1, at_least)} are needed: drop fewer tokens or take other text."
+            f"{max(1, at_least)} are needed: hold out more, drop fewer tokens or take other text."
         )
     x = torch.cat(kept)[:n_tokens]
     check_activations(x, lm)
@@ -221,6 +222,15 @@ def dropped(lm: LanguageModel, drop_ids: Collection[int] = ()) -> Int[Tensor, " 
 def estimate_scale(x: Float[Tensor, "tokens d_in"]) -> float:
     """Return the factor that brings the mean squared norm of `x` to d_in."""
     return math.sqrt(x.shape[-1] / x.double().square().sum(-1).mean().item())
+
+
+def check_held_out(n: int, name: str) -> None:
+    """Refuse fewer held-out activations than figures can be measured on."""
+    if n < LEAST_HELD_OUT:
+        raise UserError(
+            f"{n} activations of {name} are held out, but figures need at least {LEAST_HELD_OUT}: give more data, or "
+            "raise held_out_tokens."
+        )
 
 
 def check_activations(x: Float[Tensor, "tokens d_in"], source: LanguageModel | Source) -> None:

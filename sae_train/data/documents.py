@@ -14,11 +14,11 @@ from typing import Any
 
 from sae_train.data.installed_docs import InstalledDocs
 from sae_train.data.pretrained import EMBEDDED, hub_answers
+from sae_train.data.text_files import SUFFIXES, find_files
 from sae_train.errors import UserError, explaining, first_line
 
 EMBEDDED_TEXT = EMBEDDED / "text"
 INSTALLED_DOCS = "installed-docs"
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 CHARACTERS_PER_READ = 500_000
 DOCUMENTS_AT_A_TIME = 16  # that a reader gives: few enough to be whole books
 
@@ -32,6 +32,8 @@ class Documents:
     text_column: str
     packages: dict[str, str] | None = None
     """versions of the packages that the texts are from, where they are"""
+    notes: tuple[str, ...] = ()
+    """for a person: which files are apart, or not read"""
 
     def reads(
         self, start: dict[str, Any] | None = None, characters: int | None = None
@@ -93,13 +95,13 @@ def find_documents(name: str, text_column: str = "text") -> tuple[Documents, Doc
         return Documents(name, docs.open, "text", docs.packages), None
     if name == "generated":
         train, held_out = (
-            _local(name, EMBEDDED_TEXT / f"{split}.parquet", text_column) for split in ("train", "held_out")
+            _local(name, EMBEDDED_TEXT / f"{split}.parquet", text_column)[0] for split in ("train", "held_out")
         )
         return train, held_out
     path = Path(name).expanduser()
     if path.exists():
-        return _local(name, path, text_column), None
-    if name.startswith((".", "/", "~")) or path.suffix in READERS or not re.fullmatch(r"[\w./:-]+", name):
+        return _local(name, path, text_column)
+    if name.startswith((".", "/", "~")) or path.suffix in (*SUFFIXES, ".gz") or not re.fullmatch(r"[\w./:-]+", name):
         raise UserError(
             f"there is no dataset {name!r}; give a parquet, jsonl, json or txt file, a folder of them, a hub "
             f"id, {INSTALLED_DOCS} or generated."
@@ -107,37 +109,10 @@ def find_documents(name: str, text_column: str = "text") -> tuple[Documents, Doc
     return _hub(name, text_column), None
 
 
-def _local(name: str, path: Path, text_column: str) -> Documents:
-    """A file, or a folder's files of one kind in the order of their paths; a line of a txt is a document."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _is_data(file, path))
-    kinds = {READERS.get(file.suffix) for file in files}
-    if not files or kinds == {None}:
-        raise UserError(f"{name} holds no data: parquet, jsonl, json or txt files are read.")
-    if len(kinds) > 1:
-        raise UserError(
-            f"the folder {name} mixes {', '.join(sorted(map(str, kinds)))} files; point to those of one kind."
-        )
-    (kind,) = kinds
-    with _read_errors(name):
-        files = [str(file) for file in files if not _is_empty(file)]
-    if not files:
-        raise UserError(f"the dataset {name} is empty: give a file with text in it.")
-    return Documents(name, lambda: _load(kind, data_files=files), text_column)
-
-
-def _is_data(file: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return file.is_file() and file.suffix in READERS and not hidden
-
-
-def _is_empty(file: Path) -> bool:
-    """Tell whether a file has no rows; the readers fail on such files instead of skipping them."""
-    if file.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return file.stat().st_size == 0 or parquet.read_metadata(file).num_rows == 0
-    with file.open("rb") as stream:
-        return not any(chunk.strip() for chunk in iter(lambda: stream.read(65536), b""))
+def _local(name: str, path: Path, text_column: str) -> tuple[Documents, Documents | None]:
+    train, apart, notes = find_files(name, path, text_column)
+    held_out = Documents(name, apart.open, text_column) if apart else None
+    return Documents(name, train.open, text_column, notes=notes), held_out
 
 
 def _hub(name: str, text_column: str) -> Documents:
@@ -151,16 +126,18 @@ def _hub(name: str, text_column: str) -> Documents:
     return Documents(name, lambda: _load(repo, configuration or None), text_column)
 
 
-def _load(*where: Any, **files: Any) -> Any:
+def _load(*where: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
     # It logs a traceback's worth before it raises; what it raises is told in one sentence here.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    return datasets.load_dataset(*where, split="train", streaming=True, **files)
+    return datasets.load_dataset(*where, split="train", streaming=True)
 
 
 def _read_errors(name: str) -> AbstractContextManager[None]:
-    """Turn what the readers raise for bad data into one sentence."""
-    kinds = (OSError, ValueError, StopIteration)
-    return explaining(lambda error: f"cannot read the dataset {name}: {first_line(error, 'no rows')}", *kinds)
+    """Turn whatever the readers raise for bad data, or for a lost connection, into one sentence.
+
+    The errors of datasets, pyarrow, the hub's client and the decompressors share no base.
+    """
+    return explaining(lambda error: f"cannot read the dataset {name}: {first_line(error, 'no rows')}")

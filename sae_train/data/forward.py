@@ -75,6 +75,8 @@ def changed(module: nn.Module, side: str, change: Callable[[Tensor], Tensor]) ->
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
     def on_output(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        if isinstance(output, list):  # as in the first GPT
+            return [change(output[0]), *output[1:]]
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
     if side == "in":
@@ -88,12 +90,12 @@ def changed(module: nn.Module, side: str, change: Callable[[Tensor], Tensor]) ->
 
 
 @contextmanager
-def passing_on(block: nn.Module, as_tuple: bool = False) -> Iterator[None]:
-    """Let a block return what enters it while the context lasts."""
+def passing_on(block: nn.Module, n_others: int | None) -> Iterator[None]:
+    """Let a block return what enters it while the context lasts: alone, or the first of so many other values, None."""
 
     def forward(*args: Any, hidden_states: Tensor | None = None, **_: Any) -> Tensor | tuple[Tensor]:
         x = args[0] if args else hidden_states
-        return (x,) if as_tuple else x
+        return x if n_others is None else (x, *[None] * n_others)
 
     own = vars(block).get("forward")
     block.forward = forward

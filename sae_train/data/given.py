@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sae_train.config import TrainSettings, resolve
+from sae_train.data.buffer import check_held_out
 from sae_train.data.sources import Facts, Opened, text_settings_asked
 from sae_train.errors import UserError, explaining
 from sae_train.protocols import Source
@@ -96,6 +97,7 @@ class Rows:
                 f"{self.name} has {self.n_train} rows to train on, less than one batch: give more, or lower "
                 f"batch_tokens {batch_tokens}"
             )
+        check_held_out(len(self.array) - self.n_train, self.name)
 
         def make(number: int) -> Tensor:
             epoch, place = divmod(number, per_epoch)

@@ -97,20 +97,29 @@ def hook_points(model: nn.Module, name: str) -> dict[str, HookPoint]:
         bridge_config = build_bridge_config_from_hf(model.config, architecture, name, torch.float32)
         adapter = ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
         block = adapter.component_mapping["blocks"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"TransformerLens has no decoder blocks for {name} (architecture {architecture}); "
-            "choose a causal language model that it supports."
-        ) from error
-    norm = getattr(adapter.component_mapping.get("ln_final"), "name", None)
-    places = {kind: place for kind in KINDS if (place := _place(block, kind))}
+    except Exception as error:  # what it raises for a configuration that it does not know shares no base
+        raise UserError(_no_blocks(name, architecture)) from error
+    # Its map is that of a family; a model may lack some of the modules (OPT's last norm, for one).
     modules = {path for path, _ in model.named_modules()}
+    norm = getattr(adapter.component_mapping.get("ln_final"), "name", None)
+    norm = norm if norm in modules else None
+    places = {kind: place for kind in KINDS if (place := _place(block, kind))}
     points = [
         HookPoint(f"blocks.{layer}.{kind}", f"{block.name}.{layer}{path}", side, norm)
         for layer in range(bridge_config.n_layers)
         for kind, (path, side) in places.items()
     ]
-    return {point.name: point for point in points if point.module in modules}
+    found = {point.name: point for point in points if point.module in modules}
+    if not found:
+        raise UserError(_no_blocks(name, architecture))
+    return found
+
+
+def _no_blocks(name: str, architecture: str) -> str:
+    return (
+        f"TransformerLens has no decoder blocks for {name} (architecture {architecture}); "
+        "choose a causal language model that it supports."
+    )
 
 
 def _place(block: Any, kind: str) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_train.config import LEAST_HELD_OUT
 from sae_train.data.activation_cache import ActivationCache, files_of, key_of
 from sae_train.data.buffer import LM_BATCH_TOKENS, ActivationBuffer, held_out_activations
 from sae_train.data.documents import find_documents
@@ -53,7 +54,9 @@ class HookedText:
         """Return the first n activations of the held-out rows."""
         if self._held_out is None or self._asked < n_tokens:
             rows, self._asked = self.stream.held_out, n_tokens
-            self._held_out = held_out_activations(self.lm, rows, self.drop_ids, n_tokens, skip_first=self.skip_first)
+            self._held_out = held_out_activations(
+                self.lm, rows, self.drop_ids, n_tokens, at_least=LEAST_HELD_OUT, skip_first=self.skip_first
+            )
         return self._held_out[:n_tokens]
 
     def batches(self, batch_tokens: int) -> ActivationBuffer:
@@ -82,7 +85,7 @@ class TextSource:
         s, lm = settings, settings.lm
         dtype = choose_dtype(lm.dtype, device)
         model = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
-        _check_text(settings)
+        notes = _check_text(settings)
         _check_drop(settings)
         evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
         lines = (
@@ -93,7 +96,7 @@ class TextSource:
             f"{s.data.held_out_tokens:,} activations held out",
             f"absorption {evals}",
         )
-        notes = () if lm.hook else (f"no hook was named: {model.hook_name} was taken",)
+        notes += () if lm.hook else (f"no hook was named: {model.hook_name} was taken",)
         return Facts(
             model.d_in, model.hook_name, lines, notes, model.n_parameters, model.n_parameters_to_hook,
             dtype=dtype, is_quantised=model.is_quantised, context=model.context,
@@ -138,20 +141,21 @@ def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCach
     made_from = {
         "data": settings.data.model_dump(mode="json", exclude={"activation_cache"}), "hook": source.hook_name,
         "batch_tokens": settings.train.batch_tokens, "files": stream.packages or files_of(settings.dataset),
-        "positions": 2,  # how the place after a block is written
+        "positions": 3,  # how the place after a block is written
     }  # fmt: skip
     key = key_of(made_from, first, source.held_out(settings.data.held_out_tokens))
     return ActivationCache(folder, key, source.lm.dtype)
 
 
-def _check_text(settings: Settings) -> None:
-    """UserError for a data set that is not there or holds no text, and for prompts that cannot be made."""
+def _check_text(settings: Settings) -> tuple[str, ...]:
+    """Return notes on what is read; UserError for no data set, one without text, and prompts that cannot be made."""
     if settings.eval.absorption:
         with_template(get_hierarchy(settings.eval.hierarchy), settings.eval.template)
     documents, _ = find_documents(settings.dataset, settings.data.text_column)
     if Path(settings.dataset).expanduser().exists():  # a first read of the hub's would take long
         with closing(documents.reads()) as reads:
             next(reads, None)
+    return documents.notes
 
 
 def _check_drop(settings: Settings) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
+MOST_OVER = 0.1  # of the tokens to be held out: what the last document may take beyond them
+
 
 class Packer:
     """Turns documents into token ids, and a sequence of ids into rows."""
@@ -98,12 +100,14 @@ class TokenStream:
         sequences: int,
         held_out: Int[Tensor, "rows context"],
         n_held_out_documents: int,
+        n_held_out_tokens: int = 0,
     ) -> None:
+        """Training skips so many documents, and so many tokens of the one after them."""
         self.name, self.packages = documents.name, documents.packages
         self.context = packer.context
         self.sequences = sequences
         self.held_out = held_out
-        self._n_skipped = n_held_out_documents
+        self._n_skipped, self._n_cut = n_held_out_documents, n_held_out_tokens
         self._documents = documents
         self._packer = packer
         self._thread = ThreadPoolExecutor(1, "tokenise")
@@ -196,7 +200,8 @@ class TokenStream:
             return failed
         places, texts = zip(*documents, strict=True)
         n_held_out = min(len(texts), max(0, self._n_skipped - document))
-        return self._thread.submit(_tokenise, self._packer, epoch, document, places, texts, n_held_out)
+        n_cut = self._n_cut if 0 <= self._n_skipped - document < len(texts) else 0
+        return self._thread.submit(_tokenise, self._packer, epoch, document, places, texts, n_held_out, n_cut)
 
 
 def _reads_from(
@@ -215,10 +220,18 @@ def _reads_from(
 
 
 def _tokenise(
-    packer: Packer, epoch: int, document: int, places: list[dict[str, Any]], texts: list[str], n_held_out: int
+    packer: Packer,
+    epoch: int,
+    document: int,
+    places: list[dict[str, Any]],
+    texts: list[str],
+    n_held_out: int,
+    n_cut: int,
 ) -> Read:
-    """Tokenise documents; those held out count as empty."""
+    """Tokenise documents; those held out count as empty, and the one after them begins after `n_cut` tokens."""
     ids = [np.zeros(0, np.int64)] * n_held_out + packer.encode(list(texts[n_held_out:]))
+    if n_cut:
+        ids[n_held_out] = ids[n_held_out][n_cut:]
     return Read(epoch, document, places, np.concatenate(ids), np.cumsum([len(each) for each in ids]))
 
 
@@ -234,25 +247,29 @@ def open_tokens(
 ) -> TokenStream:
     """Open a dataset as batches of (sequences, context) tokens, with at least `held_out_tokens` apart.
 
-    "generated" is the embedded text, which brings its own held-out file; of any other dataset the first
-    documents are held out and never come up in training. Missing, empty, unreadable or too small data is a
-    UserError.
+    A dataset may bring its own held-out documents (see `find_documents`); of any other the first are held out and
+    never come up in training, a long last one only as far as it is needed. Missing, empty, unreadable or too small data
+    is a UserError.
     """
     if context < 2 or sequences < 1:
         raise UserError(f"context {context} with {sequences} sequences makes no batch; at least 2 and 1 are needed.")
     # A copy: a call with truncation or padding elsewhere changes a tokenizer under a thread that is using it.
     packer = Packer(copy.deepcopy(tokenizer), context, bos_id)
     documents, apart = find_documents(str(dataset), text_column)
-    held_out, n_documents = _hold_out(apart or documents, packer, held_out_tokens)
-    stream = TokenStream(documents, packer, sequences, held_out, n_documents if apart is None else 0)
+    held_out, *skipped = _hold_out(apart or documents, packer, held_out_tokens)
+    stream = TokenStream(documents, packer, sequences, held_out, *(skipped if apart is None else (0, 0)))
     stream.check_size()
     return stream
 
 
-def _hold_out(documents: Documents, packer: Packer, n_tokens: int) -> tuple[Int[Tensor, "rows context"], int]:
-    """Pack the first documents into rows for `n_tokens`; return the rows and the number of documents."""
+def _hold_out(documents: Documents, packer: Packer, n_tokens: int) -> tuple[Int[Tensor, "rows context"], int, int]:
+    """Pack the first documents into rows for `n_tokens`.
+
+    Return the rows, how many documents are held out whole, and how many tokens of the next one: a document that goes on
+    for more than MOST_OVER of what is needed is cut.
+    """
     if n_tokens <= 0:
-        return torch.zeros(0, packer.context, dtype=torch.long), 0
+        return torch.zeros(0, packer.context, dtype=torch.long), 0, 0
     needed = -(-n_tokens // packer.context) * packer.room
     kept: list[np.ndarray] = []
     n_kept = 0
@@ -261,11 +278,13 @@ def _hold_out(documents: Documents, packer: Packer, n_tokens: int) -> tuple[Int[
             kept.append(ids)
             n_kept += len(ids)
             if n_kept >= needed:
-                return packer.rows(np.concatenate(kept)[:needed]), len(kept)
-    _refuse_small(documents.name, n_kept, f"{n_tokens} are to be held out")
+                rows, over = packer.rows(np.concatenate(kept)[:needed]), n_kept - needed
+                is_cut = over > MOST_OVER * needed
+                return rows, len(kept) - is_cut, (len(ids) - over) * is_cut
+    _refuse_small(documents.name, n_kept, f"{n_tokens} are to be held out", or_else=" or hold out fewer")
 
 
-def _refuse_small(name: str, n_tokens: int, need: str) -> None:
+def _refuse_small(name: str, n_tokens: int, need: str, or_else: str = "") -> None:
     if n_tokens == 0:
         raise UserError(f"the dataset {name} has no text to train on ({need}): give more text.")
-    raise UserError(f"the dataset {name} is too small: it has {n_tokens} tokens, but {need}: give more text.")
+    raise UserError(f"the dataset {name} is too small: it has {n_tokens} tokens, but {need}: give more text{or_else}.")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_train.data.buffer import check_activations, estimate_scale
+from sae_train.config import LEAST_HELD_OUT
+from sae_train.data.buffer import check_activations, check_held_out, estimate_scale
 from sae_train.data.origin import check_same_activations
 from sae_train.data.outliers import WithoutOutliers, is_kept, norm_limit
 from sae_train.data.sources import kind_of
@@ -106,10 +107,11 @@ class Session:
         kept = x[is_kept(x, limit)]
         self.held_out_left_out = len(x) - len(kept)
         self.held_out, self.calibration = _split(kept)
-        if not len(self.held_out):
+        if len(kept) < LEAST_HELD_OUT:
             raise UserError(
-                f"hardly a held-out activation has a norm of at most {limit:.4g}, as the first training ones have: "
-                "hold out others, or keep outliers by --outlier-norm none"
+                f"{len(kept)} of {len(x)} held-out activations have a norm of at most {limit:.4g}, as the first "
+                f"training ones have, but {LEAST_HELD_OUT} are needed: hold out more or others, or keep outliers by "
+                "--outlier-norm none"
             )
 
     @property
@@ -189,6 +191,7 @@ def open_session(
     keep = run_cache(folder) if folder and len(passes) > 1 else None
     opened = (kind or kind_of(settings)).open(settings, device, ranks, keep)
     held_out = _hold_out(settings, opened, device)
+    check_held_out(len(held_out), opened.source.name)
     check_activations(held_out, opened.source)
     data = opened.source.batches(settings.train.batch_tokens)
     if settings.outlier_norm is not None:
