@@ -48,8 +48,8 @@ BRANCHES = {
 }
 FLAT = Parameter(name="*")  # a dataclass whose fields are flags of the command's own
 OF_AN_EVAL = (
-    "model", "hook", "device", "dtype", "trust_remote_code", "preset", "hierarchy", "template", "eval_words",
-    "eval_contexts", "eval_seed", "eval_cache",
+    "model", "hook", "device", "dtype", "trust_remote_code", "dataset", "text_column", "preset", "hierarchy",
+    "template", "eval_words", "eval_contexts", "eval_seed", "eval_cache",
 )  # fmt: skip
 
 
@@ -87,6 +87,8 @@ class EvalFlags(
         model="hub id, local Hugging Face folder, GGUF file, speller (embedded) or smollm2; default: the one named in "
         "the checkpoint",
         hook="TransformerLens hook name; default: the one named in the checkpoint",
+        dataset="text that the random SAEs beside it are fitted on: hub id, local file or folder, generated or "
+        "installed-docs; default: what the SAE's run held out, else the words of the eval",
     )
 ):
     """The settings that an evaluation of a finished SAE uses."""

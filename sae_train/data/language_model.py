@@ -22,7 +22,15 @@ from sae_train.data import gguf_files
 from sae_train.data.dtypes import DTYPES, choose_dtype
 from sae_train.data.forward import changed, count_rows, passing_on, read_prefix, spread
 from sae_train.data.hooks import HookPoint, resolve_hook, width_at
-from sae_train.data.pretrained import describe_weights, load_config, load_errors, load_tokenizer, locate, quiet
+from sae_train.data.pretrained import (
+    describe_weights,
+    load_config,
+    load_errors,
+    load_tokenizer,
+    locate,
+    quiet,
+    special_ids,
+)
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,7 +78,7 @@ class LanguageModel:
         self.hook_name = point.name
         self.context = context
         self.bos_id: int | None = tokenizer.bos_token_id
-        self.special_ids = set(tokenizer.all_special_ids)
+        self.special_ids = special_ids(tokenizer)
         self._model = model.eval().requires_grad_(False)
         self._module = model.get_submodule(point.module)
         self._side = point.side

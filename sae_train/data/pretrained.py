@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -188,6 +188,15 @@ def load_tokenizer(source: str, options: dict[str, Any]) -> Any:
     declared = get_tokenizer_config(source, **options).get("tokenizer_class")
     plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
     return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(source, **options)
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of tokens that are no text: BOS, EOS, UNK, PAD, and all that were added as special, such as the
+    turns of a chat."""
+    known = set(tokenizer.all_special_ids)
+    with suppress(NotImplementedError):  # Mistral's own class has no such table and names all above
+        known |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return known
 
 
 def quiet() -> None:
