@@ -32,7 +32,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, text) -> dict[str, Path]:
-    """An SAE with a k and one with thresholds on the embedded text; one on a text of its own, with outliers left out."""
+    """An SAE with a k and one with thresholds on the embedded text; one on its own text, with outliers left out."""
     out = tmp_path_factory.mktemp("runs")
     both = train(**SMALL, arch="topk,jumprelu", eval_seed=3, out=out, name="both").path
     own = train(**SMALL, dataset=text, context=16, outlier_norm=1.2, drop=" the", out=out, name="own").path
@@ -49,7 +49,9 @@ def evaluate(sae: Path, out: Path, *more: str) -> dict:
     return json.loads((out / "absorption.json").read_text())["eval_result_unstructured"]["baselines"]["random"]
 
 
-@pytest.mark.parametrize(("name", "arch", "seed"), [("topk", "topk", 3), ("jumprelu", "jumprelu", 3), ("own", "topk", 0)])
+@pytest.mark.parametrize(
+    ("name", "arch", "seed"), [("topk", "topk", 3), ("jumprelu", "jumprelu", 3), ("own", "topk", 0)]
+)
 def test_a_run_and_its_evaluation_have_the_same_random_sae(name, arch, seed, runs, tmp_path, capsys):
     info = json.loads((runs[name] / "run.json").read_text())
     assert (info["outliers"]["held_out"] > 0) is (name == "own")

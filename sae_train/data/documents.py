@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.data.installed_docs import InstalledDocs
-from sae_train.data.pretrained import EMBEDDED, hub_answers
+from sae_train.data.pretrained import EMBEDDED, hub_trouble
 from sae_train.errors import UserError, explaining, first_line
 
 EMBEDDED_TEXT = EMBEDDED / "text"
@@ -109,7 +109,7 @@ def find_documents(name: str, text_column: str = "text") -> tuple[Documents, Doc
 
 def _local(name: str, path: Path, text_column: str) -> Documents:
     """A file, or a folder's files of one kind in the order of their paths; a line of a txt is a document."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _is_data(file, path))
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if is_data(file, path))
     kinds = {READERS.get(file.suffix) for file in files}
     if not files or kinds == {None}:
         raise UserError(f"{name} holds no data: parquet, jsonl, json or txt files are read.")
@@ -125,7 +125,8 @@ def _local(name: str, path: Path, text_column: str) -> Documents:
     return Documents(name, lambda: _load(kind, data_files=files), text_column)
 
 
-def _is_data(file: Path, root: Path) -> bool:
+def is_data(file: Path, root: Path) -> bool:
+    """Tell whether a file below a folder holds text; what file managers leave there is hidden or of other kinds."""
     hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
     return file.is_file() and file.suffix in READERS and not hidden
 
@@ -142,9 +143,9 @@ def _is_empty(file: Path) -> bool:
 
 def _hub(name: str, text_column: str) -> Documents:
     repo, _, configuration = name.partition(":")
-    if not hub_answers(repo, "dataset"):
+    if trouble := hub_trouble(repo, "dataset"):
         raise UserError(
-            f"cannot stream {name!r}: no file or folder of this name is here, and the hub cannot be reached; "
+            f"cannot stream {name!r}: no file or folder of this name is here, and {trouble}; "
             f"give a local parquet, jsonl, json or txt file, {INSTALLED_DOCS} (documentation strings of the installed "
             "packages) or generated."
         )

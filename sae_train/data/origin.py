@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import LOCAL_NAMES
-from sae_train.data.documents import READERS
+from sae_train.data.documents import is_data
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def _describe_files(dataset: str) -> dict[str, list[Any]]:
     path = Path(dataset).expanduser()
     if dataset in LOCAL_NAMES or not path.exists():
         return {}
-    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.suffix in READERS]
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if is_data(file, path)]
     whole = sum(file.stat().st_size for file in files) <= MOST_HASHED
     root = path.parent if path.is_file() else path
     return {file.relative_to(root).as_posix(): [file.stat().st_size, _hash(file, whole)] for file in files}
