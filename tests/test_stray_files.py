@@ -1,4 +1,4 @@
-"""What stands twice, bears one name or does not belong there: runs of a report, a file manager's files, labels' names."""
+"""What stands twice, bears one name or does not belong there: runs, a file manager's files, labels' names."""
 
 import json
 import shutil
