@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from sae_train.evals.result import AbsorptionResult
     from sae_train.protocols import SAE, LanguageModel
 
+TEXT, WORDS = "held-out text", "the eval's words"
+"""what random SAEs are fitted on: the activations of text, or, where there is none, of the words"""
 _CHUNK_ELEMENTS = 2**24
 _DRAWS = 3
 
@@ -60,18 +62,20 @@ def random_sae(like: SAE, x: Float[Tensor, "n d_in"], l0: float | None = None, s
 
 
 def all_scores(
-    sae: SAE, x: Float[Tensor, "n d_in"], assets: Assets, result: AbsorptionResult, lm: LanguageModel | None = None,
-    progress: Progress = show_nothing,
+    sae: SAE, text: Float[Tensor, "n d_in"] | None, assets: Assets, result: AbsorptionResult,
+    lm: LanguageModel | None = None, progress: Progress = show_nothing,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Figures of every baseline by name, beside the result of the SAE itself, whose preset and seed they take.
 
-    Random SAEs have the L0 that `sae` has on x. `progress` hears what is being measured.
+    Random SAEs are fitted on the activations of `text`, on which they have the L0 of `sae`; without text on those of
+    the words. Their figures say which by `fitted_on`. `progress` hears what is being measured.
     """
     preset, seed = result.thresholds, result.seed
+    x, fitted_on = (assets.x, WORDS) if text is None else (text, TEXT)
     latents = Evaluation(sae, assets, preset, seed, lm).encode()
     return {
         "random": random_score(sae, x, assets, preset, seed, lm=lm, progress=progress).figures()
-        | {"explained_variance": explained_variance(random_sae(sae, x, seed=seed * _DRAWS), x)},
+        | {"explained_variance": explained_variance(random_sae(sae, x, seed=seed * _DRAWS), x), "fitted_on": fitted_on},
         "shuffled_labels": shuffled_labels_score(sae, assets, preset, seed, latents, progress).figures(),
         "random_directions": random_directions_score(sae, assets, result, latents),
         "probe": probe_score(assets, preset, seed).figures(),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 from cyclopts import App, Group, Parameter
@@ -21,7 +21,11 @@ from cyclopts import App, Group, Parameter
 from sae_train.config import Settings, groups, leaves, resolve
 from sae_train.errors import UserError
 
+if TYPE_CHECKING:
+    from sae_train.runs.run import Run
+
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+SOME_FAILED = 3  # exit code of a grid of which some SAEs are finished and others failed
 OTHERS_WAIT = 10.0  # seconds that other processes leave the first one to say what is wrong
 EPILOGUE = """Examples:
 
@@ -48,8 +52,8 @@ BRANCHES = {
 }
 FLAT = Parameter(name="*")  # a dataclass whose fields are flags of the command's own
 OF_AN_EVAL = (
-    "model", "hook", "device", "dtype", "trust_remote_code", "preset", "hierarchy", "template", "eval_words",
-    "eval_contexts", "eval_seed", "eval_cache",
+    "model", "hook", "device", "dtype", "trust_remote_code", "dataset", "text_column", "preset", "hierarchy",
+    "template", "eval_words", "eval_contexts", "eval_seed", "eval_cache",
 )  # fmt: skip
 
 
@@ -87,6 +91,8 @@ class EvalFlags(
         model="hub id, local Hugging Face folder, GGUF file, speller (embedded) or smollm2; default: the one named in "
         "the checkpoint",
         hook="TransformerLens hook name; default: the one named in the checkpoint",
+        dataset="text that the random SAEs beside it are fitted on: hub id, local file or folder, generated or "
+        "installed-docs; default: what the SAE's run held out, else the words of the eval",
     )
 ):
     """The settings that an evaluation of a finished SAE uses."""
@@ -104,20 +110,30 @@ def train(
         ),
     ] = False,
     flags: Annotated[TrainFlags | None, FLAT] = None,
-) -> None:
+) -> int:
     """Train the SAEs of the grid on one stream of activations.
 
-    The embedded model (the default) brings its own preset, configs/speller.yaml.
+    The embedded model (the default) brings its own preset, configs/speller.yaml. The exit code is 3 where some SAEs
+    of a grid failed and the others are finished.
     """
     given = vars(flags or TrainFlags())
     settings = resolve(given, config)
     if dry_run:
         _show_plan(settings)
-        return
+        return 0
     from sae_train.publishing.reproduce import shell_call
     from sae_train.runs.run import start
 
-    start(settings, command=shell_call(given, config))
+    return _name_failed(start(settings, command=shell_call(given, config)))
+
+
+def _name_failed(run: Run) -> int:
+    """Say which SAEs of a run failed beside others that are finished; return the exit code."""
+    failed, n = run.failed, len(run.info["saes"])
+    if failed and _rank() == 0:
+        which = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+        _complain(f"{len(failed)} of {n} SAEs failed: {which}. The others are finished: {run.path}")
+    return SOME_FAILED if failed else 0
 
 
 def _show_plan(settings: Settings) -> None:
@@ -145,7 +161,7 @@ def _show_plan(settings: Settings) -> None:
 
 
 @app.command
-def resume(run: Path, *, trust_remote_code: bool = False) -> None:
+def resume(run: Path, *, trust_remote_code: bool = False) -> int:
     """Go on with an interrupted run from its last saved state.
 
     Parameters
@@ -157,7 +173,7 @@ def resume(run: Path, *, trust_remote_code: bool = False) -> None:
     """
     from sae_train.runs.run import resume as resume_run
 
-    resume_run(run, trust_remote_code=trust_remote_code)
+    return _name_failed(resume_run(run, trust_remote_code=trust_remote_code))
 
 
 @app.command(name="eval")
@@ -286,9 +302,10 @@ def _complain(text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code (0 done, 2 a mistake of the caller, 130 interrupted)."""
+    """Run the command line; return the exit code: 0 done, 2 a mistake of the caller, 3 some SAEs of a grid failed, 130
+    interrupted."""
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        return app(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0
     except cyclopts.UnusedCliTokensError as error:
         words = " ".join(error.unused_tokens)
         _complain(f"{words!r} is no command (eval, publish, report, resume, watch) and no option")
@@ -304,4 +321,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0

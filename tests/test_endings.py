@@ -19,7 +19,7 @@ from sae_train.errors import UserError
 from sae_train.runs import runner
 from sae_train.runs.finisher import Finisher
 from sae_train.runs.log import RunLog
-from sae_train.runs.run import resume
+from sae_train.runs.run import Run, resume
 from sae_train.runs.session import newest_state
 from sae_train.training.learner import Learner
 from sae_train.training.loop import StopRequest
@@ -218,6 +218,35 @@ def test_a_run_of_which_every_sae_failed_is_no_success(lr, tmp_path, capsys):
     assert "no SAE of the run" in said and "is not finite" in said and "Traceback" not in said
     assert read(tmp_path / "bad")["status"] == "failed"
     assert main(["resume", str(tmp_path / "bad")]) == 2
+
+
+@pytest.mark.parametrize("names", [["topk-32-l0_3"], ["jumprelu-32-l0_3", "jumprelu-48-l0_3"]])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_some_saes_that_fail_are_named_and_counted_while_the_others_are_finished(
+    resumed, names, tmp_path, monkeypatch, capsys
+):
+    step, n = Learner.step, {}
+
+    def poisoned(self, x):
+        n[self.name] = n.get(self.name, 0) + 1
+        return step(self, x * float("nan") if self.name in names and n[self.name] == 60 else x)
+
+    monkeypatch.setattr(Learner, "step", poisoned)
+    run = tmp_path / "grid"
+    if resumed:
+        with monkeypatch.context() as patch:
+            patch.setattr(ToyStream, "__next__", fail_after(40, UserError("no more rows"), ToyStream.__next__))
+            assert main([*flags_of(TOY), "--out", str(tmp_path), "--name", "grid"]) == 2
+        assert main(["resume", str(run)]) == 3
+    else:
+        assert main([*flags_of(TOY), "--out", str(tmp_path), "--name", "grid"]) == 3
+    *_, said = capsys.readouterr().err.splitlines()
+    assert f"{len(names)} of 4 SAEs failed" in said and f"The others are finished: {run}" in said
+    others = {sae["name"] for sae in read(run)["saes"]} - set(names)
+    assert all(f"{name} (step " in said for name in names) and not any(name in said for name in others)
+    assert set(Run(run).failed) == set(names) and set(Run(run).saes) == others
+    assert read(run)["status"] == "finished" and (run / "report.html").is_file()
+    assert all((run / "saes" / name / "README.md").is_file() for name in others)
 
 
 def test_lines_of_metrics_that_cannot_be_read_are_kept_but_for_a_torn_last_one(tmp_path):

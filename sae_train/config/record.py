@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sae_train.errors import UserError
 from sae_train.files import OUR_FIGURES, check_types, read_json
 
-WORDS = ("sae", "reason", "valid")  # figures that are no numbers, by the last part of their names
+WORDS = ("sae", "reason", "valid", "fitted_on")  # figures that are no numbers, by the last part of their names
 
 
 def check_name(name: str) -> str:

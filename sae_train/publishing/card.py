@@ -115,12 +115,22 @@ def _reading(saes: list[dict[str, Any]]) -> str:
         text += (
             " Absorption is the first-letter eval of Chanin et al. 2024 in SAEBench's form. In brackets are 95 % "
             "bootstrap intervals over its words: another training seed may lie outside them. The random SAE has the "
-            "same width and L0. F1 is the letter latents' mean: where it is low, absorption is low for no merit."
+            f"same width and L0{_fitted(saes)}. F1 is the letter latents' mean: where it is low, absorption is low for "
+            "no merit."
         )
     reasons = dict.fromkeys(f["absorption/reason"] for f in finals if f.get("absorption/valid") is False)
     return text + "".join(
         f" The absorption eval gives no valid result: {str(reason).rstrip('.')}." for reason in reasons
     )
+
+
+def _fitted(saes: list[dict[str, Any]]) -> str:
+    """Say, after a comma, what the random SAEs are fitted on, of each SAE where that differs."""
+    random = {sae["name"]: (sae["baseline"].get("random") or {}).get("fitted_on") for sae in saes}
+    what = {on for on in random.values() if on}
+    if len(what) > 1:
+        return ", fitted on " + ", ".join(f"{on} (beside `{name}`)" for name, on in random.items() if on)
+    return "".join(f", fitted on {on}" for on in what)
 
 
 def _reproduce(origin: Origin) -> str:

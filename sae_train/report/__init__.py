@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def write_report(run_folder: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write the report of one run (default: report.html in its folder) or a comparison of several.
+    """Write the report of one run (default: report.html in its folder) or a comparison of several, each taken once.
 
     The comparison's default is comparison.html in the first run's folder. Raises UserError for a folder
     that is no run, and for a page that cannot be written.
     """
-    from sae_train.report.data import load_runs
+    from sae_train.report.data import distinct, load_runs
     from sae_train.report.page import page
 
     alone = isinstance(run_folder, (str, Path))
-    folders = [Path(run_folder)] if alone else [Path(folder) for folder in run_folder]
+    folders = [Path(run_folder)] if alone else distinct([Path(folder) for folder in run_folder])
     if not folders:
         raise UserError("no run was named: give at least one run folder, such as checkpoints/NAME")
     default = folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")

@@ -5,6 +5,7 @@ Whatever is missing or unreadable becomes a sentence in `Run.gaps`; only a folde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,11 @@ class TrainedSAE:
 @dataclass(frozen=True)
 class Run:
     path: Path
+    name: str
+    """its folder's name, with those of folders above where several runs of one page have it"""
     facts: dict[str, Any]
     saes: list[TrainedSAE]
     gaps: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
 
     @property
     def notes(self) -> list[str]:
@@ -159,12 +158,30 @@ def saes_in(rows: list[dict[str, Any]]) -> list[TrainedSAE]:
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """Read several runs; their SAEs carry the run's name in the label when there is more than one run."""
-    return [load_run(folder, prefixed=len(folders) > 1) for folder in folders]
+    """Read several runs, each once; their SAEs carry the run's name in the label when there is more than one run."""
+    folders = distinct(folders)
+    names = _names(folders)
+    return [load_run(folder, name, len(folders) > 1) for folder, name in zip(folders, names, strict=True)]
 
 
-def load_run(folder: Path, prefixed: bool = False) -> Run:
-    """Read one run folder; UserError if it is none."""
+def distinct(folders: Sequence[Path]) -> list[Path]:
+    """The folders without those that were given before, under whatever path."""
+    return list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The last parts of each path, one or as many as tell it from all others."""
+    paths = [folder.resolve().parts for folder in folders]
+
+    def name(path: tuple[str, ...]) -> str:
+        ends = (path[-n:] for n in range(1, len(path) + 1))
+        return str(Path(*next(end for end in ends if sum(other[-len(end) :] == end for other in paths) == 1)))
+
+    return [name(path) for path in paths]
+
+
+def load_run(folder: Path, run: str, prefixed: bool = False) -> Run:
+    """Read one run folder under a name; UserError if it is none."""
     facts = read_facts(folder)
     gaps: list[str] = []
     history = read_history(folder / "metrics.jsonl", gaps)
@@ -175,7 +192,7 @@ def load_run(folder: Path, prefixed: bool = False) -> Run:
     entries += [{"name": name} for name in history if name not in known]
     if not entries:
         gaps.append("No SAE has left anything yet.")
-    run, asked = folder.resolve().name, facts.get("settings") or {}
+    asked = facts.get("settings") or {}
     shared = {"run": run, "noun": noun_of(asked.get("hierarchy")), "preset": asked.get("preset")}
     parts = {"history": history, "letters": letters, "words": words, "latents": latents}
     saes = []
@@ -184,7 +201,7 @@ def load_run(folder: Path, prefixed: bool = False) -> Run:
         own = {kind: by_sae.get(name, []) for kind, by_sae in parts.items()}
         label = f"{run} · {name}" if prefixed else name
         saes.append(_sae(entry, name=name, label=label, event_log=events.get(name, {}), **shared, **own))
-    return Run(folder, facts, saes, gaps)
+    return Run(folder, run, facts, saes, gaps)
 
 
 def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> TrainedSAE:

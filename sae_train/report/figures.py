@@ -62,10 +62,10 @@ def styles(saes: list[TrainedSAE]) -> tuple[list[str], str]:
 
 def curves(saes: list[TrainedSAE], css: list[str]) -> list[Curves]:
     """Every figure over tokens that has at least one point."""
-    drawn = []
+    drawn, noun = [], saes[0].noun if saes else "letter"
+    names = {"letter": noun, "letters": nouns(noun)}
     for key, *texts, metric, log, zero in CURVES:
-        noun = saes[0].noun if saes else "letter"
-        title, note = (text.replace("letters", nouns(noun)).replace("letter", noun) for text in texts)
+        title, note = (_call_by(names, text) for text in texts)
         lines = [line for i, sae in enumerate(saes) if (line := _line(i, css[i], sae, metric, log))]
         if lines:
             targets = sorted({sae.l0 for sae in saes if sae.l0}) if key == "l0" else []
@@ -75,6 +75,11 @@ def curves(saes: list[TrainedSAE], css: list[str]) -> list[Curves]:
         if lines:
             drawn.append(Curves(re.sub(r"\W+", "-", f"own-{name}"), name, "from a callback", lines))
     return drawn
+
+
+def _call_by(names: dict[str, str], text: str) -> str:
+    """The text with each word of `names` as it is called there."""
+    return re.sub(r"\b(" + "|".join(names) + r")\b", lambda found: names[found[0]], text)
 
 
 def letter_maps(sae: TrainedSAE) -> list[HeatMap]:
@@ -113,7 +118,7 @@ def width_maps(saes: list[TrainedSAE]) -> dict[str, list[tuple[str, HeatMap]]]:
             cells[f"{run} · {arch}" if several else arch] = _means(own, metric, widths, targets)
         values = [value for rows in cells.values() for row in rows for value in row if value is not None]
         for name, rows in cells.items():
-            names = (f"{metric.split('/')[1]}-{name.replace(' · ', '-')}", f"{title}, {name}", "width, L0")
+            names = (f"{metric.split('/')[1]}-{re.sub(' · |/', '-', name)}", f"{title}, {name}", "width, L0")
             chart = HeatMap(*names, *heads, rows, min(values), max(values), numbers=True)
             maps.setdefault(title, []).append((name, chart))
     return maps

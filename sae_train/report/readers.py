@@ -89,7 +89,7 @@ def read_events(path: Path, gaps: list[str]) -> dict[str, dict[str, Any]]:
 def read_latents(folder: Path, gaps: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Records of latents/<sae>.jsonl by SAE."""
     records: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted(folder.glob("[!.]*.jsonl")):
         lines, broken = read_lines(path)
         records[path.stem] = [line for line in lines if fits(LatentRecord, line)]
         broken += len(lines) - len(records[path.stem])

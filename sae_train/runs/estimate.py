@@ -13,6 +13,7 @@ import torch
 
 from sae_train.config import EACH
 from sae_train.data.dtypes import DTYPES
+from sae_train.data.pretrained import special_ids
 from sae_train.evals import asset_cache, assets, vocab
 from sae_train.evals.fidelity import FIDELITY_TOKENS
 from sae_train.evals.hierarchy import get_hierarchy
@@ -80,7 +81,7 @@ class Estimate:
         folder = asset_cache.cache_folder(how.eval_cache)
         known = SimpleNamespace(
             name=self.settings.lm.model, hook_name=facts.hook_name, tokenizer=tokenizer, dtype=facts.dtype,
-            special_ids=set(tokenizer.all_special_ids), context=facts.context, bos_id=tokenizer.bos_token_id,
+            special_ids=special_ids(tokenizer), context=facts.context, bos_id=tokenizer.bos_token_id,
         )  # fmt: skip
         return folder is not None and assets.is_kept(
             known, folder, how.hierarchy, how.template, how.eval_seed, how.preset, how.eval_words, how.eval_contexts
@@ -89,7 +90,7 @@ class Estimate:
     def count_words(self, tokenizer: Any) -> int:
         """Tokenizer entries that the eval asks about, before those are left out that a prompt splits."""
         how = self.settings.eval
-        found, _ = vocab.entries(tokenizer, set(tokenizer.all_special_ids), get_hierarchy(how.hierarchy))
+        found, _ = vocab.entries(tokenizer, special_ids(tokenizer), get_hierarchy(how.hierarchy))
         return min(len(found), how.eval_words or len(found))
 
     def training(self) -> float:

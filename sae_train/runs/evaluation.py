@@ -14,6 +14,7 @@ from sae_train.runs.folder import find_model
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from sae_train.data.language_model import LanguageModel
     from sae_train.evals.absorption import AbsorptionResult
@@ -46,17 +47,21 @@ def evaluate_checkpoint(
     if current().size > 1:
         raise UserError("sae-train eval is the work of one process: start it without torchrun")
     with Display() as display:
-        return _evaluate(sae, checkpoint, settings, Path(out or checkpoint), display)
+        return _evaluate(sae, checkpoint, settings, given, Path(out or checkpoint), display)
 
 
-def _evaluate(sae: SAE, checkpoint: Path, settings: Settings, out: Path, display: Display) -> AbsorptionResult:
+def _evaluate(
+    sae: SAE, checkpoint: Path, settings: Settings, given: dict[str, Any], out: Path, display: Display
+) -> AbsorptionResult:  # fmt: skip
     from sae_train.data.sources import kind_of
     from sae_train.evals import absorption, baselines
     from sae_train.evals.interventions import interventions
     from sae_train.runs.callbacks import build_assets
+    from sae_train.runs.corpus import check_asked, corpus_activations
     from sae_train.runs.summary import absorption_line
     from sae_train.training.ranks import choose_device
 
+    check_asked(settings, given)
     display(f"loading {settings.lm.model}")
     lm = kind_of(settings).language_model(settings, choose_device(settings.lm.device))
     own_notes = _fit_model(lm, sae, checkpoint)
@@ -69,7 +74,10 @@ def _evaluate(sae: SAE, checkpoint: Path, settings: Settings, out: Path, display
     write = functools.partial(_write_evaluation, result, sae, built, lm, checkpoint, out)
     written, beside = write({}, None), {}  # before what may fail yet
     if result.valid:
-        beside = baselines.all_scores(sae, built.x, built, result, lm, display)
+        display("reading text for the random SAEs")
+        text, source = corpus_activations(lm, sae, checkpoint, settings, given)
+        own_notes.append(_fitted_note(text, source))
+        beside = baselines.all_scores(sae, text, built, result, lm, display)
     for line in [*own_notes, *notes, absorption_line(result.metrics(), beside.get("random"))]:
         display.say(line)
     if result.valid:
@@ -77,6 +85,13 @@ def _evaluate(sae: SAE, checkpoint: Path, settings: Settings, out: Path, display
         written = write(beside, interventions(sae, lm, built, result, seed=result.seed))
     display.say(f"written: {', '.join(map(str, written))}")
     return result
+
+
+def _fitted_note(text: Tensor | None, source: str) -> str:
+    """Say what the random SAEs are fitted on: `source` names the text, or says why there is none."""
+    if text is None:
+        return f"the random SAEs are fitted on the eval's words ({source}): --dataset names a text to fit them on"
+    return f"the random SAEs are fitted on {len(text):,} held-out activations of {source}"
 
 
 def _fit_model(lm: LanguageModel, sae: SAE, checkpoint: Path) -> list[str]:

@@ -154,12 +154,18 @@ def _settings_from(info: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that left an SAE, where the SAE still is in it."""
+    run = checkpoint.absolute() / "../.."
+    return run if (run / "run.json").is_file() else None
+
+
 def find_model(name: str, checkpoint: Path) -> str:
     """The model that an SAE was trained on; a relative path is looked up from where the SAE's run was begun."""
-    run = checkpoint.absolute() / "../.." / "run.json"
-    if not name or Path(name).exists() or not run.is_file():
+    run = run_of(checkpoint)
+    if not name or Path(name).exists() or run is None:
         return name
-    there = Path(read_json(run).get("working_folder") or ".", name)
+    there = Path(read_json(run / "run.json").get("working_folder") or ".", name)
     return str(there) if there.exists() else name
 
 

@@ -44,7 +44,8 @@ class Run:
         """The run's SAEs by name, for raw activations."""
         from sae_train.sae.files import load_sae
 
-        return {folder.name: load_sae(folder) for folder in sorted((self.path / "saes").glob("*"))}
+        folders = sorted(file.parent for file in (self.path / "saes").glob("*/cfg.json"))
+        return {folder.name: load_sae(folder) for folder in folders}
 
     def metrics(self) -> pd.DataFrame:
         """metrics.jsonl as a table: one row per SAE and logged step."""
@@ -65,6 +66,11 @@ class Run:
                 f"the run {str(self.path)!r} holds no trajectory.parquet: its absorption eval left no words"
             )
         return event_log(pd.read_parquet(path))
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Why SAEs ended early, by name; those of a finished run that are not named here are finished."""
+        return {sae["name"]: sae["failed"] for sae in self.info["saes"] if sae["failed"]}
 
     @property
     def info(self) -> dict[str, Any]:
@@ -143,7 +149,7 @@ def _finished(folder: Path) -> Run:
     """The run that ended; UserError if none of its SAEs was finished."""
     run = Run(folder)
     if run.info["status"] == "failed":
-        reasons = {sae["failed"].split(": ", 1)[-1] for sae in run.info["saes"] if sae["failed"]}
+        reasons = {reason.split(": ", 1)[-1] for reason in run.failed.values()}
         raise UserError(
             f"no SAE of the run {str(folder)!r} was finished ({'; '.join(sorted(reasons))}): lower --lr, or look at "
             "what the SAEs are trained on"

@@ -106,7 +106,7 @@ class Session:
         x = _hold_out(self.settings, self.opened, self.device)
         kept = x[is_kept(x, limit)]
         self.held_out_left_out = len(x) - len(kept)
-        self.held_out, self.calibration = _split(kept)
+        self.held_out, self.calibration = split_held_out(kept)
         if len(kept) < LEAST_HELD_OUT:
             raise UserError(
                 f"{len(kept)} of {len(x)} held-out activations have a norm of at most {limit:.4g}, as the first "
@@ -196,7 +196,7 @@ def open_session(
     data = opened.source.batches(settings.train.batch_tokens)
     if settings.outlier_norm is not None:
         data = WithoutOutliers(data, settings.train.batch_tokens)
-    session = Session(settings, device, opened, data, *_split(held_out), passes, ranks, data.state_dict())
+    session = Session(settings, device, opened, data, *split_held_out(held_out), passes, ranks, data.state_dict())
     enter(session, 0)
     return session
 
@@ -206,7 +206,7 @@ def _hold_out(settings: Settings, opened: Opened, device: torch.device) -> Tenso
     return opened.source.held_out(settings.data.held_out_tokens).to(device)
 
 
-def _split(held_out: Tensor) -> tuple[Tensor, Tensor]:
+def split_held_out(held_out: Tensor) -> tuple[Tensor, Tensor]:
     """Those that figures are measured on, and those that calibrate."""
     for_calibration = torch.arange(len(held_out), device=held_out.device) % CALIBRATION_PERIOD == 0
     return held_out[~for_calibration], held_out[for_calibration]

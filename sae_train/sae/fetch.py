@@ -62,6 +62,13 @@ def hub_errors(what: str) -> AbstractContextManager[None]:
 
 
 def _reason(error: Exception) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    failed = f"the connection failed or broke off ({words[:200].rstrip('.')}); run the same command again"
+    return known_reason(error) or failed
+
+
+def known_reason(error: Exception) -> str | None:
+    """Why the hub or the disk refused, in words; None for what neither of them said."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     chain = [error]
@@ -78,8 +85,7 @@ def _reason(error: Exception) -> str:
             return f"{BY_STATUS.get(status, failed)} (HTTP {status})"
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             return "the disk is full"
-    words = " ".join(str(error).split()) or type(error).__name__
-    return f"the connection failed or broke off ({words[:200].rstrip('.')}); run the same command again"
+    return None
 
 
 def _no_sae_there(repo: str, folder: str | None, names: Sequence[str], revision: str | None) -> str:
