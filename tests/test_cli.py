@@ -73,7 +73,8 @@ def test_flags_are_the_settings_of_the_tree_and_an_eval_takes_those_that_it_uses
     training, evaluation = ({field.name for field in fields(kind)} for kind in (TrainFlags, EvalFlags))
     assert training == set(leaves())
     used = LMSettings.model_fields.keys() | EvalSettings.model_fields.keys()
-    assert evaluation == used - {"absorption", "absorption_evals"}  # whether and how often along a run
+    of_text = {"dataset", "text_column"}  # that random SAEs are fitted on
+    assert evaluation == of_text | used - {"absorption", "absorption_evals"}  # whether and how often along a run
 
 
 @pytest.mark.parametrize(

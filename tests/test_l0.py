@@ -44,7 +44,7 @@ def test_levels_bring_a_noisy_plant_to_its_target_and_the_price_ends_their_work(
     for step in range(2000):
         l0 = (log_l0 + 0.03 * torch.randn((), generator=g)).exp()
         control.update(l0, step)
-        log_l0 = log_l0 + pull - 0.1 * control.coefficient.log() - 1.5 * control.rise(l0)
+        log_l0 = log_l0 + pull - 0.1 * control.coefficient.log() - 1.5 * control.rise(l0, torch.tensor(1.0))
         seen.append(l0)
     assert torch.stack(seen[30:100]).mean().item() == pytest.approx(target, rel=0.25)
     assert torch.stack(seen[-200:]).mean().item() == pytest.approx(target, rel=0.01)

@@ -117,6 +117,17 @@ def test_decoder_rows_keep_norm_one_and_start_tied(arch):
     torch.testing.assert_close(a.sae.W_dec.norm(dim=1), torch.ones(128))
 
 
+@pytest.mark.parametrize("level", [-30.0, 3.0])
+def test_levels_far_from_all_pre_activations_end_in_no_infinity(level):
+    a = learner("jumprelu")
+    with torch.no_grad():
+        a.leaves["log_threshold"].fill_(level)
+    a.arch.settle()
+    for x in batches():
+        a.step(x)
+    assert a.check() is None and a.sae.threshold.isfinite().all() and (a.sae.threshold > 0).all()
+
+
 def test_dead_latents_are_counted_in_tokens_and_revived_by_auxk():
     a = learner("topk")
     with torch.no_grad():

@@ -201,7 +201,7 @@ def test_sinks_of_a_language_model_are_left_out_counted_and_told(bos, tmp_path, 
     def made(name: str, place: int, **more):
         def activations(self, tokens):
             x = whole(self, tokens)
-            if place:
+            if place and x.shape[1] > place:
                 x[:, place] *= 100
             return x
 

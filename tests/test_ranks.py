@@ -132,7 +132,7 @@ def test_a_grid_over_two_processes_has_the_weights_and_rows_of_one_process(tmp_p
 
 
 def test_ctrl_c_stops_two_processes_after_the_same_step_and_the_resumed_run_is_the_unbroken_one(tmp_path, one_thread):
-    grid = SMALL | {"arch": "topk,relu", "out": str(tmp_path)}
+    grid = SMALL | {"arch": "topk,relu", "out": str(tmp_path), "tokens": 52_000}
     one, two = train(**grid, absorption=False, name="one").path, tmp_path / "two"
     shared_run = torchrun(*flags(grid | {"name": "two"}), "--no-absorption", start_new_session=True)
     while not (two / "metrics.jsonl").exists() and shared_run.poll() is None:

@@ -77,11 +77,13 @@ class LevelController(L0Controller):
     PROPORTIONAL, SMOOTHING = 0.0, 0.0
     LEVEL_GAIN = 0.4
     MOST = 2.0  # of e that levels answer to in one step
+    MOST_MOVED = 1.0  # by levels in one step: where hardly a pre-activation is near them, a mean excess is no measure
 
-    def rise(self, l0: Tensor) -> Tensor:
-        """Return by how many mean excesses the levels are to rise after a batch with this L0."""
+    def rise(self, l0: Tensor, mean_excess: Tensor) -> Tensor:
+        """Return by how much the levels are to rise after a batch with this L0."""
         error = (l0.clamp_min(1e-3) / self.target).log()
-        return self.LEVEL_GAIN * error.clamp(-self.MOST, self.MOST)
+        move = self.LEVEL_GAIN * error.clamp(-self.MOST, self.MOST) * mean_excess
+        return move.clamp(-self.MOST_MOVED, self.MOST_MOVED)
 
 
 def level_for(pre: Float[Tensor, "n d_sae"], l0: float) -> Float[Tensor, ""]:

@@ -129,7 +129,7 @@ class Learner:
             self.control.update(l0, self.step_count, ~bad)
         if self.arch.moves_levels:
             excess, n_active = self.ranks.sum(run.excess)
-            rise = self.control.rise(l0) * excess / n_active.clamp_min(1)
+            rise = self.control.rise(l0, excess / n_active.clamp_min(1))
             self.arch.raise_levels(torch.where(bad, 0.0, rise))
         return metrics
 

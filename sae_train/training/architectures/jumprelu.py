@@ -25,6 +25,9 @@ from sae_train.training.l0 import level_on
 
 # Learning rate of log θ at width 16k, in those of the weights.
 THRESHOLD_FACTOR = 15.0
+# No threshold is lowered below this to win more latents, where pre-activations are of order 1: the window of its
+# gradient is a share of it.
+LOWEST = 1e-3
 
 
 class JumpReLU(Architecture):
@@ -65,7 +68,7 @@ class JumpReLU(Architecture):
 
     @torch.no_grad()
     def raise_levels(self, by):
-        self.leaves["log_threshold"] += by
+        self.leaves["log_threshold"].add_(by).clamp_min_(math.log(LOWEST))
         self.settle()
 
     @torch.no_grad()
