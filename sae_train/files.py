@@ -48,6 +48,13 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `whole` left below a folder where its process was killed; nobody may write there meanwhile."""
+    for temporary in folder.rglob(".*.tmp"):
+        if temporary.is_file():
+            temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole, in UTF-8."""
     with whole(path) as temporary:

@@ -82,7 +82,12 @@ def test_only_one_process_works_on_a_run(tmp_path):
         train(**TOY, out=tmp_path, name="run")
     with alone_in(tmp_path / "run"), pytest.raises(UserError, match="another process"):
         resume(tmp_path / "run")
+    half_written = [tmp_path / "run" / ".run.json.0a1b.tmp", tmp_path / "run" / "saes" / "toy" / ".cfg.json.2c3d.tmp"]
+    for path in half_written:  # by a process that was killed
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     assert resume(tmp_path / "run").info["status"] == "finished"
+    assert not any(path.exists() for path in half_written)
 
 
 def _gone(_):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_train.config import CONFIGS, PRESETS, Settings, flat, l0_label, read_yaml, resolve, width_label
 from sae_train.errors import UserError, explaining
-from sae_train.files import read_json, write_json
+from sae_train.files import read_json, remove_temporaries, write_json
 
 if TYPE_CHECKING:
     from sae_train.config import SAESpec
@@ -107,7 +107,8 @@ def removed_on_failure(folder: Path, was_there: bool) -> Iterator[None]:
 def alone_in(folder: Path) -> Iterator[None]:
     """Let no other process of this machine work on a run meanwhile; UserError where one does.
 
-    The lock is the system's, on the folder itself: it ends with the process, however that ends.
+    What a killed process had half written is removed. The lock is the system's, on the folder itself: it ends with the
+    process, however that ends.
     """
     try:
         import fcntl
@@ -122,6 +123,8 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise UserError(f"another process is at work on the run {str(folder)!r}: let it end first") from None
         except OSError:  # a file system without locks
             pass
+        else:
+            remove_temporaries(folder)
         yield
     finally:
         os.close(handle)
