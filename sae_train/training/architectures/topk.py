@@ -15,7 +15,7 @@ class TopK(Architecture):
 
     @classmethod
     def problems(cls, settings):
-        fractional = [f"{l0:g}" for l0 in settings.sae.l0 if l0 != int(l0)]
+        fractional = [str(l0) for l0 in settings.sae.l0 if l0 != int(l0)]
         what = "topk keeps a whole number of latents per token"
         return [f"l0 {', '.join(fractional)} is not whole: {what}"] if fractional else []
 
