@@ -334,3 +334,17 @@ def test_a_call_in_python_is_kept_as_it_can_be_typed_again():
     held = {"out": Path("x"), "l0": np.array([8, 16]), "width": (1024, "4k"), "seed": range(2), "lr": np.float64(0.5)}
     assert python_call(held) == "sae_train.train(out='x', l0=[8, 16], width=[1024, '4k'], seed=[0, 1], lr=0.5)"
     assert python_call({"width": {1}}) == "sae_train.train(width={1})"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["W_dec", "b_dec"])
+def test_an_sae_whose_values_are_not_finite_is_not_published(name, value):
+    from sae_train.publishing.publish import _check_same
+
+    sae = SAE(SAEConfig("relu", 4, 8))
+    with torch.no_grad():
+        for weights in sae.parameters():
+            weights.fill_(0.5)
+        getattr(sae, name).fill_(value)
+    with pytest.raises(UserError, match="not finite"):
+        _check_same(sae, sae, "hurt")
