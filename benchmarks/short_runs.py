@@ -24,8 +24,8 @@ from unittest.mock import patch
 from csv_rows import append, machine
 
 from sae_train.runs.run import train
+from sae_train.training import losses
 from sae_train.training.architectures import TRAINED
-from sae_train.training.architectures.base import PRE_ACTIVATION_COEFFICIENT, revival_by_level
 from sae_train.training.metrics import held_out_metrics
 
 RESULTS = Path(__file__).resolve().parent / "results" / "short_runs.csv"
@@ -91,8 +91,8 @@ def changed(arch: str, how: str) -> Iterator[list[float]]:
     def weakly(self: Any, run: Any, x: Any, recon: Any, dead: Any) -> Any:
         if arch == "topk":
             return revive(self, run, x, recon, dead) / self.sae.cfg.d_in
-        pulled = revival_by_level(self.sae, x, self.sae.b_enc, run.level, dead)
-        return pulled * (PUBLISHED_PULL / PRE_ACTIVATION_COEFFICIENT)
+        sae, level = self.sae, self.leaves["log_threshold"].exp() if arch == "jumprelu" else 0.0
+        return PUBLISHED_PULL * losses.pre_activation(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, level, dead)
 
     new: dict[str, Any] = {"calibrate": look_and_calibrate}
     new |= {"revival": weakly} if how == WEAK else {"moves_levels": False} if how == ALONE else {}

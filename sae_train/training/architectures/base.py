@@ -34,9 +34,9 @@ class Forward:
     """One forward pass in training: flat latents at a pattern, the reconstruction, and what is to be paid.
 
     `error` is the squared error to be lowered, `sparsity` is multiplied by `price` and the controller's coefficient,
-    `extra` is what else the architecture's loss has. `level` is where a latent begins to be active, for dead ones to
-    rise to; `excess` is by how much active latents are above theirs in sum, in the units of `raise_levels`, and how
-    many. `state` replaces entries of the architecture's state if the step is taken.
+    `extra` is what else the architecture's loss has. `excess` is by how much active latents are above their levels in
+    sum, in the units of `raise_levels`, and how many. `state` replaces entries of the architecture's state if the step
+    is taken.
     """
 
     recon: Tensor
@@ -46,7 +46,6 @@ class Forward:
     sparsity: Tensor | None = None
     price: Tensor | float = 1.0
     extra: Tensor | None = None
-    level: Tensor | float = 0.0
     excess: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -171,6 +170,7 @@ def revival_by_aux_k(arch: Architecture, x: Tensor, recon: Tensor, dead: Tensor)
     return weight * losses.aux_k(x, recon, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, arch.ranks.mean)
 
 
-def revival_by_level(sae: SAE, x: Tensor, bias: Tensor, level: Tensor | float, dead: Tensor) -> Tensor:
-    """The pre-activation loss with its coefficient (Anthropic, January 2025 update)."""
-    return PRE_ACTIVATION_COEFFICIENT * losses.pre_activation(x, sae.W_enc, bias, sae.W_dec, sae.b_dec, level, dead)
+def revival_by_level(sae: SAE, x: Tensor, bias: Tensor, dead: Tensor) -> Tensor:
+    """The pre-activation loss with its coefficient, for latents that are active above 0 (Anthropic, January 2025
+    update)."""
+    return PRE_ACTIVATION_COEFFICIENT * losses.pre_activation(x, sae.W_enc, bias, sae.W_dec, sae.b_dec, 0.0, dead)

@@ -49,7 +49,7 @@ class Gated(Architecture):
         )  # fmt: skip
 
     def revival(self, run, x, recon, dead):
-        return revival_by_level(self.sae, x, self.sae.b_gate, 0.0, dead)
+        return revival_by_level(self.sae, x, self.sae.b_gate, dead)
 
     def settle(self):
         """The SAE is what is trained: nothing to bring in line."""

@@ -61,7 +61,7 @@ class JumpReLU(Architecture):
         price = self.ranks.mean(error.detach()) / self.spec.l0
         # log θ is what moves, so that distances are shares of θ.
         excess = sum_excess(values.detach() / threshold.detach()[pattern.latents] - 1)
-        return Forward(recon, values, pattern, error, active / len(x), price, level=threshold, excess=excess)
+        return Forward(recon, values, pattern, error, active / len(x), price, excess=excess)
 
     def revival(self, run, x, recon, dead):
         return revival_by_aux_k(self, x, recon, dead)

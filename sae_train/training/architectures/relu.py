@@ -42,7 +42,7 @@ class ReLU(Architecture):
         return Forward(recon, values, pattern, error / len(x), sparsity)
 
     def revival(self, run, x, recon, dead):
-        return revival_by_level(self.sae, x, self.sae.b_enc, 0.0, dead)
+        return revival_by_level(self.sae, x, self.sae.b_enc, dead)
 
     def settle(self):
         """The SAE is what is trained: nothing to bring in line."""
