@@ -147,6 +147,26 @@ def test_a_stop_request_ends_the_loop_after_its_step():
     assert done == 10
 
 
+@pytest.mark.parametrize("asked_at", [0, 3, 19])
+def test_a_stop_asked_for_while_processes_wait_for_each_other_is_not_lost(asked_at):
+    class Waiting(Ranks):
+        waits = 0
+
+        def any(self, *flags):
+            answer = super().any(*flags)  # from before the signal: the others do not know of it yet
+            if self.waits == asked_at:
+                signal.raise_signal(signal.SIGINT)
+            self.waits += 1
+            return answer
+
+    with StopRequest() as stop:
+        work = Work([learner(0, data()[0])], data(), 20, stop=stop)
+        work.ranks = Waiting()
+        fit(work, [], work)
+    assert work.step == asked_at + 1
+    assert stop.agreed
+
+
 def test_signals_at_once_are_one_request_and_a_later_one_breaks_at_once(monkeypatch):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)

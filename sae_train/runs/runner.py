@@ -110,7 +110,7 @@ class Runner:
         opened.save = self._save
         opened.save_steps = loop.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps)
         loop.fit(opened, self._callbacks(), self)
-        if opened.stop.requested and opened.step < n_steps:
+        if opened.stop.agreed and opened.step < n_steps:
             raise loop.Stopped
         self.display.end()
         opened.stop.at_once = self.ranks.size == 1  # others would wait for a process that ends alone

@@ -90,12 +90,13 @@ class StopRequest:
 
     So do SIGTERM and the end of a terminal, unless nohup has it ignored. Signals within SAME_REQUEST seconds of the
     first are the same request: a scheduler signals torchrun and its processes, and torchrun passes its own signal on.
-    `requested` is also set when another process was asked. Outside of steps, where `at_once` is set, the first one
-    breaks as well.
+    Outside of steps, where `at_once` is set, the first one breaks as well.
+
+    `requested`: this process was asked, perhaps while it waits for the others. `agreed`: all processes know of it.
     """
 
     def __init__(self) -> None:
-        self.requested = self.at_once = False
+        self.requested = self.agreed = self.at_once = False
         self._asked: float | None = None
 
     def __enter__(self) -> StopRequest:
@@ -177,8 +178,8 @@ def fit(work: Work, callbacks: list[Scheduled], log: Log) -> None:
         if work.step > begun and work.step in work.save_steps:
             with work.clock.paused():
                 work.save()
-        work.stop.requested, any_left = work.ranks.any(work.stop.requested, bool(running(work.learners)))
-        if work.step == work.n_steps or work.stop.requested or not any_left:
+        work.stop.agreed, any_left = work.ranks.any(work.stop.requested, bool(running(work.learners)))
+        if work.step == work.n_steps or work.stop.agreed or not any_left:
             return
         log.doing("training steps", work.step, work.n_steps)
         with work.rewinding():
