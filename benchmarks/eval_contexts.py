@@ -80,7 +80,9 @@ def time_set_up(args: argparse.Namespace) -> None:
     """Print how long the set-up of the eval takes, made anew and read from the cache."""
     from sae_train.data.language_model import load_language_model
     from sae_train.evals import assets
+    from sae_train.runs.process import prepare_process
 
+    prepare_process()  # as every run does
     lm = load_language_model(args.model, args.hook, dtype=args.dtype)
     with tempfile.TemporaryDirectory() as cache:
         for how in ("fresh", "from the cache"):

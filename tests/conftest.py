@@ -1,13 +1,20 @@
-"""No network, checked shapes, poisoned allocations, and the optional folder of real models and text."""
+"""No network, signals as they are by default, checked shapes, poisoned allocations, and the optional folder of real
+models and text."""
 
 import builtins
 import os
+import signal
 import tempfile
 from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sae-train-tests-")
+# What starts the suite in the background or with nohup has these ignored; tests send them, to themselves and to others.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in ("SIGTERM", "SIGHUP"):
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 import jaxtyping
 import pytest
