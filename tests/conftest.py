@@ -10,11 +10,6 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sae-train-tests-")
-# What starts the suite in the background or with nohup has these ignored; tests send them, to themselves and to others.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-for name in ("SIGTERM", "SIGHUP"):
-    if hasattr(signal, name):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 import jaxtyping
 import pytest
@@ -36,6 +31,14 @@ with pytest.MonkeyPatch.context() as patch, jaxtyping.install_import_hook(CHECKE
         patch.setattr(builtins, name, getattr(jaxtyping, name), raising=False)
     for module in CHECKED:
         import_module(module)
+
+
+def pytest_configure() -> None:
+    """Take the signals back that tests send: started in the background or with nohup, a process has them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 @pytest.fixture
