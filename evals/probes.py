@@ -17,7 +17,7 @@ from torch.nn.functional import embedding_bag, one_hot
 from torch.optim.adam import adam
 
 from sae_train.evals.latents import Latents
-from sae_train.evals.threads import one_thread
+from sae_train.evals.threads import flushed_denormals, one_thread
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -124,7 +124,7 @@ def _descend(probe: Probe, batches: Iterator[_Batch], labels: Tensor, s: Schedul
     targets, steps_per_epoch = _Targets(labels, len(probe.bias)), math.ceil(len(labels) / s.batch)
     take_step = _adam([probe.weight, probe.bias], s.weight_decay)
     gradient = torch.zeros_like(probe.weight)  # one buffer: a fresh one each step costs page faults
-    with one_thread():
+    with one_thread(), flushed_denormals():
         for step, (rows, times, add_transposed) in enumerate(batches):
             d_logits = targets.gradient(times(probe.weight).add_(probe.bias), rows)
             if s.l1:

@@ -15,6 +15,7 @@ from sae_train.evals.latents import encode, from_dense
 from sae_train.evals.presets import SAEBENCH
 from sae_train.evals.probes import Schedule, fit_dense, fit_sparse, ranking_schedule
 from sae_train.evals.ranking import rank_latents
+from sae_train.evals.threads import flushed_denormals
 from sae_train.sae.model import SAE, SAEConfig
 
 
@@ -223,3 +224,15 @@ def test_encoding_is_the_same_by_entries_and_dense(architecture):
         entries, dense = encode(sae, x), encode(Dense(), x)
     assert torch.allclose(entries.dense(), dense.dense(), atol=1e-5) and 0 < entries.l0 < 40
     assert torch.equal(entries.dense() != 0, dense.dense() != 0)
+
+
+def test_numbers_too_small_for_float32_are_0_inside_and_as_they_were_after():
+    half = lambda: float(torch.full((), torch.finfo(torch.float32).tiny).mul(0.5))  # noqa: E731
+    for before in (False, True):
+        torch.set_flush_denormal(before)
+        try:
+            with flushed_denormals():
+                assert half() == 0
+            assert (half() == 0) is before
+        finally:
+            torch.set_flush_denormal(False)
