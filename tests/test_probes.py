@@ -226,13 +226,13 @@ def test_encoding_is_the_same_by_entries_and_dense(architecture):
     assert torch.equal(entries.dense() != 0, dense.dense() != 0)
 
 
-def test_numbers_too_small_for_float32_are_0_inside_and_as_they_were_after():
-    half = lambda: float(torch.full((), torch.finfo(torch.float32).tiny).mul(0.5))  # noqa: E731
-    for before in (False, True):
-        torch.set_flush_denormal(before)
-        try:
-            with flushed_denormals():
-                assert half() == 0
-            assert (half() == 0) is before
-        finally:
-            torch.set_flush_denormal(False)
+@pytest.mark.parametrize("before", [False, True])
+def test_numbers_too_small_for_float32_are_0_inside_and_as_they_were_after(before):
+    tiny = torch.full((), torch.finfo(torch.float32).tiny)
+    torch.set_flush_denormal(before)
+    try:
+        with flushed_denormals():
+            assert tiny.mul(0.5) == 0
+        assert bool(tiny.mul(0.5) == 0) is before
+    finally:
+        torch.set_flush_denormal(False)
