@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sae_train.cli import main
 from sae_train.evals import assets
+from sae_train.runs import activity as activity_module
 from sae_train.runs import display as display_module
 from sae_train.runs.activity import Activity
 from sae_train.runs.display import Display
@@ -53,6 +54,22 @@ def test_what_is_left_is_told_from_what_was_done_since_it_began():
     time.sleep(0.2)
     activity("training steps", 950, 1000)
     assert activity.sentence() == "training steps: 950 of 1,000, about 0 s left"
+
+
+def test_how_long_is_told_where_nobody_counts_and_what_is_left_does_not_grow_in_a_pause(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(activity_module.time, "perf_counter", lambda: clock[0])
+    activity = Activity()
+    activity("ranking latents")
+    assert activity.sentence() == "ranking latents"
+    clock[0] += 6
+    assert activity.sentence() == "ranking latents, 6 s so far"
+    activity("reading words", 0, 100)
+    clock[0] += 10
+    activity("reading words", 10, 100)
+    assert activity.sentence() == "reading words: 10 of 100, about 90 s left"
+    clock[0] += 30  # nothing is read meanwhile
+    assert activity.sentence() == "reading words: 10 of 100, about 60 s left"
 
 
 def row(step: int) -> dict:
