@@ -30,7 +30,8 @@ def test_spread_gives_about_as_many_steps_as_asked_crowded_early():
     assert steps[-1] == 489
     gaps = [b - a for a, b in itertools.pairwise(steps)]
     assert gaps == sorted(gaps) or max(gaps) < 90
-    assert sorted(spread(1, 50)) == [0, 50]
+    assert sorted(spread(1, 50)) == [50]
+    assert sorted(spread(2, 50)) == [0, 50]
 
 
 class Work:

@@ -153,7 +153,7 @@ class EvalSettings(SettingsGroup):
 
     absorption: bool = Field(True, description="run the absorption eval; of a toy: measure it against its truth")
     absorption_evals: Annotated[int, Field(ge=1)] = Field(
-        12, description="how many times along the run, early ones closer together"
+        12, description="how many times along the run, early ones closer together; one: at its end"
     )
     preset: Annotated[str, BeforeValidator(parse_preset)] = Field(
         EVAL_PRESETS[0], description=f"definition of the scores: {', '.join(EVAL_PRESETS)}"

@@ -35,7 +35,9 @@ def every(period: int, n_steps: int) -> frozenset[int]:
 
 
 def spread(times: int, n_steps: int) -> frozenset[int]:
-    """About `times` steps from 0 to the last: half of them evenly spaced, half crowded towards the start."""
+    """About `times` steps from 0 to the last: half evenly spaced, half crowded towards the start; one is the last."""
+    if times == 1:
+        return frozenset({n_steps})
     n_even = max(1, times // 2)
     even = {round(n_steps * i / n_even) for i in range(n_even + 1)}
     n_early = max(0, times - len(even))
