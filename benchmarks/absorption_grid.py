@@ -92,13 +92,15 @@ def old_fractions(folder: Path, run: dict[str, Any], names: list[str]) -> dict[s
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, one line an SAE."""
     lines = [
-        "| | L0 | EV | loss recovered | dead | F1 | fraction | random | older fraction | full | random |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | L0 asked, reached | EV | loss recovered | dead | letters | F1 | "
+        "fraction | random | older fraction | full | random |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for it in rows:
         cells = [
-            f"{it['arch']}, {it['width'] // 1024}k", f"{it['l0']:.2f}", _share(it["ev"], 3),
-            _share(it["loss_recovered"], 3), f"{it['dead']:.0%}".replace("%", " %"), _share(it["mean_f1"], 2),
+            f"{it['arch']}, {it['width'] // 1024}k", f"{it['l0_asked']:g}, {it['l0']:.2f}", _share(it["ev"], 3),
+            _share(it["loss_recovered"], 3), f"{it['dead']:.0%}".replace("%", " %"),
+            "–" if it["letters"] is None else f"{it['letters']:.0f}", _share(it["mean_f1"], 2),
             _interval(it, "fraction"), _share(it["random_fraction"], 2), _share(it["old_fraction"], 3),
             _interval(it, "full"), _share(it["random_full"], 2),
         ]  # fmt: skip
