@@ -8,7 +8,7 @@ among the selected, and only those are computed in float32. Proof: kernels/READM
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as nnf
@@ -46,7 +46,10 @@ def _multiplies_bfloat16() -> bool:
 
 @dataclass(frozen=True)
 class Screen:
-    """bfloat16 u with |pre − u| ≤ slack[row] + 2·ROUNDING·|u| for pre = x·Wᵀ + b in float32 arithmetic."""
+    """Operands of a bfloat16 product u, and how far pre = x·Wᵀ + b in float32 arithmetic can be from it.
+
+    `of`: |pre − u| ≤ slack[row] + 2·ROUNDING·|u|. `raised`: u ≥ 0 for every entry with pre > floor.
+    """
 
     x: Tensor
     W: Tensor
@@ -56,23 +59,26 @@ class Screen:
     @classmethod
     def of(cls, x: Tensor, W: Tensor, b: Tensor) -> Screen:
         """Round the operands and bound what that changes: |x·w − x̂·ŵ| ≤ ‖x − x̂‖·‖w‖ + ‖x̂‖·‖w − ŵ‖."""
-        x16, b16 = x.bfloat16(), b.bfloat16()
-        W16 = W.new_empty(W.shape, dtype=torch.bfloat16)
-        norms = []
-        for rounded, rows in zip(W16.split(BLOCK_ROWS), W.split(BLOCK_ROWS), strict=True):
-            rounded.copy_(rows)
-            norms.append(torch.stack([rows.norm(dim=1).amax(), (rows - rounded).norm(dim=1).amax()]))
-        W_norm, W_rest = torch.stack(norms).amax(0)
-        x_norm, x_rest = x.norm(dim=1), (x - x16).norm(dim=1)
-        b_rest = (b - b16).abs().amax()
+        (x16, x_norm, x_rest), (W16, W_norms, W_rests), b16 = _round(x), _round(W), b.bfloat16()
+        W_norm, W_rest, b_rest = W_norms.amax(), W_rests.amax(), (b - b16).abs().amax()
         # Of float32 sums of d_in products and a bias, here and where candidates are computed.
         sums = (x.shape[1] + 2) * 2**-23 * ((x_norm + x_rest) * (W_norm + W_rest) + b.abs().amax())
         return cls(x16, W16, b16, x_rest * W_norm + (x_norm + x_rest) * W_rest + b_rest + sums)
 
-    def raise_biases(self) -> Screen:
-        """Make biases so high that u ≥ 0 for every entry with pre > 0 (a hundredth of slack for the sums with them)."""
-        b = self.b.float() + 1.01 * self.slack.amax()
-        return replace(self, b=(b + 2 * ROUNDING * b.abs()).bfloat16())
+    @classmethod
+    def raised(cls, x: Tensor, W: Tensor, b: Tensor, floor: Tensor | float) -> Screen:
+        """Add to each entry its own bound: two more columns of the operands are its factors, rounded up.
+
+        One bound for a whole row or for all would be that of the longest w and x: thirty times as many candidates on
+        a language model, where some tokens are ten times as long as others.
+        """
+        (x16, x_norm, x_rest), (W16, W_norm, W_rest) = _round(x, more=2), _round(W, more=2)
+        sums = (x.shape[1] + 4) * 2**-23  # with those of the two columns
+        x16[:, -2], x16[:, -1] = _round_up(1.01 * x_rest), _round_up(1.01 * (x_norm + x_rest))
+        W16[:, -2], W16[:, -1] = _round_up(W_norm), _round_up(W_rest + sums * (W_norm + W_rest))
+        floor = torch.as_tensor(floor, dtype=b.dtype)
+        b = b - floor + sums * (b.abs() + floor.abs())
+        return cls(x16, W16, _round_up(b), x_norm * W_norm.amax() + b.abs().amax())
 
     def slabs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield u and slack of a few rows at a time; the buffer is reused, so use each before the next."""
@@ -80,6 +86,21 @@ class Screen:
         buffer = self.x.new_empty(min(rows, len(self.x)), len(self.W))
         for chunk, slack in zip(self.x.split(rows), self.slack.split(rows), strict=True):
             yield torch.addmm(self.b, chunk, self.W.t(), out=buffer[: len(chunk)]), slack
+
+
+def _round(rows: Tensor, more: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows in bfloat16, with so many columns to be filled, each row's norm and that of what is left over."""
+    out = rows.new_empty(len(rows), rows.shape[1] + more, dtype=torch.bfloat16)
+    norms = []
+    for rounded, exact in zip(out[:, : rows.shape[1]].split(BLOCK_ROWS), rows.split(BLOCK_ROWS), strict=True):
+        rounded.copy_(exact)
+        norms.append(torch.stack([exact.norm(dim=1), (exact - rounded).norm(dim=1)]))
+    return out, *torch.cat(norms, 1)
+
+
+def _round_up(numbers: Tensor) -> Tensor:
+    """Return bfloat16 numbers that are not below the given ones."""
+    return (numbers + 2 * ROUNDING * numbers.abs()).bfloat16()
 
 
 def topk(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -110,10 +131,10 @@ def above(x: Tensor, W: Tensor, b: Tensor, floor: Tensor | float) -> tuple[Tenso
 
     None where something is not finite.
     """
-    screen, candidates, counts = Screen.of(x, W, b - floor), [], []
+    screen, candidates, counts = Screen.raised(x, W, b, floor), [], []
     if not screen.slack.isfinite().all():
         return None
-    for u, _ in screen.raise_biases().slabs():
+    for u, _ in screen.slabs():
         latents, n = _not_negative(u)
         candidates.append(latents)
         counts.append(n)

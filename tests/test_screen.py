@@ -108,6 +108,25 @@ def test_entries_above_a_floor_are_those_of_float32(kind, per_latent):
     assert ((dense - pre).abs() <= near)[sure].all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_entry_above_a_floor_has_a_minus_sign(kind):
+    x, W, b = problem(kind)
+    pre = truth(x, W, b)
+    for floor in (0.0, float(pre.median()), pre.quantile(0.5, dim=0).float()):
+        u, _ = next(screen.Screen.raised(x, W, b, floor).slabs())
+        assert not (u.signbit() & (pre > floor)).any()
+
+
+@pytest.mark.parametrize("long", ["token", "latent"])
+def test_one_long_row_does_not_make_the_others_candidates(long, monkeypatch):
+    x, W, b = problem("plain")
+    {"token": x, "latent": W}[long][0] *= 1000
+    exact, seen = screen._exact, []
+    monkeypatch.setattr(screen, "_exact", lambda *args: seen.append(args[3]) or exact(*args))
+    values, _ = screen.above(x, W, b, 12.0)
+    assert len(values) <= len(seen[0]) <= 1.3 * len(values)
+
+
 def test_no_entry_above_a_floor_is_an_empty_pattern():
     values, pattern = screen.above(*problem("plain"), 1e6)
     assert values.numel() == 0 and pattern.offsets.tolist() == [0] * (N + 1)
