@@ -228,6 +228,42 @@ def report(*runs: Path, out: Path | None = None, export: Path | None = None) -> 
 
 
 @app.command
+def study(*, config: Path | None = None, quick: bool = False, out: Path | None = None, dry_run: bool = False) -> int:
+    """Train a whole design of SAEs in parts, and answer on one page what width, L0 and architecture do to absorption.
+
+    Parts are ordinary runs: those that are finished are skipped, so that the same command goes on after Ctrl-C.
+
+    Parameters
+    ----------
+    config:
+        YAML file of the design: shared settings, and grids of arch, width, l0 and seed; default: configs/study.yaml.
+    quick:
+        The design of configs/study_quick.yaml, on the embedded model.
+    out:
+        Folder of the study; default: checkpoints/NAME, by the design's file.
+    dry_run:
+        Print the parts and the time of those that are left, refuse what cannot work, and stop.
+    """
+    from sae_train.config.study import FULL, QUICK
+
+    if quick and config:
+        raise UserError(f"--quick is a design of its own, and --config {config} names another: give one of them")
+    file = QUICK if quick else config or FULL
+    folder = out or Path("checkpoints", file.stem)
+    from sae_train.runs.study import plan_study, run_study
+
+    if dry_run:
+        print(plan_study(file, folder))
+        return 0
+    page, claims, failed = run_study(file, folder)
+    print("\n".join(claims))
+    print(f"study: {page}")
+    if failed:
+        _complain(f"{len(failed)} SAEs failed: {'; '.join(failed)}. The others are compared")
+    return SOME_FAILED if failed else 0
+
+
+@app.command
 def watch(run: Path, *, port: int = 8642) -> None:
     """Show a run's report in the browser while it goes on: a page of this machine alone, until Ctrl-C.
 
@@ -308,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
         return app(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0
     except cyclopts.UnusedCliTokensError as error:
         words = " ".join(error.unused_tokens)
-        _complain(f"{words!r} is no command (eval, publish, report, resume, watch) and no option")
+        _complain(f"{words!r} is no command (eval, publish, report, resume, study, watch) and no option")
         return 2
     except (UserError, cyclopts.CycloptsError) as error:
         _complain(str(error))

@@ -37,19 +37,24 @@ class Cell:
     @property
     def letters(self) -> set[str]:
         """Labels that count in all seeds."""
-        return set.intersection(*(set(_values(sae, SCORES[0])) for sae in self.saes))
+        return self.having(SCORES[0])
+
+    def having(self, score: str) -> set[str]:
+        """Labels that count, and have the score, in all seeds."""
+        return set.intersection(*(set(_values(sae, score)) for sae in self.saes))
 
     @property
     def reached(self) -> float | None:
         """Mean L0 on held-out text; None where one was not measured."""
-        return self._mean("metrics/l0")
+        return self.mean_of("metrics/l0")
 
     @property
     def ev(self) -> float | None:
         """Mean explained variance on held-out text; None where one was not measured."""
-        return self._mean("metrics/explained_variance")
+        return self.mean_of("metrics/explained_variance")
 
-    def _mean(self, metric: str) -> float | None:
+    def mean_of(self, metric: str) -> float | None:
+        """Mean over seeds of a figure; None where one was not measured."""
         values = [sae.get(metric) for sae in self.saes]
         return None if None in values or not values else sum(values) / len(values)  # type: ignore[arg-type]
 
@@ -67,7 +72,7 @@ class Cell:
         """The score's mean over seeds and labels."""
         from sae_train.evals.intervals import letters_by_seeds
 
-        return letters_by_seeds(self.matrix(score, sorted(self.letters)))
+        return letters_by_seeds(self.matrix(score, sorted(self.having(score))))
 
     def matrix(self, score: str, letters: list[str]) -> Any:
         """Seeds × labels."""

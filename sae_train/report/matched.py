@@ -66,28 +66,35 @@ def _at_one_l0(a: Cell, b: Cell, cells: list[Cell]) -> Comparison:
     differs = f"{b.arch} − {a.arch}, {width_label(a.width)}" if a.arch != b.arch else ""
     differs = differs or f"{a.arch}: {width_label(b.width)} − {width_label(a.width)}"
     name = f"{differs}, L0 {a.l0:g}"
-    apart = abs(math.log(b.reached / a.reached)) if a.reached and b.reached else math.inf
+    matched, how = match_l0((a, b), cells)
+    return _compare(name, how, *matched) if matched else Comparison(name, (len(a.saes), len(b.saes)), how, {})
+
+
+def match_l0(chosen: Sequence[Cell], cells: list[Cell]) -> tuple[tuple[Cell | Side, ...], str]:
+    """Cells as they are, or each interpolated to their L0, and how; nothing, with the reason, where neither works."""
+    if not all(cell.reached for cell in chosen):
+        return (), "not compared: no L0"
+    reached = [math.log(cell.reached or 0) for cell in chosen]
+    apart = max(reached) - min(reached)
     if apart <= CLOSE_L0:
-        return _compare(name, "L0 as reached", a, b)
-    if all(_can_interpolate(cell, cells) for cell in (a, b)):
-        sides = [_Side(cell, _series(cell, cells), _log_l0, math.log(cell.l0)) for cell in (a, b)]
-        return _compare(name, "L0 interpolated", *sides)
-    reason = f"not compared: L0 {percent(math.expm1(apart))} apart" if math.isfinite(apart) else "not compared: no L0"
-    return Comparison(name, (len(a.saes), len(b.saes)), reason, {})
+        return tuple(chosen), "L0 as reached"
+    if all(_can_interpolate(cell, cells) for cell in chosen):
+        return tuple(Side(cell, series(cell, cells), _log_l0, math.log(cell.l0)) for cell in chosen), "L0 interpolated"
+    return (), f"not compared: L0 {percent(math.expm1(apart))} apart"
 
 
 def _at_one_ev(a: Cell, b: Cell, cells: list[Cell]) -> Comparison | None:
     """The pair at the EV of a; None where b's architecture does not reach it from both sides."""
-    along = [c for c in _series(b, cells) if c.ev is not None]
+    along = [c for c in series(b, cells) if c.ev is not None]
     if a.ev is None or not along or not min(c.ev for c in along) <= a.ev <= max(c.ev for c in along):
         return None
     name = f"{b.arch} − {a.arch}, {width_label(a.width)}, EV {a.ev:.3f}"
-    return _compare(f"{name} ({a.arch} at L0 {a.l0:g})", "EV interpolated", a, _Side(b, along, lambda c: c.ev, a.ev))
+    return _compare(f"{name} ({a.arch} at L0 {a.l0:g})", "EV interpolated", a, Side(b, along, lambda c: c.ev, a.ev))
 
 
 @dataclass(frozen=True)
-class _Side:
-    """Scores of a cell's architecture and width at one place between the cells of a series."""
+class Side:
+    """Scores of a cell's architecture and width at one place between the cells of a series; it serves as a cell."""
 
     cell: Cell
     along: Sequence[Cell]
@@ -98,9 +105,16 @@ class _Side:
     def letters(self) -> set[str]:
         return set.intersection(*(cell.letters for cell in self.along))
 
+    def having(self, score: str) -> set[str]:
+        return set.intersection(*(cell.having(score) for cell in self.along))
+
     @property
     def saes(self) -> tuple[Any, ...]:
         return self.cell.saes
+
+    @property
+    def seeds(self) -> tuple[int | None, ...]:
+        return self.cell.seeds
 
     def matrix(self, score: str, letters: list[str]) -> Any:
         """Seeds × labels, on a straight line between the neighbours."""
@@ -112,7 +126,7 @@ class _Side:
         return (1 - share) * low.matrix(score, letters) + share * high.matrix(score, letters)
 
 
-def _compare(name: str, how: str, a: Cell | _Side, b: Cell | _Side) -> Comparison:
+def _compare(name: str, how: str, a: Cell | Side, b: Cell | Side) -> Comparison:
     """b − a over the labels that count in both."""
     from sae_train.evals.intervals import paired_difference
 
@@ -124,15 +138,15 @@ def _compare(name: str, how: str, a: Cell | _Side, b: Cell | _Side) -> Compariso
     return Comparison(name, seeds, how, {score: paired_difference(*pair) for score, pair in pairs.items()})
 
 
-def _series(cell: Cell, cells: list[Cell]) -> list[Cell]:
+def series(cell: Cell, cells: list[Cell]) -> list[Cell]:
     """The cell's own architecture and width at every L0, with as many seeds."""
     own = [c for c in cells if (c.setting, c.arch, c.width) == (cell.setting, cell.arch, cell.width)]
     return sorted((c for c in own if c.reached and c.seeds == cell.seeds), key=lambda c: c.reached or 0)
 
 
 def _can_interpolate(cell: Cell, cells: list[Cell]) -> bool:
-    series = _series(cell, cells)
-    return len(series) >= LEAST_POINTS and (series[0].reached or 0) <= cell.l0 <= (series[-1].reached or 0)
+    own = series(cell, cells)
+    return len(own) >= LEAST_POINTS and (own[0].reached or 0) <= cell.l0 <= (own[-1].reached or 0)
 
 
 def _log_l0(cell: Cell) -> float:

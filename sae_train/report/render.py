@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from sae_train.report import absorbing, data, drawing, figures, findings, letters, matched, pareto, tables, text
+from sae_train.report import absorbing, claims, data, drawing, figures, findings, letters, matched, pareto, tables, text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-OPEN = (absorbing, data, drawing, figures, findings, letters, matched, pareto, tables, text)  # to the templates
+OPEN = (absorbing, claims, data, drawing, figures, findings, letters, matched, pareto, tables, text)  # to the templates
 
 
 def render(template: str, **values: object) -> str:

@@ -57,17 +57,18 @@ class Estimate:
         if facts.dtype != "float32":
             self.lm_rate = matrix_rate(device, DTYPES[facts.dtype]) * LM_EFFICIENCY
 
-    def parts(self) -> dict[str, float]:
-        """Seconds by part."""
+    def parts(self, after_another: bool = False) -> dict[str, float]:
+        """Seconds by part; `after_another` run that left activations and set-up in its caches."""
         facts, n_looks = self.facts, self.settings.eval.absorption_evals
+        training = self.training(reads=after_another)
         start = START + facts.is_quantised * facts.n_parameters / QUANTISED_WEIGHTS
         if facts.tokenizer is None or not self.settings.eval.absorption:
             looks = n_looks * len(self.specs) * facts.look_seconds
-            return {"start": start, "training": self.training(), "looks": looks, "end": END}
+            return {"start": start, "training": training, "looks": looks, "end": END}
         tokenizer = facts.tokenizer()
         n_words = self.count_words(tokenizer)
         looks = [self.look(spec, n_words) for spec in self.specs]
-        set_up = KEPT if self.is_set_up(tokenizer) else self.reading(n_words) + self.probe(n_words)
+        set_up = KEPT if after_another or self.is_set_up(tokenizer) else self.reading(n_words) + self.probe(n_words)
         end = END + sum(BASELINES * look + self.probe(n_words) for look in looks)
         fidelity = FIDELITY * 2.0 * facts.n_parameters / self.lm_rate
         return {
@@ -93,9 +94,9 @@ class Estimate:
         found, _ = vocab.entries(tokenizer, special_ids(tokenizer), get_hierarchy(how.hierarchy))
         return min(len(found), how.eval_words or len(found))
 
-    def training(self) -> float:
-        """The language model up to the hook and the SAEs' steps."""
-        lm = 2.0 * self.facts.n_parameters_to_hook / self.n_processes / self.lm_rate
+    def training(self, reads: bool = False) -> float:
+        """The SAEs' steps, and the language model up to the hook unless a cache is read (`reads`)."""
+        lm = 0.0 if reads else 2.0 * self.facts.n_parameters_to_hook / self.n_processes / self.lm_rate
         per_step = self.n_processes if self.together else 1
         encoders = sum(2.0 * self.facts.d_in * spec.width for spec in self.specs) / per_step
         tokens = self.settings.n_steps * self.settings.train.batch_tokens

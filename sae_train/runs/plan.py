@@ -49,12 +49,17 @@ class Plan:
     ranks: Ranks = field(default_factory=Ranks)
     division: Division | None = None
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds by part, from the speed of matrix products measured now."""
+    def seconds(self, after_another: bool = False) -> dict[str, float]:
+        """Seconds by part, from the speed of matrix products measured now.
+
+        `after_another`: a run before it left its activations and the eval's set-up in the same caches.
+        """
         from sae_train.runs.estimate import Estimate
 
         together = bool(self.division and self.division.together)
-        return Estimate(self.settings, self.facts, self.trained, self.device, self.ranks.size, together).parts()
+        return Estimate(self.settings, self.facts, self.trained, self.device, self.ranks.size, together).parts(
+            after_another
+        )
 
     def check(self) -> None:
         """Raise UserError if the memory needed is not there, or the room on disk."""
@@ -67,7 +72,7 @@ class Plan:
                 f"for the {largest} ({self.memory[largest] / GIB:.1f} GiB): lower --width, --batch-tokens or "
                 "--buffer-tokens, or train fewer SAEs at once"
             )
-        size, (folder, free) = self._cache_bytes(), self._disk()
+        size, (folder, free) = self.cache_bytes(), self._disk()
         if size > HEADROOM * free:
             raise UserError(
                 f"the activations to be kept take {size / GIB:.1f} GiB on disk and {str(folder)!r} has "
@@ -99,16 +104,16 @@ class Plan:
 
     def _time(self) -> list[str]:
         parts = self.seconds()
-        total = _duration(sum(parts.values()))
+        total = roughly(sum(parts.values()))
         return [
             f"time       about {total} (from the speed of matrix products just now): "
-            + ", ".join(f"{part} {_duration(seconds)}" for part, seconds in parts.items())
+            + ", ".join(f"{part} {roughly(seconds)}" for part, seconds in parts.items())
         ]
 
     def _each(self) -> str:
         return f" for each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
 
-    def _cache_bytes(self) -> float:
+    def cache_bytes(self) -> float:
         """What the run's activations take on disk: nothing where they are not kept."""
         s = self.settings
         if len(self.passes) == 1 and not s.data.activation_cache:
@@ -125,7 +130,7 @@ class Plan:
 
     def _passes(self) -> list[str]:
         """What is in memory together where that is not the whole grid, and what is kept on disk."""
-        lines, size, (folder, free) = [], self._cache_bytes(), self._disk()
+        lines, size, (folder, free) = [], self.cache_bytes(), self._disk()
         if len(self.passes) > 1:
             lines.append(f"passes     {len(self.passes)}, since the SAEs do not fit into memory together")
             for number, specs in enumerate(self.passes, start=1):
@@ -250,7 +255,8 @@ def _notes(settings: Settings, facts: Facts, passes: Passes) -> list[str]:
     return notes
 
 
-def _duration(seconds: float) -> str:
+def roughly(seconds: float) -> str:
+    """An estimate of time as it is said: 50 s, 8 min, 3.5 h."""
     if seconds < 120:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

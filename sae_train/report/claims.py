@@ -1,0 +1,260 @@
+"""What a study says: how scores move with width, L0 and architecture, each as a difference with its interval.
+
+Every difference is between cells at a matched L0 (or EV), paired over letters, with a two-way bootstrap over letters
+and training seeds (`evals.intervals.paired_difference`). Where an architecture was trained at several L0 (or widths), the
+main claim is the mean over them: scores are averaged letter by letter and seed by seed before they are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from sae_train.config import width_label
+from sae_train.report.cells import Cell
+from sae_train.report.matched import SEEDS_ASKED, Side, match_l0
+from sae_train.report.text import fixed
+
+if TYPE_CHECKING:
+    from sae_train.evals.intervals import Interval
+
+METRICS = {
+    "full": "full absorption",
+    "fraction": "the absorption fraction",
+    "full_family": "family-corrected full absorption",
+    "precision_main": "precision of the main latents",
+    "recall_main": "recall of the main latents",
+    "n_split": "the number of main latents per letter",
+}
+# What the paper and others found: +1 rises with the trait, −1 falls, 0 nothing is expected.
+EXPECTED = {
+    "width": {"full": 1, "fraction": 1, "full_family": 1, "precision_main": 1, "recall_main": -1, "n_split": 1},
+    "l0": {"full": -1, "fraction": -1, "full_family": -1, "precision_main": -1, "recall_main": 1, "n_split": 0},
+}
+HOLDS, FAILS, UNSEEN, FEW = "holds", "fails, the other way round", "not distinguishable", "too few seeds"
+FOUND = "distinguishable"
+
+Place = Cell | Side
+Places = tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A difference (last − first end) of one metric, or why there is none (`how`)."""
+
+    question: str
+    """width, l0, arch at L0, arch at EV, or splitting"""
+    metric: str
+    where: str
+    """what is held fixed"""
+    ends: tuple[str, str]
+    expected: int
+    how: str
+    pooled: bool = False
+    """the mean over all that was matched, which is the study's main claim"""
+    seeds: tuple[int, int] = (0, 0)
+    labels: int = 0
+    means: tuple[float, ...] = ()
+    """of all that lies between the ends, in order"""
+    difference: Interval | None = None
+
+    @property
+    def verdict(self) -> str:
+        if self.difference is None:
+            return self.how
+        if min(self.seeds) < SEEDS_ASKED:
+            return FEW
+        if not self.difference.excludes_zero:
+            return UNSEEN
+        if not self.expected:
+            return FOUND
+        return HOLDS if self.expected * self.difference.mean > 0 else FAILS
+
+    @property
+    def figures(self) -> str:
+        """The difference as it is printed everywhere."""
+        if self.difference is None:
+            return self.how
+        d, (a, b) = self.difference, self.seeds
+        return (
+            f"{signed(d.mean)} [{signed(d.low)}, {signed(d.high)}], smallest visible {fixed(d.visible)}, "
+            f"{a if a == b else f'{a} and {b}'} seed{'s' if max(self.seeds) > 1 else ''}"
+        )
+
+    @property
+    def sentence(self) -> str:
+        """The claim made from its numbers, whether it holds or not."""
+        name, (first, last) = METRICS[self.metric], self.ends
+        among = f"({self.where})" if "arch" in self.question else f"({first} to {last}; {self.where})"
+        said = self._say_of_architectures(name) if "arch" in self.question else self._say_of_trend(name)
+        return f"{said} {among}: {self.figures}"
+
+    def _say_of_trend(self, name: str) -> str:
+        trait = "L0" if self.question == "l0" else "width"
+        if self.verdict not in (HOLDS, FAILS, FOUND):
+            return f"{name} with {trait}{self._open()}"
+        moves = "rises" if self.difference and self.difference.mean > 0 else "falls"
+        return f"{name} {moves} with {trait}{', against what is expected' if self.verdict == FAILS else ''}"
+
+    def _say_of_architectures(self, name: str) -> str:
+        first, last = self.ends
+        if self.verdict != FOUND:
+            return f"{name} of {last} and {first}{self._open()}"
+        return (
+            f"{name} is {'more' if self.difference and self.difference.mean > 0 else 'less'} in {last} than in {first}"
+        )
+
+    def _open(self) -> str:
+        return "" if self.difference is None else f": {self.verdict}"
+
+
+def signed(value: float) -> str:
+    """Write +0.050 or −0.012."""
+    text = fixed(value)
+    return f"+{text}" if value > 0 and float(text) else text.replace("-", "−")
+
+
+def claims(cells: list[Cell]) -> list[Claim]:
+    """Every claim of a study, main ones before their parts."""
+    made = [claim for trait in ("width", "l0") for claim in _trends(cells, trait)]
+    return made + [*_splitting(cells), *_architectures(cells)]
+
+
+def _trends(cells: list[Cell], trait: str) -> Iterator[Claim]:
+    """From the least to the most of a trait, at each value of the other and over all of them."""
+    other = "l0" if trait == "width" else "width"
+    for arch in dict.fromkeys(cell.arch for cell in cells):
+        own = [cell for cell in cells if cell.arch == arch]
+        values = sorted({getattr(cell, trait) for cell in own})
+        if len(values) < 2:
+            continue
+        rows, reasons = {}, {}
+        for at in sorted({getattr(cell, other) for cell in own}):
+            row = [
+                cell for value in values for cell in own if (getattr(cell, trait), getattr(cell, other)) == (value, at)
+            ]
+            rows[at], reasons[at] = _match(row, values, trait, cells)
+        ends = _label(trait, values[0]), _label(trait, values[-1])
+        for metric, expected in EXPECTED[trait].items():
+            about = {"question": trait, "metric": metric, "ends": ends, "expected": expected}
+            usable = {at: row for at, row in rows.items() if row}
+            if len(usable) > 1:
+                kept = _alike(list(usable.values()))
+                over = ", ".join(_label(other, at) for at, row in usable.items() if any(row is each for each in kept))
+                where = f"{arch}, mean over {_noun(other)} {over}"
+                yield _compare(kept, reasons[next(iter(usable))], where=where, pooled=True, **about)
+            for at, row in rows.items():
+                where = f"{arch} at {_noun(other)} {_label(other, at)}"
+                yield _compare([row] if row else [], reasons[at], where=where, pooled=len(rows) == 1, **about)
+
+
+def _match(row: list[Cell], values: list[Any], trait: str, cells: list[Cell]) -> tuple[Places, str]:
+    """All cells of a row as they can be compared; nothing, with the reason, where they cannot."""
+    if len(row) < len(values):
+        return (), f"not compared: not every {_noun(trait)} has a valid score"
+    return match_l0(row, cells) if trait == "width" else (tuple(row), "several L0")
+
+
+def _splitting(cells: list[Cell]) -> Iterator[Claim]:
+    """For each architecture the first width with distinguishably more main latents per letter than the narrowest."""
+    for arch in dict.fromkeys(cell.arch for cell in cells):
+        own = [cell for cell in cells if cell.arch == arch]
+        widths, claim = sorted({cell.width for cell in own}), None
+        for width in widths[1:]:
+            pairs = []
+            for l0 in sorted({cell.l0 for cell in own}):
+                pair = [cell for w in (widths[0], width) for cell in own if (cell.width, cell.l0) == (w, l0)]
+                matched, how = match_l0(pair, cells) if len(pair) == 2 else ((), "")
+                pairs += [(matched, how)] if matched else []
+            how = pairs[0][1] if pairs else "not compared: no two widths at one L0"
+            ends = _label("width", widths[0]), _label("width", width)
+            kept = _alike([pair for pair, _ in pairs])
+            where = f"{arch}, mean over {len(kept)} L0"
+            claim = _compare(
+                kept, how, question="splitting", metric="n_split", where=where, ends=ends, expected=1, pooled=True
+            )
+            if claim.verdict == HOLDS:
+                break
+        if claim:
+            yield claim
+
+
+def _architectures(cells: list[Cell]) -> Iterator[Claim]:
+    """All pairs of architectures at matched L0 and at matched EV, over all widths and at each."""
+    for a, b in combinations(dict.fromkeys(cell.arch for cell in cells), 2):
+        for question, pairs_of in (("arch at L0", _pairs_at_l0), ("arch at EV", _pairs_at_ev)):
+            by_width = {width: pairs_of(a, b, width, cells) for width in sorted({cell.width for cell in cells})}
+            by_width = {width: pairs for width, pairs in by_width.items() if pairs}
+            for metric in ("full", "fraction"):
+                about = {"question": question, "metric": metric, "ends": (a, b), "expected": 0}
+                how = "L0 as reached or interpolated" if question == "arch at L0" else "EV interpolated"
+                if len(by_width) != 1:
+                    every = _alike([pair for pairs in by_width.values() for pair in pairs])
+                    what = "widths and L0" if question == "arch at L0" else "widths and EV"
+                    where = f"at the same {question[-2:]}, mean over {len(every)} {what}"
+                    reason = how if every else f"not compared: no {question[-2:]} that both reach"
+                    yield _compare(every, reason, where=where, pooled=True, **about)
+                for width, pairs in by_width.items():
+                    kept = _alike(pairs)
+                    where = f"at the same {question[-2:]}, width {width_label(width)}, mean over {len(kept)}"
+                    yield _compare(kept, how, where=where, pooled=len(by_width) == 1, **about)
+
+
+def _pairs_at_l0(a: str, b: str, width: int, cells: list[Cell]) -> list[Places]:
+    at = {(cell.arch, cell.l0): cell for cell in cells if cell.width == width}
+    shared = sorted({l0 for arch, l0 in at if arch == a} & {l0 for arch, l0 in at if arch == b})
+    return [pair for l0 in shared if (pair := match_l0((at[a, l0], at[b, l0]), cells)[0])]
+
+
+def _pairs_at_ev(a: str, b: str, width: int, cells: list[Cell]) -> list[Places]:
+    """Both sides at every EV that one of them has and both reach, interpolated between the L0 of each."""
+    along = {}
+    for arch in (a, b):
+        own = [cell for cell in cells if (cell.arch, cell.width) == (arch, width) and cell.ev is not None]
+        along[arch] = _alike([(cell,) for cell in own])
+    sides = {arch: [cell for (cell,) in places] for arch, places in along.items()}
+    if not all(len(side) > 1 for side in sides.values()):
+        return []
+    low = max(min(cell.ev for cell in side) for side in sides.values())
+    high = min(max(cell.ev for cell in side) for side in sides.values())
+    points = sorted({cell.ev for side in sides.values() for cell in side if low <= cell.ev <= high})
+    return [tuple(Side(sides[arch][0], sides[arch], lambda c: c.ev, ev) for arch in (a, b)) for ev in points]
+
+
+def _alike(rows: list[Places]) -> list[Places]:
+    """The most rows that have the same training seeds, place by place; of equal numbers those with more seeds."""
+    groups: dict[tuple, list[Places]] = {}
+    for row in rows:
+        groups.setdefault(tuple(place.seeds for place in row), []).append(row)
+    return max(groups.items(), key=lambda item: (len(item[1]), sum(map(len, item[0]))), default=((), []))[1]
+
+
+def _compare(rows: Sequence[Places], how: str, *, metric: str, **about: Any) -> Claim:
+    """Last − first place of the rows' means, over the labels that all of them have."""
+    from sae_train.evals.intervals import paired_difference
+
+    if not rows:
+        return Claim(metric=metric, how=how, **about)
+    labels = sorted(set.intersection(*(place.having(metric) for row in rows for place in row)))
+    if not labels:
+        return Claim(metric=metric, how="not compared: no letter has a value in all cells", **about)
+    means = [sum(place.matrix(metric, labels) for place in places) / len(rows) for places in zip(*rows, strict=True)]
+    return Claim(
+        metric=metric,
+        how=how,
+        seeds=(len(means[0]), len(means[-1])),
+        labels=len(labels),
+        means=tuple(float(mean.mean()) for mean in means),
+        difference=paired_difference(means[-1], means[0]),
+        **about,
+    )
+
+
+def _label(trait: str, value: float) -> str:
+    return width_label(int(value)) if trait == "width" else f"{value:g}"
+
+
+def _noun(trait: str) -> str:
+    return {"l0": "L0"}.get(trait, trait)

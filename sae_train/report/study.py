@@ -1,0 +1,298 @@
+"""The page of a study, and its numbers as files: cells, claims and SAEs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_train.errors import UserError, explaining
+from sae_train.files import write_json, write_text
+from sae_train.report.cells import SCORES, SETTINGS, Cell, cells
+from sae_train.report.claims import FEW, HOLDS, METRICS, UNSEEN, Claim, claims
+from sae_train.report.data import Run, load_runs
+from sae_train.report.render import render
+from sae_train.report.study_charts import Figures, figures_of
+from sae_train.report.text import fixed, listed, number
+
+if TYPE_CHECKING:
+    from sae_train.evals.intervals import Interval
+
+DIGITS = 6  # of what the files hold
+CLOSE_L0 = 0.02
+BESIDE = {
+    "l0_reached": "metrics/l0", "explained_variance": "metrics/explained_variance",
+    "loss_recovered": "metrics/ce_loss_score", "dead": "sparsity/dead_fraction",
+}  # fmt: skip
+QUESTIONS = {  # of a claim: the heading, what others found
+    "width": (
+        "Does absorption rise with width at matched L0?",
+        "Published: Pythia-1.4B, layer 12, L0 32, for 2k, 4k, 16k latents: .013, .036, .054 (L1) and .007, .015, .055 "
+        "(TopK); Gemma Scope 2, Gemma-3-1B, L0 about 60, for 16k, 65k, 262k: .096, .157, .192.",
+    ),
+    "l0": (
+        "Does it fall with L0 at fixed width?",
+        "Published: full, Gemma Scope 16k, Gemma-2-2B, layer 12, for L0 21, 43, 85, 172, 354, 711: .364, .256, .109, "
+        ".064, .027, .014; full, TopK 4k, Pythia-160M, layer 8, for L0 20, 40, 80, 160, 320: .157, .080, .053, .040, "
+        ".021 (its fraction rises again from L0 160: .038 at 80, .064 at 160).",
+    ),
+    "arch": (
+        "Which architecture absorbs least?",
+        "Published: at 65k and L0 40 full is .05 in Matryoshka against .49 in BatchTopK (Gemma-2-2B); at 4k and L0 20 "
+        "on Pythia-160M it is .113 in Matryoshka, .157 in TopK, .096 in JumpReLU. Nobody matched EV.",
+    ),
+    "main": (
+        "How do precision and recall of the main latents move?",
+        "The paper (figures 4 and 5): precision of the best latents falls and recall rises with L0, and F1 is best at "
+        "an L0 of 25 to 100.",
+    ),
+    "splitting": (
+        "Where does splitting set in?",
+        "Published: 3.8 main latents per letter in a BatchTopK of 65k at L0 20 (Gemma-2-2B). The paper counts one "
+        "less: main latents beside the first.",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """What runs of one design found."""
+
+    runs: list[Run]
+    cells: list[Cell]
+    claims: list[Claim]
+    left_out: list[str]
+    above_random: tuple[int, int]
+    """cells whose full absorption is above their random SAEs', and all that have one"""
+    intervals: dict[tuple[str, str], Interval] = field(default_factory=dict)
+    """of each cell's metrics, by the cell's name and the metric"""
+
+    def of(self, question: str) -> list[Claim]:
+        """Claims under one heading, main ones first."""
+        own = [claim for claim in self.claims if _heading(claim) == question]
+        return sorted(own, key=lambda claim: not claim.pooled)
+
+    def interval(self, cell: Cell, metric: str) -> Interval | None:
+        return self.intervals.get((cell.name, metric))
+
+    @property
+    def main(self) -> list[Claim]:
+        return [claim for claim in self.claims if claim.pooled]
+
+
+def _heading(claim: Claim) -> str:
+    if claim.question in ("width", "l0") and claim.metric in ("precision_main", "recall_main"):
+        return "main"
+    if claim.question in ("width", "l0") and claim.metric == "n_split":
+        return "splitting"
+    return claim.question.split()[0]
+
+
+def write_study(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
+    """Write study.html, study.json, claims.csv, cells.csv and saes.csv; return the page, and the findings as sentences.
+
+    The same runs give the same files, byte by byte. UserError where no two cells can be compared.
+    """
+    import pandas as pd
+
+    study = read_study([folder for folder in folders if folder.exists()])
+    tables = {"claims": _claim_rows(study), "cells": _cell_rows(study), "saes": _sae_rows(study)}
+    page = out / "study.html"
+    with explaining(lambda error: f"the study cannot be written to {str(out)!r}: {error.strerror}", OSError):
+        for name, rows in tables.items():
+            write_text(out / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False))
+        settings = {
+            name: study.runs[0].setting(name) for name in (*SETTINGS, "hook", "dataset", "dtype", "batch_tokens")
+        }
+        found = {"findings": findings(study), "settings": settings, "left_out": study.left_out}
+        write_json(out / "study.json", found | tables)
+        write_text(page, _page(study))
+    return page, [line for lines in findings(study).values() for line in lines]
+
+
+def read_study(folders: Sequence[Path]) -> Study:
+    """Compare the SAEs of all parts; UserError where nothing can be."""
+    runs = load_runs(list(folders))
+    found = cells(runs)
+    settings = [cell.setting for cell in found]
+    found = [cell for cell in found if cell.setting == max(settings, key=settings.count)]
+    if not found:
+        raise UserError("no SAE of the study has a valid absorption score, so there is nothing to compare")
+    intervals = {
+        (cell.name, metric): cell.interval(metric)
+        for cell in found
+        for metric in (*METRICS, "f1_k1")
+        if cell.having(metric)
+    }
+    beside = [(intervals[cell.name, "full"].low, level) for cell in found if (level := random_level(cell)) is not None]
+    return Study(
+        runs=runs,
+        cells=found,
+        claims=claims(found),
+        left_out=_left_out(runs, found),
+        above_random=(sum(low > level for low, level in beside), len(beside)),
+        intervals=intervals,
+    )
+
+
+def random_level(cell: Cell, score: str = "full") -> float | None:
+    """Mean score of the random SAEs beside a cell's."""
+    levels = [level for sae in cell.saes if (level := number(sae.baseline.get(f"mean_{score}"))) is not None]
+    return sum(levels) / len(levels) if levels else None
+
+
+def _left_out(runs: list[Run], found: list[Cell]) -> list[str]:
+    used = {(sae.run, sae.name) for cell in found for sae in cell.saes}
+    lines = [
+        f"{sae.name}: {sae.failed or sae.invalid or 'it has no absorption score'}"
+        for run in runs
+        for sae in run.saes
+        if (sae.run, sae.name) not in used
+    ]
+    off = [cell for cell in found if cell.reached and abs(cell.reached / cell.l0 - 1) > CLOSE_L0]
+    return lines + [
+        f"{cell.name}: L0 reached is {cell.l0_span}, so it is compared by interpolation or not at all" for cell in off
+    ]
+
+
+def findings(study: Study) -> dict[str, list[str]]:
+    """The study's main claims as sentences, by what they are about."""
+    trends = [(c.question, c.metric, _upper(c.sentence)) for c in study.main if c.question in ("width", "l0")]
+    (above, beside), pairs = study.above_random, [c for c in study.main if c.question.startswith("arch")]
+    chance = f"Full absorption is above that of random SAEs of the same width and L0 in {above} of {beside} cells."
+    found = {
+        "Chance": [chance] if beside else [],
+        "Width": [line for trait, metric, line in trends if trait == "width" and metric in SCORES],
+        "L0": [line for trait, metric, line in trends if trait == "l0" and metric in SCORES],
+        "Architectures": [line for matched in ("L0", "EV") if (line := least(study, matched))]
+        + [_upper(c.sentence) for c in pairs if c.metric == "full"],
+        "Precision and recall": [line for _, metric, line in trends if metric in ("precision_main", "recall_main")],
+        "Splitting": [onset(c) for c in study.main if c.question == "splitting"],
+    }
+    return {about: lines for about, lines in found.items() if lines}
+
+
+def least(study: Study, matched: str) -> str:
+    """Name the architecture that absorbs less than every other one at the same L0 or EV, or say that none does."""
+    pairs = [c for c in study.main if c.question == f"arch at {matched}" and c.metric == "full"]
+    archs = dict.fromkeys(arch for c in pairs for arch in c.ends)
+    for arch in archs:
+        own = [c for c in pairs if arch in c.ends]
+        if len(own) == len(archs) - 1 and all(_less(c, arch) for c in own):
+            return f"At the same {matched}, {arch} has less full absorption than every other architecture."
+    open_pairs = [c for c in pairs if c.difference is not None and c.verdict in (UNSEEN, FEW)]
+    if not pairs:
+        return ""
+    missing = [f"{' and '.join(c.ends)} ({c.verdict}, visible from {fixed(c.difference.visible)})" for c in open_pairs]
+    why = f": open are {listed(missing)}" if missing else ""
+    return f"At the same {matched}, no architecture is shown to absorb less than every other one{why}."
+
+
+def _less(claim: Claim, arch: str) -> bool:
+    """Whether an architecture is the one of the pair with distinguishably less."""
+    if claim.difference is None or claim.verdict in (UNSEEN, FEW):
+        return False
+    return (claim.difference.mean < 0) == (arch == claim.ends[1])
+
+
+def onset(claim: Claim) -> str:
+    """Where splitting sets in for one architecture."""
+    arch, (first, last) = claim.where.split(",")[0], claim.ends
+    if claim.difference is None:
+        return f"Splitting in {arch}: {claim.how}."
+    less, more = fixed(claim.means[0], 2), fixed(claim.means[-1], 2)
+    counts = f"{more} main latents per letter against {less} at {first}: {claim.figures}"
+    if claim.verdict == HOLDS:
+        return f"Splitting sets in at width {last} in {arch}: {counts}"
+    return f"Splitting in {arch} is not seen to set in up to width {last} ({claim.verdict}): {counts}"
+
+
+def _upper(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _page(study: Study) -> str:
+    first = study.runs[0]
+    charts: Figures = figures_of(study.cells, study.interval, random_level)
+    return render(
+        "study.html",
+        title=f"What width and L0 do to absorption: {first.setting('model')}, {first.setting('hook')}",
+        study=study,
+        findings=findings(study),
+        questions=QUESTIONS,
+        charts=charts,
+        random_level=random_level,
+        onset=onset,
+        facts={
+            "SAEs": sum(len(run.saes) for run in study.runs),
+            "parts": [run.name for run in study.runs],
+            "seeds": sorted({seed for cell in study.cells for seed in cell.seeds if seed is not None}),
+            **{name.replace("_", " "): first.setting(name) for name in (*SETTINGS, "dataset", "dtype", "batch_tokens")},
+            "versions": first.facts.get("versions") or {},
+        },
+        words=[],
+        latents=[],
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, DIGITS)
+
+
+def _spread(interval: Interval | None, prefix: str = "") -> dict[str, float | None]:
+    names = {"": "mean", "_low": "low", "_high": "high", "_visible": "visible"}
+    ends = {end: getattr(interval, name) if interval else None for end, name in names.items()}
+    return {f"{prefix}{end}": _rounded(value) for end, value in ends.items()}
+
+
+def _claim_rows(study: Study) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": c.question, "metric": c.metric, "where": c.where, "first": c.ends[0], "last": c.ends[1],
+            "main": c.pooled, "expected": c.expected, "verdict": c.verdict, "matched": c.how,
+            "seeds_first": c.seeds[0], "seeds_last": c.seeds[1], "letters": c.labels,
+            "means": " ".join(f"{mean:.{DIGITS}f}" for mean in c.means), **_spread(c.difference, "difference"),
+            "sentence": c.sentence,
+        }
+        for c in study.claims
+    ]  # fmt: skip
+
+
+def _cell_rows(study: Study) -> list[dict[str, Any]]:
+    rows = []
+    for cell in study.cells:
+        row = {
+            "arch": cell.arch,
+            "width": cell.width,
+            "l0": cell.l0,
+            "seeds": len(cell.saes),
+            "letters": len(cell.letters),
+        }
+        row |= {name: _rounded(cell.mean_of(metric)) for name, metric in BESIDE.items()}
+        for metric in (*METRICS, "f1_k1"):
+            row |= _spread(study.interval(cell, metric), metric)
+        rows.append(row | {f"random_{score}": _rounded(random_level(cell, score)) for score in ("full", "fraction")})
+    return rows
+
+
+def _sae_rows(study: Study) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": sae.name,
+            "arch": sae.arch,
+            "width": sae.width,
+            "l0": sae.l0,
+            "seed": sae.seed,
+            "left_out": sae.failed or sae.invalid,
+        }
+        | {name: _rounded(sae.get(metric)) for name, metric in BESIDE.items()}
+        | {
+            key.split("/")[1]: _rounded(number(value))
+            for key, value in sorted(sae.final.items())
+            if key.startswith("absorption/mean")
+        }
+        | {f"random_{key}": _rounded(number(sae.baseline.get(f"mean_{key}"))) for key in ("full", "fraction")}
+        for run in study.runs
+        for sae in run.saes
+    ]

@@ -1,0 +1,139 @@
+"""A study at work: its parts are ordinary runs, of which the finished ones are skipped and the others gone on with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_train.config import flat, leaves
+from sae_train.config.record import ResumedRun, read_run
+from sae_train.config.study import read_design
+from sae_train.errors import UserError
+from sae_train.publishing.reproduce import command
+from sae_train.report.study import write_study
+from sae_train.runs.plan import Plan, make_plan, roughly
+from sae_train.runs.run import resume, start
+
+if TYPE_CHECKING:
+    from sae_train.config import Settings
+
+ENDED = ("finished", "failed")
+FREE = ("device", "activation_cache", "eval_cache", "trust_remote_code")  # where and how, not what
+
+
+def plan_study(file: Path, out: Path) -> str:
+    """Every part with its time, and the whole of what is left; UserError for what cannot work."""
+    parts = read_design(file, out)
+    plans = _check(parts)
+    left = [part for part in parts if not _ended(part)]
+    lines, seconds = [], 0.0
+    for part in parts:
+        what = f"part       {part.run.name}: {len(part.specs)} SAEs"
+        if part not in left:
+            lines.append(f"{what}, finished")
+            continue
+        time = sum(plans[_shape(part)].seconds(after_another=part is not parts[0]).values())
+        seconds += time
+        lines.append(f"{what}, about {roughly(time)}")
+    n_saes = sum(len(part.specs) for part in parts)
+    first = plans[_shape(parts[0])]
+    return "\n".join([
+        f"study      {n_saes} SAEs in {len(parts)} parts, each a run in {out}",
+        *first.facts.lines,
+        *lines,
+        f"disk       {first.cache_bytes() / 2**30:6.2f} GiB of activations in {parts[0].data.activation_cache}, kept",
+        f"time       about {roughly(seconds)} for {len(left)} parts (from the speed of matrix products just now)"
+        if left
+        else "time       nothing is left to train",
+    ])  # fmt: skip
+
+
+def run_study(file: Path, out: Path) -> tuple[Path, list[str], list[str]]:
+    """Train what is left of a design, and write the study's page and tables.
+
+    Returns the page, its main claims as sentences, and the names of SAEs that failed. Ctrl-C ends the part at hand with
+    its state saved; called again, the study goes on there.
+    """
+    parts = read_design(file, out)
+    _check([part for part in parts if not _ended(part)])
+    out.mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(parts, start=1):
+        ended = _ended(part)
+        print(f"part {number} of {len(parts)}, {part.run.name}: {'finished' if ended else 'training'}", flush=True)
+        if not ended:
+            _train(part, file)
+    page, claims = write_study([_folder(part) for part in parts], out)
+    return page, claims, list(_failed(parts))
+
+
+def _check(parts: Sequence[Settings]) -> dict[tuple, Plan]:
+    """A plan of each shape of part; UserError for one that cannot work, or that was begun as something else."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a study runs in one process: start it without torchrun or accelerate")
+    plans: dict[tuple, Plan] = {}
+    for part in parts:
+        _check_same(part)
+        if _shape(part) not in plans:
+            plans[_shape(part)] = make_plan(part)
+            plans[_shape(part)].check()
+    return plans
+
+
+def _shape(part: Settings) -> tuple:
+    """What parts have in common that take the same time."""
+    return part.sae.arch, part.sae.width, part.sae.l0
+
+
+def _folder(part: Settings) -> Path:
+    return Path(part.run.out, part.run.name or "")
+
+
+def _ended(part: Settings) -> bool:
+    folder = _folder(part)
+    if not folder.exists():
+        return False
+    status = read_run(folder, ResumedRun).get("status")
+    return status == "failed" or (status == "finished" and (folder / "report.html").exists())
+
+
+def _check_same(part: Settings) -> None:
+    """UserError where a part's folder holds a run with other settings."""
+    folder = _folder(part)
+    if not folder.exists():
+        return
+    begun, group_of = read_run(folder, ResumedRun)["settings"], leaves()
+    free = {*FREE, *(name for name in group_of if group_of[name] == "run")}
+    if part.lm.dtype == "auto":
+        free.add("dtype")
+    other = [name for name, value in flat(part).items() if name not in free and begun.get(name) != value]
+    if other:
+        raise UserError(
+            f"{str(folder)!r} was made with other settings ({', '.join(other)}): give the study another --out, or "
+            "remove that folder"
+        )
+
+
+def _train(part: Settings, file: Path) -> None:
+    """Begin a part, or go on with it; where none of its SAEs can be finished the study goes on without them."""
+    folder = _folder(part)
+    try:
+        if folder.exists():
+            resume(folder, trust_remote_code=part.lm.trust_remote_code)
+        else:
+            start(part, command=command(flat(part)))
+    except UserError:
+        if not folder.exists() or read_run(folder, ResumedRun).get("status") != "failed":
+            raise
+    except KeyboardInterrupt:
+        print(f"the study stops here; go on with: sae-train study --config {file} --out {part.run.out}", flush=True)
+        raise
+
+
+def _failed(parts: Sequence[Settings]) -> Iterator[str]:
+    """SAEs of finished parts that ended early, with the reason."""
+    for part in parts:
+        for sae in read_run(_folder(part), ResumedRun).get("saes") or []:
+            if sae.get("failed"):
+                yield f"{sae['name']} ({sae['failed']})"
