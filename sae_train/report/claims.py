@@ -1,8 +1,8 @@
 """What a study says: how scores move with width, L0 and architecture, each as a difference with its interval.
 
 Every difference is between cells at a matched L0 (or EV), paired over letters, with a two-way bootstrap over letters
-and training seeds (`evals.intervals.paired_difference`). Where an architecture was trained at several L0 (or widths), the
-main claim is the mean over them: scores are averaged letter by letter and seed by seed before they are compared.
+and training seeds (`evals.intervals.paired_difference`). Where an architecture was trained at several L0 (or widths),
+the main claim is the mean over them: scores are averaged letter by letter and seed by seed before they are compared.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Claim:
         name, (first, last) = METRICS[self.metric], self.ends
         among = f"({self.where})" if "arch" in self.question else f"({first} to {last}; {self.where})"
         said = self._say_of_architectures(name) if "arch" in self.question else self._say_of_trend(name)
-        return f"{said} {among}: {self.figures}"
+        return f"{said} {among}: {self.figures}."
 
     def _say_of_trend(self, name: str) -> str:
         trait = "L0" if self.question == "l0" else "width"
@@ -119,7 +119,7 @@ def signed(value: float) -> str:
 def claims(cells: list[Cell]) -> list[Claim]:
     """Every claim of a study, main ones before their parts."""
     made = [claim for trait in ("width", "l0") for claim in _trends(cells, trait)]
-    return made + [*_splitting(cells), *_architectures(cells)]
+    return [*made, *_splitting(cells), *_architectures(cells)]
 
 
 def _trends(cells: list[Cell], trait: str) -> Iterator[Claim]:

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from sae_train.errors import UserError, explaining
 from sae_train.files import write_json, write_text
-from sae_train.report.cells import SCORES, SETTINGS, Cell, cells
+from sae_train.report.cells import SETTINGS, Cell, cells
 from sae_train.report.claims import FEW, HOLDS, METRICS, UNSEEN, Claim, claims
 from sae_train.report.data import Run, load_runs
 from sae_train.report.render import render
-from sae_train.report.study_charts import Figures, figures_of
+from sae_train.report.study_charts import figures_of
 from sae_train.report.text import fixed, listed, number
 
 if TYPE_CHECKING:
     from sae_train.evals.intervals import Interval
 
+MAIN_LATENTS = ("precision_main", "recall_main")
 DIGITS = 6  # of what the files hold
 CLOSE_L0 = 0.02
 BESIDE = {
@@ -82,7 +83,7 @@ class Study:
 
 
 def _heading(claim: Claim) -> str:
-    if claim.question in ("width", "l0") and claim.metric in ("precision_main", "recall_main"):
+    if claim.question in ("width", "l0") and claim.metric in MAIN_LATENTS:
         return "main"
     if claim.question in ("width", "l0") and claim.metric == "n_split":
         return "splitting"
@@ -105,10 +106,11 @@ def write_study(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
         settings = {
             name: study.runs[0].setting(name) for name in (*SETTINGS, "hook", "dataset", "dtype", "batch_tokens")
         }
-        found = {"findings": findings(study), "settings": settings, "left_out": study.left_out}
+        answers, rest = findings(study)
+        found = {"findings": answers | rest, "settings": settings, "left_out": study.left_out}
         write_json(out / "study.json", found | tables)
         write_text(page, _page(study))
-    return page, [line for lines in findings(study).values() for line in lines]
+    return page, [line for group in found["findings"].values() for line in group]
 
 
 def read_study(folders: Sequence[Path]) -> Study:
@@ -156,21 +158,28 @@ def _left_out(runs: list[Run], found: list[Cell]) -> list[str]:
     ]
 
 
-def findings(study: Study) -> dict[str, list[str]]:
-    """The study's main claims as sentences, by what they are about."""
-    trends = [(c.question, c.metric, _upper(c.sentence)) for c in study.main if c.question in ("width", "l0")]
-    (above, beside), pairs = study.above_random, [c for c in study.main if c.question.startswith("arch")]
+def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The study's main claims as sentences, by what they are about: the answers, and what stands beside them."""
+    trends = {(c.question, c.metric): [] for c in study.main}
+    for claim in study.main:
+        trends[claim.question, claim.metric].append(_upper(claim.sentence))
+    (above, beside), of = study.above_random, lambda *key: trends.get(key, [])
     chance = f"Full absorption is above that of random SAEs of the same width and L0 in {above} of {beside} cells."
-    found = {
+    answers = {
         "Chance": [chance] if beside else [],
-        "Width": [line for trait, metric, line in trends if trait == "width" and metric in SCORES],
-        "L0": [line for trait, metric, line in trends if trait == "l0" and metric in SCORES],
-        "Architectures": [line for matched in ("L0", "EV") if (line := least(study, matched))]
-        + [_upper(c.sentence) for c in pairs if c.metric == "full"],
-        "Precision and recall": [line for _, metric, line in trends if metric in ("precision_main", "recall_main")],
+        "Width": of("width", "full"),
+        "L0": of("l0", "full"),
+        "Architectures": [line for matched in ("L0", "EV") if (line := least(study, matched))],
         "Splitting": [onset(c) for c in study.main if c.question == "splitting"],
     }
-    return {about: lines for about, lines in found.items() if lines}
+    rest = {
+        "The fraction": of("width", "fraction") + of("l0", "fraction"),
+        "Pairs of architectures": of("arch at L0", "full") + of("arch at EV", "full"),
+        "Precision and recall": [
+            line for trait in ("width", "l0") for metric in MAIN_LATENTS for line in of(trait, metric)
+        ],
+    }
+    return tuple({about: lines for about, lines in group.items() if lines} for group in (answers, rest))
 
 
 def least(study: Study, matched: str) -> str:
@@ -181,19 +190,24 @@ def least(study: Study, matched: str) -> str:
         own = [c for c in pairs if arch in c.ends]
         if len(own) == len(archs) - 1 and all(_less(c, arch) for c in own):
             return f"At the same {matched}, {arch} has less full absorption than every other architecture."
-    open_pairs = [c for c in pairs if c.difference is not None and c.verdict in (UNSEEN, FEW)]
     if not pairs:
         return ""
-    missing = [f"{' and '.join(c.ends)} ({c.verdict}, visible from {fixed(c.difference.visible)})" for c in open_pairs]
+    missing = [f"{' and '.join(c.ends)} ({c.verdict}{_visible(c)})" for c in pairs if not _is_judged(c)]
     why = f": open are {listed(missing)}" if missing else ""
     return f"At the same {matched}, no architecture is shown to absorb less than every other one{why}."
 
 
 def _less(claim: Claim, arch: str) -> bool:
     """Whether an architecture is the one of the pair with distinguishably less."""
-    if claim.difference is None or claim.verdict in (UNSEEN, FEW):
-        return False
-    return (claim.difference.mean < 0) == (arch == claim.ends[1])
+    return _is_judged(claim) and (claim.difference.mean < 0) == (arch == claim.ends[1])
+
+
+def _is_judged(claim: Claim) -> bool:
+    return claim.difference is not None and claim.verdict not in (UNSEEN, FEW)
+
+
+def _visible(claim: Claim) -> str:
+    return f", visible from {fixed(claim.difference.visible)}" if claim.difference else ""
 
 
 def onset(claim: Claim) -> str:
@@ -202,7 +216,7 @@ def onset(claim: Claim) -> str:
     if claim.difference is None:
         return f"Splitting in {arch}: {claim.how}."
     less, more = fixed(claim.means[0], 2), fixed(claim.means[-1], 2)
-    counts = f"{more} main latents per letter against {less} at {first}: {claim.figures}"
+    counts = f"{more} main latents per letter against {less} at {first}: {claim.figures}."
     if claim.verdict == HOLDS:
         return f"Splitting sets in at width {last} in {arch}: {counts}"
     return f"Splitting in {arch} is not seen to set in up to width {last} ({claim.verdict}): {counts}"
@@ -214,12 +228,14 @@ def _upper(sentence: str) -> str:
 
 def _page(study: Study) -> str:
     first = study.runs[0]
-    charts: Figures = figures_of(study.cells, study.interval, random_level)
+    main, rest = findings(study)
+    charts = figures_of(study.cells, study.interval, random_level)
     return render(
         "study.html",
         title=f"What width and L0 do to absorption: {first.setting('model')}, {first.setting('hook')}",
         study=study,
-        findings=findings(study),
+        main=main,
+        rest=rest,
         questions=QUESTIONS,
         charts=charts,
         random_level=random_level,
