@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from sae_train.config.record import ResumedRun, read_run
 from sae_train.config.study import read_design
 from sae_train.errors import UserError
 from sae_train.publishing.reproduce import command
-from sae_train.report.study import write_study
-from sae_train.runs.plan import Plan, make_plan, roughly
+from sae_train.report.study_files import write_study
+from sae_train.runs.plan import GIB, Plan, make_plan, roughly
 from sae_train.runs.run import resume, start
 
 if TYPE_CHECKING:
@@ -26,28 +27,22 @@ FREE = ("device", "activation_cache", "eval_cache", "trust_remote_code")  # wher
 def plan_study(file: Path, out: Path) -> str:
     """Every part with its time, and the whole of what is left; UserError for what cannot work."""
     parts = read_design(file, out)
-    plans = _check(parts)
+    plans = _check(parts, parts)
     left = [part for part in parts if not _ended(part)]
-    lines, seconds = [], 0.0
-    for part in parts:
-        what = f"part       {part.run.name}: {len(part.specs)} SAEs"
-        if part not in left:
-            lines.append(f"{what}, finished")
-            continue
-        time = sum(plans[_shape(part)].seconds(after_another=part is not parts[0]).values())
-        seconds += time
-        lines.append(f"{what}, about {roughly(time)}")
-    n_saes = sum(len(part.specs) for part in parts)
-    first = plans[_shape(parts[0])]
-    return "\n".join([
+    seconds = functools.cache(lambda shape, after: sum(plans[shape].seconds(after_another=after).values()))
+    times = {part.run.name: seconds(_shape(part), part is not parts[0]) for part in left}
+    first, n_saes = plans[_shape(parts[0])], sum(len(part.specs) for part in parts)
+    lines = [
         f"study      {n_saes} SAEs in {len(parts)} parts, each a run in {out}",
         *first.facts.lines,
-        *lines,
-        f"disk       {first.cache_bytes() / 2**30:6.2f} GiB of activations in {parts[0].data.activation_cache}, kept",
-        f"time       about {roughly(seconds)} for {len(left)} parts (from the speed of matrix products just now)"
-        if left
-        else "time       nothing is left to train",
-    ])  # fmt: skip
+        f"disk       {first.cache_bytes() / GIB:6.2f} GiB of activations in {parts[0].data.activation_cache}, kept",
+    ]
+    for part in parts:
+        time = times.get(part.run.name)
+        said = "finished" if time is None else f"about {roughly(time)}"
+        lines.append(f"part       {part.run.name}: {len(part.specs)} SAEs, {said}")
+    whole = f"about {roughly(sum(times.values()))} for {len(left)} parts (from the speed of matrix products just now)"
+    return "\n".join([*lines, f"time       {whole if left else 'nothing is left to train'}"])
 
 
 def run_study(file: Path, out: Path) -> tuple[Path, list[str], list[str]]:
@@ -57,7 +52,7 @@ def run_study(file: Path, out: Path) -> tuple[Path, list[str], list[str]]:
     its state saved; called again, the study goes on there.
     """
     parts = read_design(file, out)
-    _check([part for part in parts if not _ended(part)])
+    _check(parts, [part for part in parts if not _ended(part)])
     out.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(parts, start=1):
         ended = _ended(part)
@@ -68,16 +63,15 @@ def run_study(file: Path, out: Path) -> tuple[Path, list[str], list[str]]:
     return page, claims, list(_failed(parts))
 
 
-def _check(parts: Sequence[Settings]) -> dict[tuple, Plan]:
-    """A plan of each shape of part; UserError for one that cannot work, or that was begun as something else."""
+def _check(parts: Sequence[Settings], to_plan: Sequence[Settings]) -> dict[tuple, Plan]:
+    """A plan of each shape of part; UserError for one that cannot work, and for a part begun as something else."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a study runs in one process: start it without torchrun or accelerate")
-    plans: dict[tuple, Plan] = {}
     for part in parts:
         _check_same(part)
-        if _shape(part) not in plans:
-            plans[_shape(part)] = make_plan(part)
-            plans[_shape(part)].check()
+    plans = {shape: make_plan(part) for shape, part in {_shape(part): part for part in to_plan}.items()}
+    for plan in plans.values():
+        plan.check()
     return plans
 
 

@@ -1,0 +1,136 @@
+"""Writes a study: its page, and its numbers as files (claims, cells, SAEs)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_train.errors import explaining
+from sae_train.files import write_json, write_text
+from sae_train.report.cells import SETTINGS
+from sae_train.report.claims import METRICS
+from sae_train.report.render import render
+from sae_train.report.study import QUESTIONS, Study, findings, onset, random_level, read_study
+from sae_train.report.study_charts import figures_of
+from sae_train.report.text import number
+
+if TYPE_CHECKING:
+    from sae_train.evals.intervals import Interval
+
+DIGITS = 6  # of what the files hold
+BESIDE = {
+    "l0_reached": "metrics/l0", "explained_variance": "metrics/explained_variance",
+    "loss_recovered": "metrics/ce_loss_score", "dead": "sparsity/dead_fraction",
+}  # fmt: skip
+
+
+def write_study(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
+    """Write study.html, study.json, claims.csv, cells.csv and saes.csv; return the page, and the findings as sentences.
+
+    The same runs give the same files, byte by byte. UserError where no two cells can be compared.
+    """
+    import pandas as pd
+
+    study = read_study([folder for folder in folders if folder.exists()])
+    tables = {"claims": _claim_rows(study), "cells": _cell_rows(study), "saes": _sae_rows(study)}
+    page = out / "study.html"
+    with explaining(lambda error: f"the study cannot be written to {str(out)!r}: {error.strerror}", OSError):
+        for name, rows in tables.items():
+            write_text(out / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False))
+        settings = {
+            name: study.runs[0].setting(name) for name in (*SETTINGS, "hook", "dataset", "dtype", "batch_tokens")
+        }
+        answers, rest = findings(study)
+        found = {"findings": answers | rest, "settings": settings, "left_out": study.left_out}
+        write_json(out / "study.json", found | tables)
+        write_text(page, _page(study))
+    return page, [line for group in found["findings"].values() for line in group]
+
+
+def _page(study: Study) -> str:
+    first = study.runs[0]
+    main, rest = findings(study)
+    charts = figures_of(study.cells, study.interval, random_level)
+    return render(
+        "study.html",
+        title=f"What width and L0 do to absorption: {first.setting('model')}, {first.setting('hook')}",
+        study=study,
+        main=main,
+        rest=rest,
+        questions=QUESTIONS,
+        charts=charts,
+        random_level=random_level,
+        onset=onset,
+        facts={
+            "SAEs": sum(len(run.saes) for run in study.runs),
+            "parts": [run.name for run in study.runs],
+            "seeds": sorted({seed for cell in study.cells for seed in cell.seeds if seed is not None}),
+            **{name.replace("_", " "): first.setting(name) for name in (*SETTINGS, "dataset", "dtype", "batch_tokens")},
+            "versions": first.facts.get("versions") or {},
+        },
+        words=[],
+        latents=[],
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, DIGITS)
+
+
+def _spread(interval: Interval | None, prefix: str = "") -> dict[str, float | None]:
+    names = {"": "mean", "_low": "low", "_high": "high", "_visible": "visible"}
+    ends = {end: getattr(interval, name) if interval else None for end, name in names.items()}
+    return {f"{prefix}{end}": _rounded(value) for end, value in ends.items()}
+
+
+def _claim_rows(study: Study) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": c.question, "metric": c.metric, "where": c.where, "first": c.ends[0], "last": c.ends[1],
+            "main": c.pooled, "expected": c.expected, "verdict": c.verdict, "matched": c.how,
+            "seeds_first": c.seeds[0], "seeds_last": c.seeds[1], "letters": c.labels,
+            "means": " ".join(f"{mean:.{DIGITS}f}" for mean in c.means), **_spread(c.difference, "difference"),
+            "sentence": c.sentence,
+        }
+        for c in study.claims
+    ]  # fmt: skip
+
+
+def _cell_rows(study: Study) -> list[dict[str, Any]]:
+    rows = []
+    for cell in study.cells:
+        row = {
+            "arch": cell.arch,
+            "width": cell.width,
+            "l0": cell.l0,
+            "seeds": len(cell.saes),
+            "letters": len(cell.letters),
+        }
+        row |= {name: _rounded(cell.mean_of(metric)) for name, metric in BESIDE.items()}
+        for metric in (*METRICS, "f1_k1"):
+            row |= _spread(study.interval(cell, metric), metric)
+        rows.append(row | {f"random_{score}": _rounded(random_level(cell, score)) for score in ("full", "fraction")})
+    return rows
+
+
+def _sae_rows(study: Study) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": sae.name,
+            "arch": sae.arch,
+            "width": sae.width,
+            "l0": sae.l0,
+            "seed": sae.seed,
+            "left_out": sae.failed or sae.invalid,
+        }
+        | {name: _rounded(sae.get(metric)) for name, metric in BESIDE.items()}
+        | {
+            key.split("/")[1]: _rounded(number(value))
+            for key, value in sorted(sae.final.items())
+            if key.startswith("absorption/mean")
+        }
+        | {f"random_{key}": _rounded(number(sae.baseline.get(f"mean_{key}"))) for key in ("full", "fraction")}
+        for run in study.runs
+        for sae in run.saes
+    ]

@@ -1,0 +1,283 @@
+"""Studies: a small one runs, is interrupted, goes on and reproduces; claims hold, fail or stay open as planted."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from sae_train.cli import main
+from sae_train.config import CONFIGS
+from sae_train.config.study import FULL, QUICK, read_design
+from sae_train.report.cells import Cell
+from sae_train.report.claims import FAILS, FEW, FOUND, HOLDS, UNSEEN, claims
+from sae_train.report.data import TrainedSAE
+from sae_train.report.study import Study, findings, least, onset
+from sae_train.runs import finisher
+from sae_train.training.learner import Learner
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SMALL = {
+    "model": "speller", "tokens": 13_000, "batch_tokens": 128, "buffer_tokens": 2048, "held_out_tokens": 1024,
+    "eval_words": 600, "absorption_evals": 1, "device": "cpu",
+    "grids": [{"arch": "topk", "width": [64, 128], "l0": [4, 8]}],
+}  # fmt: skip
+PARTS = ["topk-64-l0_4+8-seed_0", "topk-128-l0_4+8-seed_0"]
+TABLES = ("study.json", "claims.csv", "cells.csv", "saes.csv", "study.html")
+
+
+def write_design(folder: Path, **changes) -> Path:
+    """The small design as a file, with changes; a key whose value is None is left out."""
+    path = folder / "design.yaml"
+    content = {key: value for key, value in (SMALL | changes).items() if value is not None}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory) -> Path:
+    """A small study that ran through, without the slow baselines."""
+    folder = tmp_path_factory.mktemp("studied")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finisher.baselines, "all_scores", lambda *_: {"random": {"mean_full": 0.01}})
+        assert main(["study", "--config", str(write_design(folder)), "--out", str(folder / "study")]) == 0
+    return folder / "study"
+
+
+def test_a_study_leaves_runs_tables_and_a_page_that_loads_nothing(studied):
+    assert {path.name for path in studied.iterdir()} == {*PARTS, *TABLES, "activations"}
+    assert all((studied / part / "report.html").exists() for part in PARTS)
+    page = (studied / "study.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    for words in ("Does absorption rise with width", "too few seeds", "random SAEs", "Pythia-1.4B", "Splitting"):
+        assert words in page
+    found = json.loads((studied / "study.json").read_text())
+    assert [sae["name"] for sae in found["saes"]] == [f"topk-{w}-l0_{l0}" for w in (64, 128) for l0 in (4, 8)]
+    rise = next(claim for claim in found["claims"] if claim["main"] and claim["metric"] == "full")
+    by_width = [np.mean([sae["mean_full"] for sae in found["saes"] if sae["width"] == w]) for w in (64, 128)]
+    assert rise["difference"] == pytest.approx(by_width[1] - by_width[0], abs=2e-6)
+
+
+def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_same_tables(
+    studied, tmp_path, monkeypatch, capsys
+):  # fmt: skip
+    monkeypatch.setattr(finisher.baselines, "all_scores", lambda *_: {"random": {"mean_full": 0.01}})
+    call = ["study", "--config", str(write_design(tmp_path)), "--out", str(tmp_path / "study")]
+    shutil.copytree(studied / PARTS[0], tmp_path / "study" / PARTS[0])  # the first part is finished
+    save_sae = finisher.save_sae
+    with monkeypatch.context() as patch:
+
+        def save_one(sae, folder):
+            if folder.name == "topk-128-l0_8":
+                raise KeyboardInterrupt
+            save_sae(sae, folder)
+
+        patch.setattr(finisher, "save_sae", save_one)
+        assert main(call) == 130
+    said = capsys.readouterr().out
+    assert f"part 1 of 2, {PARTS[0]}: finished" in said and "go on with: sae-train study --config" in said
+    assert not (tmp_path / "study" / "study.html").exists()
+
+    trained = []
+    monkeypatch.setattr(Learner, "step", lambda *_: trained.append(1))
+    assert main(call) == 0
+    assert not trained, "all steps were made before the interruption"
+    for name in TABLES:
+        assert (tmp_path / "study" / name).read_bytes() == (studied / name).read_bytes(), name
+    assert main([*call, "--dry-run"]) == 0
+    assert "nothing is left to train" in capsys.readouterr().out
+
+    write_design(tmp_path, tokens=14_000)
+    assert main(call) == 2
+    assert "made with other settings (tokens)" in capsys.readouterr().err
+
+
+def test_a_dry_run_names_the_parts_with_their_time_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    design = write_design(tmp_path)
+    assert main(["study", "--config", str(design), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "4 SAEs in 2 parts, each a run in checkpoints/design" in said
+    assert all(f"{part}: 2 SAEs, about " in said for part in PARTS) and "for 2 parts" in said
+    assert list(tmp_path.iterdir()) == [design]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"grids": None}, "needs a list of grids"),
+        ({"grids": []}, "needs a list of grids"),
+        ({"grids": [{"arch": "topk", "width": 64}]}, "lacks l0"),
+        ({"grids": [{"arch": "topk", "width": 64, "l0": 4, "tokens": 5}]}, "holds 'tokens'"),
+        ({"grids": [{"arch": "topk", "width": 64, "l0": 4}]}, "nothing to compare"),
+        ({"grids": [{"arch": "topk", "width": 64, "l0": 4, "seed": [0, 1, 2]}]}, "nothing to compare"),
+        ({"grids": [{"arch": "topk", "width": 64, "l0": [4, 8]}] * 2}, "two grids"),
+        ({"grids": [{"arch": "tpok", "width": 64, "l0": [4, 8]}]}, "did you mean topk"),
+        ({"grids": [{"arch": "topk", "width": [64, 128], "l0": 64}]}, "not below the width"),
+        ({"width": 64}, "width stands beside the grids"),
+        ({"absorption": False}, "set by the study"),
+        ({"model": "toy", "buffer_tokens": None, "eval_words": None}, "the toy has none"),
+        ({"hook": "blocks.77.hook_resid_post"}, "blocks."),
+        ({"tokes": 3}, "did you mean 'tokens'"),
+    ],
+)
+def test_a_bad_design_is_one_sentence_with_exit_code_2(changes, words, tmp_path, capsys):
+    path = write_design(tmp_path, **changes)
+    assert main(["study", "--config", str(path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_quick_and_a_design_are_not_asked_for_together(capsys):
+    assert main(["study", "--quick", "--config", "mine.yaml"]) == 2
+    assert "one of them" in capsys.readouterr().err
+    assert main(["study", "--config", "absent.yaml"]) == 2
+    assert "absent.yaml" in capsys.readouterr().err
+
+
+def test_the_shipped_designs_are_those_of_the_documentation():
+    full, quick = read_design(FULL, "out"), read_design(QUICK, "out")
+    count = lambda parts: sum(len(part.specs) for part in parts)  # noqa: E731
+    assert (len(full), count(full), len(quick), count(quick)) == (12, 96, 9, 72)
+    assert {part.train.tokens for part in full} == {2_000_000} and full[0].lm.dtype == "bfloat16"
+    assert {part.data.activation_cache for part in full + quick} == {"out/activations"}
+    assert {path.name for path in CONFIGS.glob("study*")} == {FULL.name, QUICK.name}
+
+
+# --- what is said of planted tables ---
+
+
+def cell(arch, width, l0, scores, reached=None, ev=0.9, **more) -> Cell:
+    """A cell from planted scores (seeds, letters) of full absorption, and of other metrics in `more`."""
+    tables = {"full": scores, "fraction": scores} | more
+    saes = []
+    for seed in range(len(scores)):
+        letters = [
+            {"step": 1, "letter": letter, "counts": True} | {name: float(t[seed][i]) for name, t in tables.items()}
+            for i, letter in enumerate(LETTERS)
+        ]
+        final = {"metrics/l0": reached or l0, "metrics/explained_variance": ev}
+        saes.append(TrainedSAE(
+            name="", label="", run="", arch=arch, width=width, l0=l0, seed=seed, failed=None, invalid=None,
+            final=final, baselines={}, history=[], letters=letters, words=[],
+        ))  # fmt: skip
+    return Cell((), arch, width, float(l0), tuple(saes))
+
+
+def table(mean: float, seeds: int = 3, draw: int = 0) -> np.ndarray:
+    """Scores whose mean is exactly so: letters differ much, training seeds little."""
+    rng = np.random.default_rng(draw)
+    letters = np.random.default_rng(99).normal(0, 0.1, 26)
+    values = letters + rng.normal(0, 0.004, (seeds, 1)) + rng.normal(0, 0.02, (seeds, 26))
+    return mean + values - values.mean()
+
+
+def numpy_bootstrap(a: np.ndarray, b: np.ndarray, n: int = 8_000) -> np.ndarray:
+    """Draws of mean(b) − mean(a), letters together and the seeds of each side on their own."""
+    rng = np.random.default_rng(5)
+    draws = np.empty(n)
+    for i in range(n):
+        letters = rng.integers(0, a.shape[1], a.shape[1])
+        rows_a, rows_b = rng.integers(0, len(a), len(a)), rng.integers(0, len(b), len(b))
+        draws[i] = b[rows_b][:, letters].mean() - a[rows_a][:, letters].mean()
+    return draws
+
+
+def claim_of(cells, question="width", metric="full", pooled=True):
+    return next(c for c in claims(cells) if (c.question, c.metric, c.pooled) == (question, metric, pooled))
+
+
+@pytest.mark.parametrize(
+    ("change", "seeds", "verdict", "said"),
+    [(0.05, 3, HOLDS, "rises with width"), (0.0, 3, UNSEEN, "with width: not distinguishable"),
+     (-0.05, 3, FAILS, "falls with width, against what is expected"), (0.05, 2, FEW, "with width: too few seeds")],
+)  # fmt: skip
+def test_a_rise_with_width_is_judged_as_an_independent_bootstrap_does(change, seeds, verdict, said):
+    narrow, wide = ([table(0.2 + i * change, seeds, draw=10 * i + j) for j in (0, 1)] for i in (0, 1))
+    claim = claim_of([cell("topk", 64 * (1 + i), 8 * (1 + j), (narrow, wide)[i][j]) for i in (0, 1) for j in (0, 1)])
+    draws = numpy_bootstrap(sum(narrow) / 2, sum(wide) / 2)
+    assert claim.verdict == verdict and said in claim.sentence and f"{seeds} seeds" in claim.sentence
+    assert claim.difference.mean == pytest.approx(change, abs=1e-9)
+    assert claim.difference.visible == pytest.approx(2.8 * draws.std(), rel=0.06)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert (claim.difference.low, claim.difference.high) == pytest.approx((low, high), abs=0.12 * (high - low))
+    assert claim.means == pytest.approx((0.2, 0.2 + change)) and claim.labels == 26
+
+
+def test_absorption_that_falls_with_l0_is_what_is_expected_and_parts_are_said_beside_the_mean():
+    cells = [cell("topk", w, l0, table(m, draw=w + l0)) for w in (64, 128) for l0, m in ((8, 0.2), (32, 0.1))]
+    claim = claim_of(cells, "l0")
+    assert claim.verdict == HOLDS and claim.where == "topk, mean over width 64, 128" and claim.ends == ("8", "32")
+    parts = [c for c in claims(cells) if (c.question, c.metric, c.pooled) == ("l0", "full", False)]
+    assert [c.where for c in parts] == ["topk at width 64", "topk at width 128"]
+
+
+def test_widths_whose_l0_differ_are_interpolated_or_left_out_with_the_reason():
+    score = lambda l0: 0.3 - 0.05 * math.log2(l0)  # noqa: E731
+
+    def of(l0s):
+        """Narrow cells reach their L0; wide ones too at both ends, and between them 10 % more than was asked for."""
+        off = {l0: l0 * (1.1 if 4 < l0 < 32 else 1) for l0 in l0s}
+        narrow = [cell("jumprelu", 64, l0, table(score(l0), draw=l0)) for l0 in l0s]
+        wide = [cell("jumprelu", 128, l0, table(score(off[l0]) + 0.1, draw=9 + l0), reached=off[l0]) for l0 in l0s]
+        return narrow + wide
+
+    parts = [c for c in claims(of((4, 8, 16, 32))) if (c.question, c.metric, c.pooled) == ("width", "full", False)]
+    assert [c.how for c in parts] == ["L0 as reached", "L0 interpolated", "L0 interpolated", "L0 as reached"]
+    assert [c.difference.mean for c in parts] == pytest.approx([0.1] * 4)
+    two = claims(of((8, 16)))
+    assert {c.verdict for c in two if c.question == "width"} == {"not compared: L0 10.0\u00a0% apart"}
+
+
+def test_architectures_at_the_same_ev_are_interpolated_between_their_l0():
+    topk = {8: table(0.20, draw=1), 16: table(0.10, draw=2)}
+    nested = {8: table(0.14, draw=3), 16: table(0.04, draw=4)}
+    ev = {("topk", 8): 0.80, ("topk", 16): 0.90, ("matryoshka", 8): 0.70, ("matryoshka", 16): 0.85}
+    cells = [
+        cell(arch, 64, l0, t, ev=ev[arch, l0])
+        for arch, own in (("topk", topk), ("matryoshka", nested))
+        for l0, t in own.items()
+    ]
+    at_ev, at_l0 = claim_of(cells, "arch at EV"), claim_of(cells, "arch at L0")
+    assert at_l0.ends == ("topk", "matryoshka") and at_l0.difference.mean == pytest.approx(-0.06)
+    mine = (0.20 + 0.15) / 2  # of topk at EV .80 and .85
+    theirs = (0.14 - 0.10 * (0.10 / 0.15) + 0.04) / 2
+    assert at_ev.difference.mean == pytest.approx(theirs - mine) and at_ev.verdict == FOUND
+    study = Study([], cells, claims(cells), [], (0, 0))
+    assert least(study, "L0") == "At the same L0, matryoshka has less full absorption than every other architecture."
+    assert "is less in matryoshka than in topk" in findings(study)[1]["Pairs of architectures"][0]
+
+
+def test_no_architecture_is_the_least_where_a_pair_cannot_be_told_apart():
+    cells = [cell(arch, 64, l0, table(0.1, draw=i + l0)) for i, arch in enumerate(("relu", "topk")) for l0 in (8, 16)]
+    said = least(Study([], cells, claims(cells), [], (0, 0)), "L0")
+    assert "no architecture is shown" in said and "relu and topk (not distinguishable, visible from 0.0" in said
+
+
+def test_splitting_sets_in_at_the_first_width_with_more_main_latents():
+    counts = {64: 1.0, 128: 1.0, 256: 1.5, 512: 2.0}
+    split = {(w, l0): table(m, draw=w + l0) for w, m in counts.items() for l0 in (8, 16)}
+    cells = [cell("topk", w, l0, table(0.1, draw=w), n_split=t) for (w, l0), t in split.items()]
+    claim = claim_of(cells, "splitting", "n_split")
+    assert onset(claim).startswith("Splitting sets in at width 256 in topk: 1.50 main latents per letter against 1.00")
+    flat = [c for c in cells if c.width < 256]
+    assert "is not seen to set in up to width 128" in onset(claim_of(flat, "splitting", "n_split"))
+
+
+def test_letters_without_a_value_and_cells_with_other_seeds_are_left_out_of_a_mean():
+    recall = [table(0.5, draw=i) for i in range(4)]
+    recall[0][1, 3] = math.nan
+    cells = [
+        cell("topk", w, l0, table(0.1, draw=w + l0), recall_main=recall[2 * i + j])
+        for i, w in enumerate((64, 128)) for j, l0 in enumerate((8, 16))
+    ]  # fmt: skip
+    claim = claim_of(cells, metric="recall_main")
+    assert claim.labels == 25 and claim_of(cells).labels == 26
+    fewer = [*cells[:3], Cell((), "topk", 128, 16.0, cells[3].saes[:2])]
+    assert claim_of(fewer).where == "topk, mean over L0 8" and claim_of(fewer).seeds == (3, 3)
