@@ -78,7 +78,8 @@ def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_s
             save_sae(sae, folder)
 
         patch.setattr(finisher, "save_sae", save_one)
-        assert main(call) == 130
+        with pytest.raises(SystemExit, match="130"):
+            main(call)
     said = capsys.readouterr().out
     assert f"part 1 of 2, {PARTS[0]}: finished" in said and "go on with: sae-train study --config" in said
     assert not (tmp_path / "study" / "study.html").exists()
@@ -216,6 +217,8 @@ def test_absorption_that_falls_with_l0_is_what_is_expected_and_parts_are_said_be
     assert claim.verdict == HOLDS and claim.where == "topk, mean over width 64, 128" and claim.ends == ("8", "32")
     parts = [c for c in claims(cells) if (c.question, c.metric, c.pooled) == ("l0", "full", False)]
     assert [c.where for c in parts] == ["topk at width 64", "topk at width 128"]
+    across = [cell("topk", w, l0, table(0.1, draw=w + l0)) for w, l0 in ((64, 8), (64, 32), (128, 8))]  # a cross
+    assert (claim_of(across).where, claim_of(across, "l0").where) == ("topk at L0 8", "topk at width 64")
 
 
 def test_widths_whose_l0_differ_are_interpolated_or_left_out_with_the_reason():
@@ -280,4 +283,4 @@ def test_letters_without_a_value_and_cells_with_other_seeds_are_left_out_of_a_me
     claim = claim_of(cells, metric="recall_main")
     assert claim.labels == 25 and claim_of(cells).labels == 26
     fewer = [*cells[:3], Cell((), "topk", 128, 16.0, cells[3].saes[:2])]
-    assert claim_of(fewer).where == "topk, mean over L0 8" and claim_of(fewer).seeds == (3, 3)
+    assert claim_of(fewer).where == "topk at L0 8" and claim_of(fewer).seeds == (3, 3)

@@ -7,7 +7,7 @@ the main claim is the mean over them: scores are averaged letter by letter and s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -122,39 +122,56 @@ def claims(cells: list[Cell]) -> list[Claim]:
     return [*made, *_splitting(cells), *_architectures(cells)]
 
 
+@dataclass(frozen=True)
+class _Row:
+    """Cells of one architecture along a trait, at one value of the other; `places` are they as they can be compared."""
+
+    at: float
+    cells: list[Cell]
+    places: Places
+    how: str
+
+    def values(self, trait: str) -> tuple[float, ...]:
+        return tuple(getattr(cell, trait) for cell in self.cells)
+
+
 def _trends(cells: list[Cell], trait: str) -> Iterator[Claim]:
-    """From the least to the most of a trait, at each value of the other and over all of them."""
+    """From the least to the most of a trait: the mean over all values of the other trait, then at each of them."""
     other = "l0" if trait == "width" else "width"
     for arch in dict.fromkeys(cell.arch for cell in cells):
-        own = [cell for cell in cells if cell.arch == arch]
-        values = sorted({getattr(cell, trait) for cell in own})
-        if len(values) < 2:
-            continue
-        rows, reasons = {}, {}
-        for at in sorted({getattr(cell, other) for cell in own}):
-            row = [
-                cell for value in values for cell in own if (getattr(cell, trait), getattr(cell, other)) == (value, at)
-            ]
-            rows[at], reasons[at] = _match(row, values, trait, cells)
-        ends = _label(trait, values[0]), _label(trait, values[-1])
+        rows = list(_rows([cell for cell in cells if cell.arch == arch], trait, other))
+        longest = max((row.values(trait) for row in rows if row.places), key=len, default=())
+        whole = [row for row in rows if row.places and row.values(trait) == longest]
+        kept = _alike([row.places for row in whole])
+        pooled = [row for row in whole if any(row.places is places for places in kept)]
         for metric, expected in EXPECTED[trait].items():
-            about = {"question": trait, "metric": metric, "ends": ends, "expected": expected}
-            usable = {at: row for at, row in rows.items() if row}
-            if len(usable) > 1:
-                kept = _alike(list(usable.values()))
-                over = ", ".join(_label(other, at) for at, row in usable.items() if any(row is each for each in kept))
-                where = f"{arch}, mean over {_noun(other)} {over}"
-                yield _compare(kept, reasons[next(iter(usable))], where=where, pooled=True, **about)
-            for at, row in rows.items():
-                where = f"{arch} at {_noun(other)} {_label(other, at)}"
-                yield _compare([row] if row else [], reasons[at], where=where, pooled=len(rows) == 1, **about)
+            about = {"question": trait, "metric": metric, "expected": expected}
+            if len(pooled) > 1:
+                where = f"{arch}, mean over {_noun(other)} {', '.join(_label(other, row.at) for row in pooled)}"
+                how = _hows(row.how for row in pooled)
+                yield _compare(kept, how, where=where, ends=_ends(longest, trait), pooled=True, **about)
+            for row in rows:
+                main = len(pooled) < 2 and (row in pooled or not pooled)
+                where, ends = f"{arch} at {_noun(other)} {_label(other, row.at)}", _ends(row.values(trait), trait)
+                yield _compare(
+                    [row.places] if row.places else [], row.how, where=where, ends=ends, pooled=main, **about
+                )
 
 
-def _match(row: list[Cell], values: list[Any], trait: str, cells: list[Cell]) -> tuple[Places, str]:
-    """All cells of a row as they can be compared; nothing, with the reason, where they cannot."""
-    if len(row) < len(values):
-        return (), f"not compared: not every {_noun(trait)} has a valid score"
-    return match_l0(row, cells) if trait == "width" else (tuple(row), "several L0")
+def _rows(own: list[Cell], trait: str, other: str) -> Iterator[_Row]:
+    """Rows of at least two cells."""
+    for at in sorted({getattr(cell, other) for cell in own}):
+        row = sorted((c for c in own if getattr(c, other) == at), key=lambda cell: getattr(cell, trait))
+        if len(row) > 1:
+            yield _Row(at, row, *(match_l0(row, own) if trait == "width" else (tuple(row), "several L0")))
+
+
+def _ends(values: Sequence[float], trait: str) -> tuple[str, str]:
+    return _label(trait, values[0]), _label(trait, values[-1])
+
+
+def _hows(ways: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(ways))
 
 
 def _splitting(cells: list[Cell]) -> Iterator[Claim]:
@@ -168,7 +185,7 @@ def _splitting(cells: list[Cell]) -> Iterator[Claim]:
                 pair = [cell for w in (widths[0], width) for cell in own if (cell.width, cell.l0) == (w, l0)]
                 matched, how = match_l0(pair, cells) if len(pair) == 2 else ((), "")
                 pairs += [(matched, how)] if matched else []
-            how = pairs[0][1] if pairs else "not compared: no two widths at one L0"
+            how = _hows(way for _, way in pairs) or "not compared: no two widths at one L0"
             ends = _label("width", widths[0]), _label("width", width)
             kept = _alike([pair for pair, _ in pairs])
             where = f"{arch}, mean over {len(kept)} L0"
