@@ -145,7 +145,7 @@ def test_quick_and_a_design_are_not_asked_for_together(capsys):
 def test_the_shipped_designs_are_those_of_the_documentation():
     full, quick = read_design(FULL, "out"), read_design(QUICK, "out")
     count = lambda parts: sum(len(part.specs) for part in parts)  # noqa: E731
-    assert (len(full), count(full), len(quick), count(quick)) == (12, 96, 9, 72)
+    assert (len(full), count(full), len(quick), count(quick)) == (12, 96, 9, 54)
     assert {part.train.tokens for part in full} == {2_000_000} and full[0].lm.dtype == "bfloat16"
     assert {part.data.activation_cache for part in full + quick} == {"out/activations"}
     assert {path.name for path in CONFIGS.glob("study*")} == {FULL.name, QUICK.name}

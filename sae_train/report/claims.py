@@ -215,7 +215,7 @@ def _architectures(cells: list[Cell]) -> Iterator[Claim]:
                     yield _compare(every, reason, where=where, pooled=True, **about)
                 for width, pairs in by_width.items():
                     kept = _alike(pairs)
-                    where = f"at the same {question[-2:]}, width {width_label(width)}, mean over {len(kept)}"
+                    where = f"at the same {question[-2:]}, width {width_label(width)}, mean over {len(kept)} {question[-2:]}"
                     yield _compare(kept, how, where=where, pooled=len(by_width) == 1, **about)
 
 
