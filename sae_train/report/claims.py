@@ -200,23 +200,21 @@ def _splitting(cells: list[Cell]) -> Iterator[Claim]:
 
 def _architectures(cells: list[Cell]) -> Iterator[Claim]:
     """All pairs of architectures at matched L0 and at matched EV, over all widths and at each."""
+    ways = (("L0", _pairs_at_l0, "L0 as reached or interpolated"), ("EV", _pairs_at_ev, "EV interpolated"))
+    widths = sorted({cell.width for cell in cells})
     for a, b in combinations(dict.fromkeys(cell.arch for cell in cells), 2):
-        for question, pairs_of in (("arch at L0", _pairs_at_l0), ("arch at EV", _pairs_at_ev)):
-            by_width = {width: pairs_of(a, b, width, cells) for width in sorted({cell.width for cell in cells})}
-            by_width = {width: pairs for width, pairs in by_width.items() if pairs}
+        for matched, pairs_of, how in ways:
+            by_width = {w: pairs for w in widths if (pairs := _alike(pairs_of(a, b, w, cells)))}
+            every = _alike([pair for pairs in by_width.values() for pair in pairs])
+            reason = how if every else f"not compared: no {matched} that both reach"
             for metric in ("full", "fraction"):
-                about = {"question": question, "metric": metric, "ends": (a, b), "expected": 0}
-                how = "L0 as reached or interpolated" if question == "arch at L0" else "EV interpolated"
+                about = {"question": f"arch at {matched}", "metric": metric, "ends": (a, b), "expected": 0}
                 if len(by_width) != 1:
-                    every = _alike([pair for pairs in by_width.values() for pair in pairs])
-                    what = "widths and L0" if question == "arch at L0" else "widths and EV"
-                    where = f"at the same {question[-2:]}, mean over {len(every)} {what}"
-                    reason = how if every else f"not compared: no {question[-2:]} that both reach"
+                    where = f"at the same {matched}, mean over {len(every)} widths and {matched}"
                     yield _compare(every, reason, where=where, pooled=True, **about)
                 for width, pairs in by_width.items():
-                    kept = _alike(pairs)
-                    where = f"at the same {question[-2:]}, width {width_label(width)}, mean over {len(kept)} {question[-2:]}"
-                    yield _compare(kept, how, where=where, pooled=len(by_width) == 1, **about)
+                    where = f"at the same {matched}, width {width_label(width)}, mean over {len(pairs)} {matched}"
+                    yield _compare(pairs, how, where=where, pooled=len(by_width) == 1, **about)
 
 
 def _pairs_at_l0(a: str, b: str, width: int, cells: list[Cell]) -> list[Places]:

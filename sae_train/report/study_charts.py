@@ -56,11 +56,11 @@ class _Drawing:
         self.interval, self.random = interval, random
 
     def __call__(self, key: str, title: str, cells: list[Cell], by: str, x: str, y: str) -> list[Chart]:
-        """The chart; none where it would have less than two points."""
+        """The chart; none where no line would have two points."""
         values = sorted({getattr(cell, by) for cell in cells})
         lines = [(i, _name(by, value), [c for c in cells if getattr(c, by) == value]) for i, value in enumerate(values)]
         series: list[Series] = [(name, f"c{i % COLOURS} d0 o0", self._points(own, x, y)) for i, name, own in lines]
-        if sum(len(points) for _, _, points in series) < 2:
+        if all(len(points) < 2 for _, _, points in series):
             return []
         beside = [("random SAEs", f"c{i % COLOURS} d2 o2", self._random(own, x)) for i, _, own in lines if y == "full"]
         beside = [one for one in beside if one[2]]
