@@ -18,7 +18,8 @@ from sae_train.report.cells import Cell
 from sae_train.report.claims import FAILS, FEW, FOUND, HOLDS, UNSEEN, claims
 from sae_train.report.data import TrainedSAE
 from sae_train.report.study import Study, findings, least, onset
-from sae_train.runs import finisher
+from sae_train.runs import estimate, finisher
+from sae_train.runs.plan import make_plan
 from sae_train.training.learner import Learner
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -100,12 +101,17 @@ def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_s
 
 def test_a_dry_run_names_the_parts_with_their_time_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "matrix_rate", lambda *_: 1e8)
     design = write_design(tmp_path)
     assert main(["study", "--config", str(design), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "4 SAEs in 2 parts, each a run in checkpoints/design" in said
     assert all(f"{part}: 2 SAEs, about " in said for part in PARTS) and "for 2 parts" in said
     assert list(tmp_path.iterdir()) == [design]
+    parts = make_plan(read_design(design, "out")[1])
+    first, later = parts.seconds(), parts.seconds(after_another=True)
+    assert later["training"] < first["training"] and later["set-up of the eval"] < first["set-up of the eval"]
+    assert later["looks"] == first["looks"]
 
 
 @pytest.mark.parametrize(

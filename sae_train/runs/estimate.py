@@ -68,11 +68,13 @@ class Estimate:
         tokenizer = facts.tokenizer()
         n_words = self.count_words(tokenizer)
         looks = [self.look(spec, n_words) for spec in self.specs]
-        set_up = KEPT if after_another or self.is_set_up(tokenizer) else self.reading(n_words) + self.probe(n_words)
+        keeps = asset_cache.cache_folder(self.settings.eval.eval_cache) is not None
+        is_kept = (after_another and keeps) or self.is_set_up(tokenizer)
+        set_up = KEPT if is_kept else self.reading(n_words) + self.probe(n_words)
         end = END + sum(BASELINES * look + self.probe(n_words) for look in looks)
         fidelity = FIDELITY * 2.0 * facts.n_parameters / self.lm_rate
         return {
-            "start": start, "set-up of the eval": set_up, "training": self.training(),
+            "start": start, "set-up of the eval": set_up, "training": training,
             "looks": n_looks * (sum(looks) + fidelity * len(looks)), "end": end,
         }  # fmt: skip
 
