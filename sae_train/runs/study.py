@@ -6,11 +6,13 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from sae_train.config import flat, leaves
 from sae_train.config.record import ResumedRun, read_run
 from sae_train.config.study import read_design
+from sae_train.data.sources import kind_of
 from sae_train.errors import UserError
 from sae_train.publishing.reproduce import command
 from sae_train.report.study_files import write_study
@@ -69,7 +71,10 @@ def _check(parts: Sequence[Settings], to_plan: Sequence[Settings]) -> dict[tuple
         raise UserError("a study runs in one process: start it without torchrun or accelerate")
     for part in parts:
         _check_same(part)
-    plans = {shape: make_plan(part) for shape, part in {_shape(part): part for part in to_plan}.items()}
+    kind = kind_of(parts[0])
+    facts = functools.cache(lambda device: kind.describe(parts[0], device))  # model and text are looked up once for all
+    shared = SimpleNamespace(problems=kind.problems, describe=lambda _, device: facts(device))
+    plans = {shape: make_plan(part, shared) for shape, part in {_shape(part): part for part in to_plan}.items()}
     for plan in plans.values():
         plan.check()
     return plans
