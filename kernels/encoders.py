@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sae_train.kernels.encode import encode_kernel, group_kernel
-from sae_train.kernels.select import compact_kernel, repair_kernel, select_kernel
+from sae_train.kernels.select import compact_kernel, refill_kernel, repair_kernel, select_kernel
 from sae_train.kernels.shapes import Plan, plan, warps_for
 
 # Pre-activations of one slab: 128 MB in float32. Smaller ones would stay in L2, but a product then fills no GPU.
@@ -29,7 +29,7 @@ ALIGNED = 8
 MIN_BLOCK_K = 16
 # Rows of tiles that share the weights of a group through L2.
 BAND = 8
-# Programs of the repair kernel: it walks through all rows and stops at the flagged ones.
+# Programs of the kernels that repair and refill: each walks through rows and stops at those that need it.
 REPAIR_PROGRAMS = 512
 
 
@@ -53,30 +53,69 @@ def topk(x: Tensor, W: Tensor, b_enc: Tensor, k: int, how: Plan | None = None) -
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def above(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor, how: Plan | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def above(
+    x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor, how: Plan | None = None, capacity: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the entries of x·Wᵀ + b_enc above floor (d_sae,): values, latents, offsets (batch + 1) of the rows.
 
-    Waits for the device once, for the number of entries. Rows with more than R in one group are redone densely.
+    Waits for the device for the number of entries: once, on the slab path once a slab. With `capacity` it does not:
+    values and latents then have that length, are 0 where there is no entry, and lack the entries from place `capacity`
+    on, of which offsets (not cut) tell.
     """
-    how = how or plan(None, W.shape[0], x.element_size(), _path(x))
+    unplanned, how = how is None, how or plan_above(x, W.shape[0])
+    if how.path == "sort":
+        return _above_dense(x, W, b_enc, floor) if capacity is None else _place_dense(x, W, b_enc, floor, capacity)
     if how.path == "fused":
-        keys, latents, counts = _candidates(_align(x), _regroup(W, x.dtype, how), b_enc, floor, how)
-    elif how.path == "slab":
-        parts = [_group(pre, floor, how) for pre in _slabs(x, W, b_enc)]
-        keys, latents, counts = (torch.cat(p) for p in zip(*parts, strict=True))
+        source = _align(x), _regroup(W, x.dtype, how), b_enc
+        parts = [(_candidates(*source, floor, how), source)]
+        if unplanned and capacity is None and _is_crowded(parts[0][0][2], how):
+            return above(x, W, b_enc, floor, plan_above(x, W.shape[0], crowded=True))
     else:
-        return _above_dense(x, W, b_enc, floor)
-    full = (counts > how.R).any(1)
-    offsets = nnf.pad(counts.sum(1).masked_fill_(full, 0).cumsum(0), (1, 0))
-    n_full, n = torch.stack([full.sum(), offsets[-1]]).tolist()
-    values, chosen = x.new_empty(n, dtype=torch.float32), latents.new_empty(n)
+        parts = ((_group(pre, floor, how), (pre,)) for pre in _slabs(x, W, b_enc))
+    return _entries(parts, floor, how, capacity)
+
+
+def plan_above(x: Tensor, d_sae: int, crowded: bool = False) -> Plan:
+    """Return how to find entries above a floor; `crowded`: where many groups are expected to have more than R."""
+    return plan(None, d_sae, x.element_size(), "slab" if crowded else _path(x))
+
+
+def _is_crowded(counts: Tensor, how: Plan) -> bool:
+    """Whether computing the groups with more than R again, one row a tile, costs more than the encoder did. Waits."""
+    return bool((counts > how.R).sum() * how.block_m > counts.numel())
+
+
+def _entries(parts, floor: Tensor, how: Plan, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `above` does from the candidates of some rows after others, each with the source of its members."""
+    n, values, latents, edges = None, floor.new_zeros(capacity or 0), None, []
+    for (keys, candidates, counts), source in parts:
+        n = counts.new_zeros(1, dtype=torch.int64) if n is None else n
+        latents = candidates.new_zeros(capacity or 0) if latents is None else latents
+        offsets = torch.cat([n, n + counts.sum(1).cumsum(0)])
+        edges.append(offsets[:-1])
+        n = offsets[-1:]
+        if capacity is None:
+            more = int(n) - len(values)
+            values, latents = nnf.pad(values, (0, more)), nnf.pad(latents, (0, more))
+        _write(keys, candidates, counts, offsets, floor, values, latents, how, source)
+    return values, latents, torch.cat([*edges, n])
+
+
+def _write(keys, candidates, counts, offsets, floor, values, latents, how: Plan, source: tuple[Tensor, ...]) -> None:
+    """Write entries at their places: candidates, and all members above the floor of groups with more than R of them."""
     block = triton.next_power_of_2(keys.shape[1])
-    compact_kernel[(len(x),)](
-        keys, latents, counts, offsets, values, chosen, keys.shape[1], how.R, block, num_warps=warps_for(block)
-    )
-    if not n_full:
-        return values, chosen, offsets
-    return _insert_redone(values, chosen, offsets, full, _above_dense(x[full], W, b_enc, floor))
+    compact_kernel[(len(keys),)](
+        keys, candidates, counts, offsets, values, latents, keys.shape[1], len(values), how.R, block,
+        num_warps=warps_for(block),
+    )  # fmt: skip
+    dense = len(source) == 1
+    x, W, b_enc = source * 3 if dense else source
+    refill_kernel[(min(len(keys), REPAIR_PROGRAMS),)](
+        counts, offsets, floor, values, latents, len(values), x, x, W, b_enc, len(keys), len(floor), counts.shape[1],
+        1 if dense else x.shape[1], dense, how.R, triton.next_power_of_2(counts.shape[1]), how.block_m, how.group,
+        _block_k(x.shape[1], how), not dense and _cuts_keys(x), precision(), interpreted(),
+        num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
 
 
 def _path(x: Tensor) -> str:
@@ -182,7 +221,7 @@ def _slabs(x: Tensor, W: Tensor, b_enc: Tensor):
 
 
 def _above_dense(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what above does in plain PyTorch: for rows that are no longer sparse. Waits for the device per slab."""
+    """Return what above does in plain PyTorch, where a plan has no candidates. Waits for the device per slab."""
     values, latents, counts = [], [], []
     for pre in _slabs(x, W, b_enc):
         active = ~(pre <= floor)
@@ -192,12 +231,17 @@ def _above_dense(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor) -> tuple[Te
     return torch.cat(values), torch.cat(latents), nnf.pad(torch.cat(counts).cumsum(0), (1, 0))
 
 
-def _insert_redone(values, latents, offsets, full, redone) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the entries of redone rows (those where full) among the others."""
-    counts = offsets.diff()
-    counts[full] = redone[2].diff()
-    rows = torch.arange(len(counts), device=counts.device)
-    tokens = torch.cat([rows[~full].repeat_interleave(counts[~full]), rows[full].repeat_interleave(counts[full])])
-    order = tokens.argsort(stable=True)
-    together = torch.cat([values, redone[0]])[order], torch.cat([latents, redone[1]])[order]
-    return *together, nnf.pad(counts.cumsum(0), (1, 0))
+def _place_dense(x: Tensor, W: Tensor, b_enc: Tensor, floor: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same with a fixed capacity, without a wait: the last place of what is written to is thrown away."""
+    values, latents = x.new_zeros(capacity + 1, dtype=torch.float32), x.new_zeros(capacity + 1, dtype=torch.int32)
+    n, edges = torch.zeros(1, dtype=torch.int64, device=x.device), []
+    columns = torch.arange(len(floor), device=x.device, dtype=torch.int32)
+    for pre in _slabs(x, W, b_enc):
+        active = ~(pre <= floor)
+        offsets = torch.cat([n, n + active.sum(1).cumsum(0)])
+        place = (offsets[:-1, None] + active.cumsum(1) - 1).masked_fill_(~active, capacity).clamp_max_(capacity)
+        values.scatter_(0, place.view(-1), pre.reshape(-1))
+        latents.scatter_(0, place.view(-1), columns.expand_as(pre).reshape(-1))
+        edges.append(offsets[:-1])
+        n = offsets[-1:]
+    return values[:-1], latents[:-1], torch.cat([*edges, n])

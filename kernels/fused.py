@@ -6,90 +6,21 @@ values are float32, latents int32.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_train.errors import UserError
-from sae_train.kernels import encoders, patterns, sparse
+from sae_train.kernels import encoders, sparse
 from sae_train.kernels.crossover import Crossover
 from sae_train.kernels.patterns import Pattern, row_pattern
+from sae_train.kernels.sums import dots, latent_sums, row_sums, token_sums, weight_sums
 
 # Entries of a token that the one-gather decode holds in registers, with a chunk of their decoder rows.
 MAX_ONE_GATHER = 128
-# Entries and columns that a program gathers at a time, and its warps: for sums one, since several would have to add up
-# theirs through shared memory (.25 ms in place of 1.95 for a weight gradient; kernels/README.md).
-BAG_ENTRIES, BAG_COLUMNS, BAG_WARPS = 4, 128, 1
-DOT_ENTRIES, DOT_COLUMNS = 16, 256
-
-
-def _block(columns: int, d: int) -> int:
-    return min(columns, triton.next_power_of_2(d))
-
-
-def bag(rows, weights, table, starts, ends, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return Σ weights·table[rows] (+ bias) for each bag (n_bags, d), and Σ weights of each bag, in float32."""
-    n, d = len(starts), table.shape[1]
-    out, sums = (table.new_empty(shape, dtype=torch.float32) for shape in ((n, d), (n,)))
-    block = _block(BAG_COLUMNS, d)
-    if n:
-        sparse.bag_kernel[(n, triton.cdiv(d, block))](
-            rows, weights, table, starts, ends, table if bias is None else bias, out, sums, d,
-            bias is not None, True, BAG_ENTRIES, block, num_warps=BAG_WARPS,
-        )  # fmt: skip
-    return out, sums
-
-
-def token_sums(pattern: Pattern, weights: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return Σ weight·table[latent] (+ bias) for each token (batch, d), in float32."""
-    if pattern.dense:
-        with torch.autocast(table.device.type, enabled=False):  # TF32, not bfloat16
-            out = patterns.sum_by_token(pattern, weights.float(), table.float())
-        return out if bias is None else out + bias.float()
-    starts, ends = pattern.offsets[:-1].contiguous(), pattern.offsets[1:].contiguous()
-    return bag(pattern.latents, weights.contiguous(), table.contiguous(), starts, ends, bias)[0]
-
-
-def latent_sums(pattern: Pattern, weights: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ weight·table[token] for each latent (d_sae, d), and Σ weight (d_sae,).
-
-    Latents with more than patterns.SEGMENT entries are summed in parts of so many, the parts then in order.
-    """
-    if pattern.dense:
-        weights = weights.float()
-        sums = patterns.sum_at(pattern.latents, weights, pattern.d_sae)
-        return patterns.sum_by_latent(pattern, weights, table.float()), sums
-    order, tokens, offsets = pattern.by_latent
-    weights, table, parts = weights.index_select(0, order), table.contiguous(), pattern.segments
-    out, sums = bag(tokens, weights, table, offsets[:-1], offsets[1:] if parts is None else parts.light_ends)
-    if parts is not None:
-        part_rows, part_sums = bag(tokens, weights, table, parts.starts, parts.ends)
-        block = _block(BAG_COLUMNS, table.shape[1])
-        sparse.join_kernel[(len(parts.owners), triton.cdiv(table.shape[1], block))](
-            part_rows, part_sums, parts.owners, parts.edges, out, sums, table.shape[1], block, num_warps=4
-        )
-    return out, sums
-
-
-def dots(a: Tensor, table: Tensor, pattern: Pattern) -> Tensor:
-    """Return a[token] · table[latent] for every entry, in float32."""
-    if pattern.dense:
-        return patterns.dots(pattern, a.float(), table.float())
-    out = table.new_empty(len(pattern.latents), dtype=torch.float32)
-    d = table.shape[1]
-    sparse.dots_kernel[(len(a),)](
-        a.contiguous(),
-        table.contiguous(),
-        pattern.latents,
-        pattern.offsets,
-        out,
-        d,
-        DOT_ENTRIES,
-        _block(DOT_COLUMNS, d),
-        num_warps=4,
-    )
-    return out
 
 
 class _Encode(torch.autograd.Function):
@@ -171,7 +102,8 @@ class _JumpReLU(torch.autograd.Function):
         values = pre.new_empty(n)
         counts = pattern.latents.new_empty(triton.cdiv(n, block), dtype=torch.int32)
         if n:
-            sparse.jumprelu_kernel[(len(counts),)](pre, pattern.latents, threshold, values, counts, n, block)
+            last = pattern.offsets[-1:]
+            sparse.jumprelu_kernel[(len(counts),)](pre, pattern.latents, threshold, values, counts, last, n, block)
         ctx.save_for_backward(pre, threshold)
         ctx.pattern = pattern
         widths = torch.as_tensor(bandwidth, dtype=threshold.dtype, device=pre.device)
@@ -183,12 +115,28 @@ class _JumpReLU(torch.autograd.Function):
     def backward(ctx, d_values, d_count):
         pre, threshold = ctx.saved_tensors
         order, _, offsets = ctx.pattern.by_latent
-        d_pre, d_threshold = torch.empty_like(pre), torch.empty_like(threshold)
+        d_pre, d_threshold = torch.zeros_like(pre), torch.empty_like(threshold)
         sparse.jumprelu_backward_kernel[(len(threshold),)](
             pre, order, offsets[:-1].contiguous(), offsets[1:].contiguous(), threshold, d_values.contiguous(), d_count,
             ctx.widths, d_pre, d_threshold, 32, num_warps=1,
         )  # fmt: skip
         return d_pre, d_threshold, None, None
+
+
+class _Sums(torch.autograd.Function):
+    """Σ values of each latent, or of all entries (`latents` false)."""
+
+    @staticmethod
+    def forward(ctx, values, pattern, latents):
+        ctx.pattern, ctx.latents = pattern, latents
+        return weight_sums(pattern, values) if latents else row_sums(values, pattern.offsets).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        pattern = ctx.pattern
+        out = grad.index_select(0, pattern.latents) if ctx.latents else grad.repeat(len(pattern.latents))
+        return out if pattern.n_found is None else out.masked_fill_(pattern.absent, 0.0), None, None
 
 
 def _product_dtype(W: Tensor) -> torch.dtype:
@@ -216,11 +164,17 @@ def pre_topk(x, W_enc, b_enc, b_dec, k: int) -> tuple[Tensor, Pattern]:
 def pre_above(x, W_enc, b_enc, b_dec, floor: Tensor | float, crossover: Crossover | None = None):
     """Return the pre-activations above floor (scalar or (d_sae,)), flat, differentiable, and their pattern."""
     with torch.no_grad():
-        floors = torch.as_tensor(floor, dtype=torch.float32, device=x.device).expand(W_enc.shape[1]).contiguous()
-        centred = _centre(x, W_enc, b_dec)
-        values, latents, offsets = encoders.above(centred, W_enc.t().contiguous(), b_enc, floors)
-        pattern = Pattern(latents, offsets, W_enc.shape[1])
-        pattern = crossover.choose(pattern) if crossover else pattern
+        floors = floor if isinstance(floor, Tensor) else torch.full((), floor, device=x.device)
+        floors = floors.float().expand(W_enc.shape[1]).contiguous()
+        centred, d_sae = _centre(x, W_enc, b_dec), W_enc.shape[1]
+        how, room = None, crossover.room if crossover else None
+        if crossover and crossover.mean is not None:
+            how = encoders.plan_above(centred, d_sae, crossover.crowded)
+        values, latents, offsets = encoders.above(centred, W_enc.t().contiguous(), b_enc, floors, how, room)
+        pattern = Pattern(latents, offsets, d_sae)
+        if room is not None:
+            pattern = replace(pattern, offsets=offsets.clamp_max(room), n_found=offsets[-1])
+        pattern = crossover.choose(pattern, late=True) if crossover else pattern
     return _Encode.apply(x, W_enc, b_enc, b_dec, centred, values, pattern), pattern
 
 
@@ -243,6 +197,16 @@ def jumprelu_active(
 ) -> tuple[Tensor, Tensor]:
     """Return pre·1[pre > θ] at the entries and the number of entries above, both differentiable in θ."""
     return _JumpReLU.apply(pre, threshold, pattern, bandwidth)
+
+
+def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
+    """Return Σ values of each latent, differentiable."""
+    return _Sums.apply(values, pattern, True)
+
+
+def sum_all(values: Tensor, pattern: Pattern) -> Tensor:
+    """Return Σ values over all entries, token by token, differentiable."""
+    return _Sums.apply(values, pattern, False)
 
 
 @torch.no_grad()

@@ -118,7 +118,9 @@ def active_above(
 ) -> tuple[Tensor, Pattern]:
     """Return the pre-activations above floor (a number or (d_sae,)), flat, and their pattern (for training).
 
-    `crossover` chooses between sparse sums and dense products for all that is done at the pattern; without, sparse.
+    `crossover` chooses between sparse sums and dense products for all that is done at the pattern; without, sparse. Its
+    `room`, where it has one and Triton runs, is how many entries there is room for, so that nothing waits for the
+    device; the pattern then says how many were found.
     """
     return _twin(impl, x).pre_above(x, W_enc, b_enc, b_dec, floor, crossover)
 
@@ -139,6 +141,16 @@ def jumprelu_active(pre, pattern: Pattern, threshold, bandwidth: Tensor | float,
     bandwidth, the rectangle's width, is a number or one for each latent, (d_sae,).
     """
     return _twin(impl, pre).jumprelu_active(pre, pattern, threshold, bandwidth)
+
+
+def sum_by_latent(values, pattern: Pattern, impl: str | None = None) -> Tensor:
+    """Return the sum of each latent's values, (d_sae,) (for training)."""
+    return _twin(impl, values).sum_by_latent(values, pattern)
+
+
+def sum_all(values, pattern: Pattern, impl: str | None = None) -> Tensor:
+    """Return the sum of the values at a pattern's entries, the same bits however much room there was (for training)."""
+    return _twin(impl, values).sum_all(values, pattern)
 
 
 def _dense(values: Tensor, pattern: Pattern) -> Tensor:

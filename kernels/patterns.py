@@ -18,7 +18,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 # Latents per group of the two-stage top-k: 16 measured best for d_sae 16,384 and k 50 (8: +6 %, 32: +40 %). Narrow rows
 # take fewer, so that there are some groups for each entry: with less than 4 it no longer pays.
@@ -48,7 +48,11 @@ class Segments:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which latents are active on which tokens: rows in CSR form (row r owns entries offsets[r] to offsets[r + 1])."""
+    """Which latents are active on which tokens: rows in CSR form (row r owns entries offsets[r] to offsets[r + 1]).
+
+    What lies behind the last row is room that was not needed: its latent is 0, and its values and gradients count for
+    nothing.
+    """
 
     latents: Int[Tensor, " n"]
     offsets: Int[Tensor, " batch_plus_1"]
@@ -57,10 +61,25 @@ class Pattern:
     even: bool = False
     # Whether sums over the entries are made by dense products, which pays where many latents are active.
     dense: bool = False
+    # How many entries were found, on the device, where the room for them was fixed beforehand.
+    n_found: Int[Tensor, ""] | None = None
+
+    @property
+    def lost(self) -> Bool[Tensor, ""] | None:
+        """Whether some entries found no room, on the device; None where there is always room."""
+        return None if self.n_found is None else self.n_found > self.latents.numel()
+
+    @cached_property
+    def absent(self) -> Bool[Tensor, " n"]:
+        """Where there is room and no entry."""
+        return torch.arange(self.latents.numel(), device=self.offsets.device) >= self.offsets[-1]
 
     @cached_property
     def tokens(self) -> Int[Tensor, " n"]:
         counts = self.offsets.diff()
+        if self.n_found is not None:  # what is absent counts for the last token
+            at = torch.arange(self.latents.numel(), device=counts.device)
+            return torch.searchsorted(self.offsets[1:], at, right=True).clamp_max_(counts.numel() - 1)
         index = torch.arange(counts.numel(), device=counts.device)
         if self.even:
             return index[:, None].expand(-1, self.latents.numel() // max(1, counts.numel())).flatten()
@@ -90,7 +109,10 @@ class Pattern:
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same entries sorted by latent: (entry order, token of each, offsets per latent)."""
-        latents, order = self.latents.to(torch.int16 if self.d_sae < 2**15 else torch.int32).sort(stable=True)
+        latents = self.latents.to(torch.int16 if self.d_sae < 2**15 else torch.int32)
+        if self.n_found is not None:  # what is absent comes behind the last latent
+            latents = latents.masked_fill(self.absent, self.d_sae)
+        latents, order = latents.sort(stable=True)
         edges = torch.arange(self.d_sae + 1, device=latents.device, dtype=latents.dtype)
         return order, self.tokens.index_select(0, order), torch.searchsorted(latents, edges)
 

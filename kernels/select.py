@@ -108,16 +108,73 @@ def repair_kernel(
 
 @triton.jit
 def compact_kernel(
-    keys, latents, counts, offsets, out_values, out_latents, n_candidates, R: tl.constexpr, BLOCK: tl.constexpr
+    keys, latents, counts, offsets, out_values, out_latents, n_candidates, room, R: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row: the candidates of every group, as many as it counts, from offsets[row] on; nothing if it has no room."""
+    """One row: the candidates of every group that counts no more than R, at their places from offsets[row] on.
+
+    Groups with more leave their places free, for refill_kernel. Nothing is written from place `room` on.
+    """
     row = tl.program_id(0).to(tl.int64)
-    start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
     at = tl.arange(0, BLOCK)
-    inside = (at < n_candidates) & (end > start)
-    there = inside & (at % R < tl.load(counts + row * (n_candidates // R) + at // R, mask=inside, other=0))
+    inside = at < n_candidates
+    count = tl.load(counts + row * (n_candidates // R) + at // R, mask=inside, other=0)
+    before = tl.cumsum(tl.where(at % R == 0, count, 0), 0) - count
+    place = tl.load(offsets + row) + before + at % R
+    there = inside & (at % R < count) & (count <= R) & (place < room)
     key = tl.load(keys + row * n_candidates + at, mask=there, other=EMPTY)
     latent = tl.load(latents + row * n_candidates + at, mask=there, other=0)
-    place = start + tl.cumsum(there.to(tl.int32), 0) - 1
     tl.store(out_values + place, to_value(key), mask=there)
     tl.store(out_latents + place, latent, mask=there)
+
+
+@triton.jit
+def first_crowded(counts, row, n_groups, after, R: tl.constexpr, N_GROUPS: tl.constexpr):
+    """Return the first group behind `after` that counts more than R, or n_groups; its count; what is before it."""
+    group = tl.arange(0, N_GROUPS)
+    count = tl.load(counts + row * n_groups + group, mask=group < n_groups, other=0)
+    first = tl.min(tl.where((count > R) & (group > after), group, n_groups), 0)
+    return first, tl.sum(tl.where(group == first, count, 0), 0), tl.sum(tl.where(group < first, count, 0), 0)
+
+
+@triton.jit
+def above_key(value, floor):
+    """A key by which what is above its floor comes before all that is not, the further above the earlier."""
+    key = to_key(value - floor)
+    return tl.where((value <= floor) & (key > 0), 0, key)
+
+
+@triton.jit
+def refill_kernel(
+    counts, offsets, floor, out_values, out_latents, room, pre, x, W, b_enc, batch, d_sae, n_groups,
+    d_in: tl.constexpr, DENSE: tl.constexpr, R: tl.constexpr, N_GROUPS: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Write the entries of every group that counts more than R, row by row, in order of latents.
+
+    Members are read from `pre` (DENSE) or computed again as in repair_kernel. As many are taken as were counted, those
+    furthest above their floors: were a member's last bit another, there would still be no gap and nothing too much.
+    """
+    none = tl.full((1,), EMPTY, tl.int32)
+    number = tl.program_id(0)
+    while number < batch:
+        row = number.to(tl.int64)
+        group, count, before = first_crowded(counts, row, n_groups, -1, R, N_GROUPS)
+        while group < n_groups:
+            member = group + tl.arange(0, GROUP) * n_groups
+            inside = member < d_sae
+            if DENSE:
+                value = tl.load(pre + row * d_sae + member, mask=inside, other=0.0).to(tl.float32)
+            else:
+                values = row_tile(x, W, row, group, d_in, BLOCK_M, GROUP, BLOCK_K, PRECISION, UPCAST)
+                value = tl.sum(tl.where(tl.arange(0, BLOCK_M)[:, None] == 0, values, 0.0), 0)
+                value += tl.load(b_enc + member, mask=inside, other=0.0).to(tl.float32)
+            key = above_key(value, tl.load(floor + member, mask=inside, other=0.0))
+            key = tl.where(inside, key, EMPTY)
+            kth = kth_key(key, none, count)
+            chosen = inside & in_top(key, member, kth, last_latent(key, member, none, none, kth, count))
+            place = tl.load(offsets + row) + before + tl.cumsum(chosen.to(tl.int32), 0) - 1
+            stored = chosen & (place < room)
+            tl.store(out_values + place, to_value(cut_key(value, GROUP if PACKED else 1)), mask=stored)
+            tl.store(out_latents + place, member, mask=stored)
+            group, count, before = first_crowded(counts, row, n_groups, group, R, N_GROUPS)
+        number += tl.num_programs(0)

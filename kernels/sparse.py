@@ -42,6 +42,18 @@ def bag_kernel(
 
 
 @triton.jit
+def sum_kernel(weights, starts, ends, out, BLOCK: tl.constexpr):
+    """out[bag] = Σ weight over entries starts[bag] to ends[bag]."""
+    bag = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(starts + bag), tl.load(ends + bag)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for first in range(start, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        acc += tl.load(weights + at, mask=at < end, other=0.0)
+    tl.store(out + bag, tl.sum(acc, 0))
+
+
+@triton.jit
 def join_kernel(parts, part_sums, owners, edges, out, sums, d: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[bag] = Σ of its parts, sums[bag] = Σ of their sums, in order: by the program of the bag's first part."""
     part = tl.program_id(0).to(tl.int64)
@@ -107,12 +119,13 @@ def decode_loss_kernel(
 
 @triton.jit
 def jumprelu_kernel(
-    pre, latents, threshold, values, counts, n, BLOCK: tl.constexpr,
+    pre, latents, threshold, values, counts, last, n, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """values = pre·1[pre > θ] of n entries; counts[program] = how many are above."""
+    """values = pre·1[pre > θ] of the entries up to *last, 0 from there to n; counts[program] = how many are above."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(pre + at, mask=at < n, other=float("-inf"))
-    theta = tl.load(threshold + tl.load(latents + at, mask=at < n, other=0), mask=at < n, other=0.0)
+    there = at < tl.load(last)
+    value = tl.load(pre + at, mask=there, other=float("-inf"))
+    theta = tl.load(threshold + tl.load(latents + at, mask=there, other=0), mask=there, other=0.0)
     # NaN is no number above θ, but must reach the loss.
     tl.store(values + at, tl.where(value <= theta, 0.0, value), mask=at < n)
     tl.store(counts + tl.program_id(0), tl.sum((value > theta).to(tl.int32), 0))

@@ -10,7 +10,8 @@ import torch
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.sae.files import load_state, save_state
 from sae_train.training.architectures import TRAINED
-from sae_train.training.learner import Learner, default_lr, geometric_median, lr_factor
+from sae_train.training.learner import Learner
+from sae_train.training.start import default_lr, geometric_median, lr_factor
 
 D, BATCH, STEPS = 12, 64, 40
 SETTINGS = TrainSettings(tokens=STEPS * BATCH, batch_tokens=BATCH)

@@ -19,7 +19,7 @@ import torch
 from benchmarks.csv_rows import machine
 from benchmarks.kernels.bench_problem import Problem, batches, decoder_rows, level
 from benchmarks.kernels.bench_sides import Ours
-from sae_train.kernels import encoders, fused, patterns
+from sae_train.kernels import encoders, patterns, sums
 from sae_train.kernels.shapes import plan
 
 # Entries, columns and warps of a program that sums rows; ours first.
@@ -56,12 +56,12 @@ def _gradients(p: Problem, rows: torch.Tensor, x: torch.Tensor) -> None:
     x16 = x.bfloat16()
     values, latents = encoders.topk(x16, rows, x.new_zeros(p.d_sae), p.k)
     pattern = patterns.row_pattern(latents, p.d_sae)
-    before = fused.BAG_ENTRIES, fused.BAG_COLUMNS, fused.BAG_WARPS
+    before = sums.BAG_ENTRIES, sums.BAG_COLUMNS, sums.BAG_WARPS
     for gather in GATHERS:
-        fused.BAG_ENTRIES, fused.BAG_COLUMNS, fused.BAG_WARPS = gather
+        sums.BAG_ENTRIES, sums.BAG_COLUMNS, sums.BAG_WARPS = gather
         name = "weight gradient, {} entries, {} columns, {} warps".format(*gather)
-        _report(name, lambda: fused.latent_sums(pattern, values.view(-1), x16))
-    fused.BAG_ENTRIES, fused.BAG_COLUMNS, fused.BAG_WARPS = before
+        _report(name, lambda: sums.latent_sums(pattern, values.view(-1), x16))
+    sums.BAG_ENTRIES, sums.BAG_COLUMNS, sums.BAG_WARPS = before
 
 
 def _steps(p: Problem, rows: torch.Tensor, xs: list[torch.Tensor]) -> None:

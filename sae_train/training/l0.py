@@ -43,22 +43,25 @@ class L0Controller:
         return (self.integral + self.PROPORTIONAL * self._error()).exp()
 
     @torch.no_grad()
-    def update(self, l0: Tensor, step: int, keep: Tensor | bool = True) -> None:
-        """Take in the L0 of one batch; λ moves from `first_step` on. `keep` false leaves everything as it was."""
+    def update(self, l0: Tensor, step: Tensor | int, keep: Tensor | bool = True) -> None:
+        """Take in the L0 of one batch; λ moves from `first_step` on. `keep` false leaves everything as it was.
+
+        All in place, and the step may be a tensor: so that updates can be recorded on a GPU.
+        """
         ema = torch.where(self.ema.isnan(), l0, self.SMOOTHING * self.ema + (1 - self.SMOOTHING) * l0)
-        self.ema = torch.where(torch.as_tensor(keep), ema, self.ema)
-        if step >= self.first_step:
-            limit = math.log(self.MAX_FACTOR)
-            moved = self.integral + self.INTEGRAL * self._error()
-            moved = moved.clamp(self.start - limit, self.start + limit)
-            self.integral = torch.where(torch.as_tensor(keep), moved, self.integral)
+        self.ema.copy_(torch.where(torch.as_tensor(keep), ema, self.ema))
+        limit = math.log(self.MAX_FACTOR)
+        moved = self.integral + self.INTEGRAL * self._error()
+        moved = moved.clamp(self.start - limit, self.start + limit)
+        moves = torch.as_tensor(step >= self.first_step) & torch.as_tensor(keep)
+        self.integral.copy_(torch.where(moves, moved, self.integral))
 
     def _error(self) -> Tensor:
         return (self.ema.clamp_min(1e-3) / self.target).log().nan_to_num(0.0).clamp(-1, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the controller's memory."""
-        return {"integral": self.integral, "ema": self.ema}
+        return {"integral": self.integral.clone(), "ema": self.ema.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what state_dict returned."""

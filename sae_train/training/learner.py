@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from sae_train.kernels import ops
-from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm, fold_scale
+from sae_train.sae.model import SAE, fold_decoder_norm, fold_scale
 from sae_train.training.architectures import TRAINED, Forward
 from sae_train.training.l0 import L0Controller, LevelController
 from sae_train.training.precision import takes_bfloat16
 from sae_train.training.ranks import Ranks
-from sae_train.training.recording import Recorder
+from sae_train.training.recording import Late, Recorder, Room
+from sae_train.training.start import default_lr, geometric_median, lr_factor, new_sae
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,7 +55,7 @@ class Learner:
         self.ranks = ranks or Ranks()
         self.spec, self.name, self.settings, self.n_steps = spec, spec.name, settings, n_steps
         self.d_in, self.device = d_in, torch.device(device)
-        self.sae = _new_sae(spec, d_in, device)
+        self.sae = new_sae(spec, d_in, device)
         self.arch = TRAINED[spec.arch](self.sae, spec, settings, self.ranks)
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.lr = settings.lr or default_lr(spec, n_steps)
@@ -81,6 +82,9 @@ class Learner:
         self.now = torch.zeros((), **new)
         self.records = self.device.type == "cuda" and self.arch.waits_for_nothing and self.ranks.size == 1
         self.recorder = Recorder()
+        self.room = Room()
+        self.n_found = torch.zeros((), **new)
+        self.unsettled: tuple[Tensor, int, Late] | None = None
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "n d_in"]) -> None:
@@ -96,14 +100,45 @@ class Learner:
         """Take one optimiser step; the returned tensors stay on the device.
 
         On a GPU the steps of an architecture that never waits for it are recorded, and played while no latent is dead.
-        Products that are not in bfloat16 are as precise as the process has it (`loop.tf32_products`).
+        Where the number of active latents varies they get room for some more than of late, and x must stay as it is
+        until the next step: `catch_up`. Products that are not in bfloat16 are as precise as the process has it
+        (`loop.tf32_products`).
         """
-        self._set_lr()
-        self.now.fill_(self.step_count)
+        self.catch_up()
         if self.step_count % DEAD_REFRESH == 0:
             self.dead = (self.idle_tokens >= self.dead_tokens).nonzero().view(-1)
-        metrics = self.recorder.make(self._step, x, may_play=self.records and not self._revives())
+        metrics = self._make(x, self.room.size if self.records else None)
         self.step_count += 1
+        return metrics
+
+    def catch_up(self) -> None:
+        """Make the last step again if it found more active latents than it had room for: it has then changed nothing.
+
+        Whoever reads a learner between steps comes here first; `check`, `calibrate`, `export` and `state_dict` do.
+        """
+        if self.unsettled is None:
+            return
+        (x, room, found), self.unsettled = self.unsettled, None
+        n = found.read()
+        self.room.take_in(n)
+        if n <= room:
+            self.arch.crossover.take_in(n, len(x) * self.spec.width, self.device)
+            return
+        self.step_count -= 1
+        self.last = self._make(x, None)
+        self.step_count += 1
+
+    def _make(self, x: Tensor, room: int | None) -> dict[str, Tensor]:
+        """Make the step that is due: with room for so many active latents and no wait, or for as many as there are."""
+        self._set_lr()
+        self.now.fill_(self.step_count)
+        crossover = self.arch.crossover
+        crossover.room = room
+        may_play = self.records and not self._revives() and (room is not None or not self.arch.counts_vary)
+        kind = room, crossover.dense, crossover.crowded
+        metrics = self.recorder.make(self._step, x, may_play, kind)
+        if room is not None:
+            self.unsettled = x, room, Late(self.n_found)
         return metrics | {"details/lr": torch.tensor(self.lr_now)}
 
     def _revives(self) -> bool:
@@ -117,24 +152,27 @@ class Learner:
         sum(terms.values()).backward()
         terms = {name: self.ranks.mean(term) for name, term in terms.items()}
         norms = self._gradients()
-        bad = self._note_failure(torch.stack([x.abs().amax(), *terms.values(), *norms]))
-        self._apply(norms, run, bad)
+        lost = self._note_count(run.pattern)
+        bad = self._note_failure(torch.stack([x.abs().amax(), *terms.values(), *norms]), lost)
+        void = bad if lost is None else bad | lost
+        self._apply(norms, run, void)
         for p in (*self.leaves.values(), *self.trained.values()):
             p.grad = None
         fired, n_tokens = self.ranks.sum(run.count_fired()), len(x) * self.ranks.size
         l0 = fired.sum() / n_tokens
-        self.idle_tokens.add_(n_tokens).masked_fill_(fired > 0, 0)
+        self._note_idle(fired, n_tokens, lost)
         metrics = self._metrics(run, terms, l0, norms)
         if self.control:
-            self.control.update(l0, self.step_count, ~bad)
+            self.control.update(l0, self.now, ~void)
         if self.arch.moves_levels:
             excess, n_active = self.ranks.sum(run.excess)
             rise = self.control.rise(l0, excess / n_active.clamp_min(1))
-            self.arch.raise_levels(torch.where(bad, 0.0, rise))
+            self.arch.raise_levels(rise.masked_fill(void, 0.0))
         return metrics
 
     def check(self) -> str | None:
         """Read the failure flag (waits for the device); return and keep in `failed` what happened, or None."""
+        self.catch_up()
         step, what = self.failure.tolist()
         if step >= 0 and self.failed is None:
             gradients = [f"the gradient of {name}" for name in self.trained]
@@ -145,15 +183,18 @@ class Learner:
     @torch.no_grad()
     def calibrate(self, held_out: Float[Tensor, "n d_in"]) -> None:
         """Bring L0 on held-out activations to the target, as the architecture does it."""
+        self.catch_up()
         self.arch.calibrate(held_out)
 
     @torch.no_grad()
     def export(self, scale: float, mean: Float[Tensor, " d_in"] | None = None) -> SAE:
         """Return the SAE for raw activations, decoder rows of norm 1, of this one trained on scale · (raw − mean)."""
+        self.catch_up()
         return fold_decoder_norm(fold_scale(self.sae, scale, mean))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-equal resume needs: nested dictionaries of tensors and JSON values."""
+        self.catch_up()
         return {
             "weights": {name: p.detach() for name, p in self.trained.items()},
             "adam": {name: dict(self.optimiser.state[p]) for name, p in self.trained.items()},
@@ -187,6 +228,7 @@ class Learner:
         self.step_count, self.failed = state["step_count"], state["failed"]
         self.last = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.get("last", ())}
         self.recorder.forget()
+        self.room, self.unsettled = Room(), None
 
     def _optimiser(self) -> torch.optim.Adam:
         by_factor: dict[float, list[Tensor]] = {}
@@ -230,25 +272,41 @@ class Learner:
             p.grad = self.ranks.mean(grad.t() if name == "W_enc" else grad)
         return torch.stack([p.grad.norm() for p in self.trained.values()])
 
+    def _note_count(self, pattern: ops.Pattern) -> Tensor | None:
+        """Keep how many entries there were; return whether some found no room: the step must then change nothing."""
+        if pattern.n_found is not None:
+            self.n_found.copy_(pattern.n_found)
+        elif self.arch.counts_vary:
+            self.room.take_in(pattern.latents.numel())
+        return pattern.lost
+
     @torch.no_grad()
-    def _note_failure(self, watched: Tensor) -> Tensor:
+    def _note_failure(self, watched: Tensor, lost: Tensor | None) -> Tensor:
         """Remember step and tensor of the first value that is not finite; return whether there was one ever."""
         finite = watched.isfinite()
         now = torch.stack([self.now, finite.long().argmin()])
-        self.failure.copy_(torch.where((self.failure[0] < 0) & ~finite.all(), now, self.failure))
+        new = (self.failure[0] < 0) & ~finite.all()
+        self.failure.copy_(torch.where(new if lost is None else new & ~lost, now, self.failure))
         return self.failure[0] >= 0
 
     @torch.no_grad()
-    def _apply(self, norms: Tensor, run: Forward, bad: Tensor) -> None:
-        """Clip, step and renormalise; a learner that has failed keeps its weights bit for bit."""
+    def _note_idle(self, fired: Tensor, n_tokens: int, lost: Tensor | None) -> None:
+        """Count for how many tokens each latent has not been active."""
+        if lost is not None:  # then 0 tokens more, and no latent is active
+            fired, n_tokens = fired.masked_fill(lost, 0), torch.full_like(self.now, n_tokens).masked_fill(lost, 0)
+        self.idle_tokens.add_(n_tokens).masked_fill_(fired > 0, 0)
+
+    @torch.no_grad()
+    def _apply(self, norms: Tensor, run: Forward, void: Tensor) -> None:
+        """Clip, step and renormalise; a learner that has failed, and a void step, keep the weights bit for bit."""
         # Fused Adam reads these two for mixed precision: it divides gradients by grad_scale and skips the step where
         # found_inf is set. Here that clips and stops in the optimiser's own kernel, without a wait for the device.
         self.optimiser.grad_scale = (norms.norm() / self.settings.grad_clip).clamp_min(1.0)
-        self.optimiser.found_inf = bad.to(torch.float32)
+        self.optimiser.found_inf = void.to(torch.float32)
         self.optimiser.step()
-        ops.normalise(self.sae.W_dec, unless=bad)
+        ops.normalise(self.sae.W_dec, unless=void)
         for name, value in run.state.items():
-            self.arch.state[name] = torch.where(bad, self.arch.state[name], value)
+            self.arch.state[name] = torch.where(void, self.arch.state[name], value)
         self.arch.settle()
 
     @torch.no_grad()
@@ -256,7 +314,7 @@ class Learner:
         terms = {name: term.detach() for name, term in terms.items()}
         extra = {}
         if self.control:
-            dense = torch.tensor(float(self.arch.crossover.dense))
+            dense = torch.full_like(l0, float(run.pattern.dense))
             extra = {"details/l0_coefficient": self.control.coefficient * run.price, "details/dense_products": dense}
         if "threshold" in self.sae.form.vectors:
             extra["details/threshold"] = self.sae.threshold.mean()
@@ -268,39 +326,3 @@ class Learner:
             "details/grad_norm": norms.norm(),
             **extra,
         }
-
-
-def _new_sae(spec: SAESpec, d_in: int, device: str | torch.device) -> SAE:
-    """The SAE that will be finished: of its architecture's form, whose name is kept where the form has another."""
-    form = TRAINED[spec.arch].form
-    metadata = {} if form == spec.arch else {"trained_as": spec.arch}
-    k = round(spec.l0) if form == "topk" else None
-    return SAE(SAEConfig(form, d_in, spec.width, k=k, metadata=metadata), device=device)
-
-
-def geometric_median(x: Float[Tensor, "n d_in"], n_steps: int = 30) -> Float[Tensor, " d_in"]:
-    """Return the point with the least summed distance to the rows of x (Weiszfeld's iteration)."""
-    mean = x.mean(0)
-    x = x - mean  # so that distances come out of products, which take no memory, without loss
-    squares, median = x.square().sum(1), torch.zeros_like(mean)
-    for _ in range(n_steps):
-        distances = (squares - 2 * (x @ median) + median.square().sum()).clamp_min(1e-16).sqrt()
-        weights = 1 / distances
-        median = weights @ x / weights.sum()
-    return mean + median
-
-
-def default_lr(spec: SAESpec, n_steps: int) -> float:
-    """base·√(2^14/width)·min(8, max(1, √(30,000/n_steps))), base by architecture.
-
-    The last factor is for short runs and measured at 500 steps, where it is 7.7.
-    """
-    short = min(8.0, max(1.0, math.sqrt(30_000 / n_steps)))
-    return TRAINED[spec.arch].base_lr * math.sqrt(2**14 / spec.width) * short
-
-
-def lr_factor(step: int, n_steps: int, warm_up: float, decay: float) -> float:
-    """Rise linearly over the first share of the steps, stay at 1, fall linearly to 0 over the last share."""
-    rise = (step + 1) / max(1.0, warm_up * n_steps)
-    fall = (n_steps - step) / max(1.0, decay * n_steps)
-    return min(1.0, rise, fall)

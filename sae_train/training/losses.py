@@ -29,9 +29,9 @@ def nested_mse(x: Float[Tensor, "batch d_in"], prefixes: Float[Tensor, "batch n_
     return (x[:, None] - prefixes).square().sum(2).mean()
 
 
-def l1(values: Tensor, latents: Tensor, W_dec: Tensor, batch: int) -> Float[Tensor, ""]:
+def l1(values: Tensor, pattern: ops.Pattern, W_dec: Tensor) -> Float[Tensor, ""]:
     """⟨Σ_i f_i·‖W_dec,i‖⟩ over the active latents (Anthropic, April 2024 update)."""
-    return (ops.sum_at(latents, values, len(W_dec)) * W_dec.norm(dim=1)).sum() / batch
+    return (ops.sum_by_latent(values, pattern) * W_dec.norm(dim=1)).sum() / (pattern.offsets.numel() - 1)
 
 
 def aux_k(

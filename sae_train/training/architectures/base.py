@@ -77,6 +77,8 @@ class Architecture(ABC):
     """whether its step may run under autocast to bfloat16"""
     waits_for_nothing = False
     """whether nothing on the host depends on what a step finds on the device, so that it can be recorded there"""
+    counts_vary = False
+    """whether batches differ in how many latents are active: then that holds for steps given `crossover.room`"""
 
     def __init__(self, sae: SAE, spec: SAESpec, settings: TrainSettings, ranks: Ranks):
         if ranks.size > 1 and not self.shares_batches:
@@ -129,10 +131,10 @@ class Architecture(ABC):
 
 
 @torch.no_grad()
-def sum_excess(excess: Tensor) -> Float[Tensor, 2]:
-    """Sum and number of the positive ones of some latents' distances to their levels."""
+def sum_excess(excess: Tensor, pattern: ops.Pattern) -> Float[Tensor, 2]:
+    """Sum and number of the positive ones of the distances to their levels, of the latents at a pattern."""
     above = excess.detach().clamp_min(0.0)
-    return torch.stack([above.sum(), (above > 0).sum()])
+    return torch.stack([ops.sum_all(above, pattern), (above > 0).sum()])
 
 
 def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"], bias: Tensor) -> Float[Tensor, "n d_sae"]:

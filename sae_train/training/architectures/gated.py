@@ -45,7 +45,7 @@ class Gated(Architecture):
         frozen = ops.decode_active(gate, pattern, sae.W_dec.detach(), sae.b_dec.detach())
         return Forward(
             recon, values, pattern, losses.mse(x, recon),
-            sparsity=losses.l1(gate, pattern.latents, sae.W_dec, len(x)), extra=losses.mse(x, frozen),
+            sparsity=losses.l1(gate, pattern, sae.W_dec), extra=losses.mse(x, frozen),
         )  # fmt: skip
 
     def revival(self, run, x, recon, dead):

@@ -35,7 +35,7 @@ class JumpReLU(Architecture):
 
     form, base_lr = "jumprelu", 2e-4
     first_coefficient = 0.4
-    takes_bfloat16 = moves_levels = True
+    takes_bfloat16 = moves_levels = waits_for_nothing = counts_vary = True
 
     def make_leaves(self):
         # A step of log θ changes θ by a share: the rule that wide SAEs take small steps is not for it.
@@ -60,7 +60,7 @@ class JumpReLU(Architecture):
         error = error / len(x)
         price = self.ranks.mean(error.detach()) / self.spec.l0
         # log θ is what moves, so that distances are shares of θ.
-        excess = sum_excess(values.detach() / threshold.detach()[pattern.latents] - 1)
+        excess = sum_excess(values.detach() / threshold.detach()[pattern.latents] - 1, pattern)
         return Forward(recon, values, pattern, error, active / len(x), price, excess=excess)
 
     def revival(self, run, x, recon, dead):

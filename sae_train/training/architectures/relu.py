@@ -26,7 +26,7 @@ class ReLU(Architecture):
 
     form, base_lr = "relu", 6e-4
     lr_factors, first_coefficient = {"b_enc": 10.0}, 0.3
-    takes_bfloat16 = True
+    takes_bfloat16 = waits_for_nothing = counts_vary = True
 
     def make_leaves(self):
         return {"b_enc": self.sae.b_enc, "b_dec": self.sae.b_dec}
@@ -37,7 +37,7 @@ class ReLU(Architecture):
     def forward(self, x):
         sae = self.sae
         values, pattern = ops.active_above(x, sae.W_enc, sae.b_enc, sae.b_dec, 0.0, crossover=self.crossover)
-        sparsity = losses.l1(values, pattern.latents, sae.W_dec, len(x))
+        sparsity = losses.l1(values, pattern, sae.W_dec)
         recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
         return Forward(recon, values, pattern, error / len(x), sparsity)
 

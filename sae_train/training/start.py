@@ -1,0 +1,52 @@
+"""What a learner starts from: its SAE, the point it is centred on, and its learning rate with the schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from sae_train.sae.model import SAE, SAEConfig
+from sae_train.training.architectures import TRAINED
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from sae_train.config import SAESpec
+
+
+def new_sae(spec: SAESpec, d_in: int, device: str | torch.device) -> SAE:
+    """The SAE that will be finished: of its architecture's form, whose name is kept where the form has another."""
+    form = TRAINED[spec.arch].form
+    metadata = {} if form == spec.arch else {"trained_as": spec.arch}
+    k = round(spec.l0) if form == "topk" else None
+    return SAE(SAEConfig(form, d_in, spec.width, k=k, metadata=metadata), device=device)
+
+
+def geometric_median(x: Float[Tensor, "n d_in"], n_steps: int = 30) -> Float[Tensor, " d_in"]:
+    """Return the point with the least summed distance to the rows of x (Weiszfeld's iteration)."""
+    mean = x.mean(0)
+    x = x - mean  # so that distances come out of products, which take no memory, without loss
+    squares, median = x.square().sum(1), torch.zeros_like(mean)
+    for _ in range(n_steps):
+        distances = (squares - 2 * (x @ median) + median.square().sum()).clamp_min(1e-16).sqrt()
+        weights = 1 / distances
+        median = weights @ x / weights.sum()
+    return mean + median
+
+
+def default_lr(spec: SAESpec, n_steps: int) -> float:
+    """base·√(2^14/width)·min(8, max(1, √(30,000/n_steps))), base by architecture.
+
+    The last factor is for short runs and measured at 500 steps, where it is 7.7.
+    """
+    short = min(8.0, max(1.0, math.sqrt(30_000 / n_steps)))
+    return TRAINED[spec.arch].base_lr * math.sqrt(2**14 / spec.width) * short
+
+
+def lr_factor(step: int, n_steps: int, warm_up: float, decay: float) -> float:
+    """Rise linearly over the first share of the steps, stay at 1, fall linearly to 0 over the last share."""
+    rise = (step + 1) / max(1.0, warm_up * n_steps)
+    fall = (n_steps - step) / max(1.0, decay * n_steps)
+    return min(1.0, rise, fall)
