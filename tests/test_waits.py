@@ -188,8 +188,8 @@ class PlayedAgain:
         return self.step(x)
 
 
-# Some batches are far larger than those before: with many more active latents.
-SIZES = (1.0, 1.0, 1.0, 4.0, 1.0, 1.0, 6.0)
+# One batch is far larger than those before: with many more active latents.
+SIZES = (0.4, 0.4, 0.4, 0.4, 6.0, 0.4, 0.4)
 
 
 @interpreted
@@ -216,16 +216,17 @@ def test_a_step_without_room_is_made_again_and_the_weights_are_those_of_unrecord
 
 
 def assert_same_state(a: Learner, b: Learner) -> None:
-    def flat(value, name):
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-        return (
-            {name: value}
-            if items is None
-            else {k: v for key, part in items for k, v in flat(part, f"{name}/{key}").items()}
-        )
-
-    one, two = flat(a.state_dict(), ""), flat(b.state_dict(), "")
+    one, two = dict(flat(a.state_dict(), "")), dict(flat(b.state_dict(), ""))
     assert one.keys() == two.keys()
     for name, value in one.items():
         same = torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name]
         assert same, name
+
+
+def flat(value, name):
+    """Yield what is in nested dictionaries and lists, by name."""
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(part, dict | list):
+            yield from flat(part, f"{name}/{key}")
+        else:
+            yield f"{name}/{key}", part

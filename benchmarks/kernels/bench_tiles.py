@@ -28,7 +28,10 @@ WARM_UP, ROUNDS, CALLS = 5, 7, 5
 
 
 def main() -> None:
+    global WARM_UP, ROUNDS, CALLS
     args = _arguments()
+    if args.once:
+        WARM_UP, ROUNDS, CALLS = 0, 1, 1
     torch.set_float32_matmul_precision("high")
     p = Problem("topk", args.d_in, args.d_sae, args.batch, args.k, args.device)
     rows = decoder_rows(p)
@@ -92,6 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("d-in", 768), ("d-sae", 65536), ("batch", 8192), ("k", 50)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N")
+    parser.add_argument("--once", action="store_true", help="one call each: to see that it runs")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="cpu only with TRITON_INTERPRET=1")
     return parser.parse_args()
 
