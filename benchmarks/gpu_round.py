@@ -55,7 +55,7 @@ def parts(args: argparse.Namespace) -> Iterator[Part]:
             yield Part(f"profile of {arch}, d_in {d_in}", limit, command, interpreted=tiny)
     yield _text(args, device)
     yield _steps("steps at 16k", 90, args, "16384")
-    sizes = _sizes(8, 16, 2, 2) + ("--once",) if tiny else _sizes(768, 65536, 8192, 50)
+    sizes = (*_sizes(8, 16, 2, 2), "--once") if tiny else _sizes(768, 65536, 8192, 50)
     yield Part("tiles", 40, (*module, "benchmarks.kernels.bench_tiles", *device, *sizes), interpreted=tiny)
     words = ("--eval-words", "260") if tiny else ()
     set_up = (*python, "benchmarks/eval_contexts.py", "--set-up", "--model", "speller", *words)

@@ -227,7 +227,8 @@ def _run(command: list[str], threads: int, huge: bool) -> dict[str, Any]:
 
 def _rows(job: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return tokens a second of each side, the ratio, each part's share in percent, and what evaluating adds."""
-    common = {"date": time.strftime("%Y-%m-%d"), "machine": machine(job["device"]), "load": round(os.getloadavg()[0], 2),
+    common = {"date": time.strftime("%Y-%m-%d"), "machine": machine(job["device"]),
+              "load": round(os.getloadavg()[0], 2),
               **{key: job[key] for key in ("threads", "d_sae", "k", "batch", "tokens")},
               "model": f"{Path(job['model']).name}{'' if job['dtype'] == 'float32' else ', ' + job['dtype']}",
               "d_in": runs["sae-train"][0]["d_in"]}  # fmt: skip
@@ -279,8 +280,8 @@ def _arguments() -> argparse.Namespace:
     for name, default in (("d-sae", 16_384), ("k", 50), ("batch", 2048), ("tokens", 204_800), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: without the peers, and the parts "
-                        "are what the host does, since nothing waits for the GPU but the end")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: without peers; parts are what "
+                        "the host does, which waits for the GPU only at the end")  # fmt: skip
     parser.add_argument("--hook", help="default: residual stream after the middle block")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the language model")
     parser.add_argument("--evaluate", action="store_true", help="by the absorption eval, after training")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sae_train.kernels import ops
 from sae_train.training import losses
 
 G = torch.Generator().manual_seed(0)
@@ -20,7 +21,8 @@ def test_mse_sums_over_d_in_and_averages_over_the_batch():
 
 def test_l1_weights_each_latent_by_its_decoder_norm():
     W_dec = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    value = losses.l1(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0, 1, 0]), W_dec, batch=2)
+    pattern = ops.Pattern(torch.tensor([0, 1, 0]), torch.tensor([0, 2, 3]), d_sae=2)
+    value = losses.l1(torch.tensor([1.0, 2.0, 1.0]), pattern, W_dec)
     assert value.item() == (5 + 4 + 5) / 2
 
 

@@ -1,8 +1,8 @@
 """What a training step on a GPU must move and multiply, part by part: the yardstick that a profile is read against.
 
-    python -m benchmarks.kernels.model                                    topk, relu, jumprelu at four sizes
+    python -m benchmarks.kernels.model                         topk, relu, jumprelu at four sizes, every part
     python -m benchmarks.kernels.model --arch topk --d-in 2304 --d-sae 65536 --batch 8192 --k 50
-    python -m benchmarks.kernels.model --summary                          two tables: all sizes, and what would save most
+    python -m benchmarks.kernels.model --summary               two tables: all sizes, and what would save most
 
 Arithmetic, not a measurement: bytes that pass memory, bytes gathered row by row, and operations of products, each over
 its rate on an H200; a part takes the longest of the three. Weights are float32, products bfloat16, no latent is dead.
@@ -111,7 +111,7 @@ def _encoder(s: Sizes) -> list[Part]:
 
 
 def _loss(s: Sizes) -> list[Part]:
-    rows, W_dec = WORD * s.entries * s.d, WORD * s.matrix
+    rows, flop, W_dec = WORD * s.entries * s.d, 2.0 * s.entries * s.d, WORD * s.matrix
     if s.arch == "topk":
         # In the backward: residual, times two, to bfloat16, and b_dec's sum.
         return [
@@ -126,10 +126,10 @@ def _loss(s: Sizes) -> list[Part]:
             Part("gradient of the error", "elementwise", 7.5 * WORD * s.x),
         ]
     out = [
-        Part("decode", "bag_kernel", WORD * s.x, rows, 2.0 * s.entries * s.d, W_dec),
+        Part("decode", "bag_kernel", WORD * s.x, rows, flop, W_dec),
         # recon − x squared and summed, its backward, and b_dec's sum.
         Part("error and its gradient", "elementwise", 9 * WORD * s.x),
-        Part("values' gradient", "dots_kernel", WORD * s.x, rows, 2.0 * s.entries * s.d, W_dec),
+        Part("values' gradient", "dots_kernel", WORD * s.x, rows, flop, W_dec),
     ]
     if s.arch == "relu":  # norms, their backward, and adding that to the decoder's gradient
         return [*out, Part("decoder norms in the L1 and their gradient", "norm", 6 * WORD * s.matrix)]
