@@ -29,6 +29,7 @@ if INTERPRETED:
     from sae_train.kernels import crossover, ops
     from sae_train.training import recording
     from sae_train.training.learner import Learner
+    from sae_train.training.precision import matmul_precision
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the tests below run in this process")
@@ -209,6 +210,9 @@ def test_a_step_without_room_is_made_again_and_the_weights_are_those_of_unrecord
     for size in SIZES:
         x = batch(0, size)
         played.last, launched.last = played.step(x), launched.step(x)
+        if arch == "jumprelu":  # made again between steps, where other products may be in another precision
+            with matmul_precision("high"):
+                played.check()
     assert_same_state(played, launched)
     assert again == [0, 4] and PlayedAgain.played >= 3
 

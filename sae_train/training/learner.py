@@ -16,7 +16,7 @@ from sae_train.kernels import ops
 from sae_train.sae.model import SAE, fold_decoder_norm, fold_scale
 from sae_train.training.architectures import TRAINED, Forward
 from sae_train.training.l0 import L0Controller, LevelController
-from sae_train.training.precision import takes_bfloat16
+from sae_train.training.precision import matmul_precision, takes_bfloat16
 from sae_train.training.ranks import Ranks
 from sae_train.training.recording import Late, Recorder, Room
 from sae_train.training.start import default_lr, geometric_median, lr_factor, new_sae
@@ -84,7 +84,7 @@ class Learner:
         self.recorder = Recorder()
         self.room = Room()
         self.n_found = torch.zeros((), **new)
-        self.unsettled: tuple[Tensor, int, Late] | None = None
+        self.unsettled: tuple[Tensor, int, Late, str] | None = None
 
     @torch.no_grad()
     def initialise(self, sample: Float[Tensor, "n d_in"]) -> None:
@@ -118,14 +118,15 @@ class Learner:
         """
         if self.unsettled is None:
             return
-        (x, room, found), self.unsettled = self.unsettled, None
+        (x, room, found, precision), self.unsettled = self.unsettled, None
         n = found.read()
         self.room.take_in(n)
         if n <= room:
             self.arch.crossover.take_in(n, len(x) * self.spec.width, self.device)
             return
         self.step_count -= 1
-        self.last = self._make(x, None)
+        with matmul_precision(precision):
+            self.last = self._make(x, None)
         self.step_count += 1
 
     def _make(self, x: Tensor, room: int | None) -> dict[str, Tensor]:
@@ -138,7 +139,7 @@ class Learner:
         kind = room, crossover.dense, crossover.crowded
         metrics = self.recorder.make(self._step, x, may_play, kind)
         if room is not None:
-            self.unsettled = x, room, Late(self.n_found)
+            self.unsettled = x, room, Late(self.n_found), torch.get_float32_matmul_precision()
         return metrics | {"details/lr": torch.tensor(self.lr_now)}
 
     def _revives(self) -> bool:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from sae_train.training.precision import matmul_precision
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -215,15 +217,9 @@ def tf32_products(learners: Iterable[Learner]) -> Iterator[None]:
     PyTorch knows one precision for a whole process, and the language model and the evals, which have their turn between
     steps, are not to lose theirs.
     """
-    if not any(learner.bfloat16 for learner in learners):
+    takes = any(learner.bfloat16 for learner in learners)
+    with matmul_precision("high") if takes else contextlib.nullcontext():
         yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def running(learners: list[Learner]) -> list[Learner]:

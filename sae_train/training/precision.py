@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,3 +24,14 @@ def takes_bfloat16(settings: TrainSettings, device: torch.device) -> bool:
     if asked == "bfloat16" and not fused:
         raise UserError("precision bfloat16 is for GPUs with the package triton: take auto or float32")
     return fused and (asked == "bfloat16" or (asked == "auto" and torch.cuda.is_bf16_supported()))
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Let the process make float32 products in the precision of that name, and as before afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
