@@ -13,9 +13,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_train.kernels import patterns, screen
+from sae_train.kernels import screen
 from sae_train.kernels.crossover import Crossover
-from sae_train.kernels.patterns import Pattern, dots, row_pattern, sum_by_token, top_k
+from sae_train.kernels.patterns import Pattern, dots, row_pattern, sum_at, sum_by_latent, sum_by_token, top_k
 from sae_train.kernels.rows import normalise, remove_parallel
 
 __all__ = ["normalise", "remove_parallel"]  # handed through
@@ -39,7 +39,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, grad):
         centred, W_enc = ctx.saved_tensors
         pattern = ctx.pattern
-        d_W = patterns.sum_by_latent(pattern, grad, centred).t()
+        d_W = sum_by_latent(pattern, grad, centred).t()
         d_b = torch.zeros_like(W_enc[0]).scatter_add_(0, pattern.latents, grad)
         d_x = None
         if ctx.needs_input_grad[0]:
@@ -62,7 +62,7 @@ class _Decode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         grad = grad.contiguous()
         d_values = dots(ctx.pattern, grad, W_dec) if ctx.needs_input_grad[0] else None
-        d_W = patterns.sum_by_latent(ctx.pattern, values, grad) if ctx.needs_input_grad[1] else None
+        d_W = sum_by_latent(ctx.pattern, values, grad) if ctx.needs_input_grad[1] else None
         return d_values, d_W, grad.sum(0), None
 
 
@@ -84,7 +84,7 @@ class _DecodeError(torch.autograd.Function):
         values, W_dec, residual = ctx.saved_tensors
         along = residual * (0.0 if d_error is None else 2 * d_error)
         grad = along if d_recon is None else along + d_recon
-        d_W = patterns.sum_by_latent(ctx.pattern, values, grad)
+        d_W = sum_by_latent(ctx.pattern, values, grad)
         d_x = -along if ctx.needs_input_grad[3] else None
         return dots(ctx.pattern, grad, W_dec), d_W, grad.sum(0), d_x, None
 
@@ -175,12 +175,12 @@ def jumprelu_active(
     return JumpReLU.apply(pre, theta, bandwidth), Step.apply(pre, theta, bandwidth).sum()
 
 
-def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
+def totals_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
     """Return Σ values of each latent, differentiable."""
-    return patterns.sum_at(pattern.latents, values, pattern.d_sae)
+    return sum_at(pattern.latents, values, pattern.d_sae)
 
 
-def sum_all(values: Tensor, pattern: Pattern) -> Tensor:
+def total(values: Tensor, pattern: Pattern) -> Tensor:
     """Return Σ values over all entries, differentiable."""
     return values.sum()
 

@@ -199,12 +199,12 @@ def jumprelu_active(
     return _JumpReLU.apply(pre, threshold, pattern, bandwidth)
 
 
-def sum_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
+def totals_by_latent(values: Tensor, pattern: Pattern) -> Tensor:
     """Return Σ values of each latent, differentiable."""
     return _Sums.apply(values, pattern, True)
 
 
-def sum_all(values: Tensor, pattern: Pattern) -> Tensor:
+def total(values: Tensor, pattern: Pattern) -> Tensor:
     """Return Σ values over all entries, token by token, differentiable."""
     return _Sums.apply(values, pattern, False)
 

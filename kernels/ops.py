@@ -143,14 +143,14 @@ def jumprelu_active(pre, pattern: Pattern, threshold, bandwidth: Tensor | float,
     return _twin(impl, pre).jumprelu_active(pre, pattern, threshold, bandwidth)
 
 
-def sum_by_latent(values, pattern: Pattern, impl: str | None = None) -> Tensor:
+def totals_by_latent(values, pattern: Pattern, impl: str | None = None) -> Tensor:
     """Return the sum of each latent's values, (d_sae,) (for training)."""
-    return _twin(impl, values).sum_by_latent(values, pattern)
+    return _twin(impl, values).totals_by_latent(values, pattern)
 
 
-def sum_all(values, pattern: Pattern, impl: str | None = None) -> Tensor:
+def total(values, pattern: Pattern, impl: str | None = None) -> Tensor:
     """Return the sum of the values at a pattern's entries, the same bits however much room there was (for training)."""
-    return _twin(impl, values).sum_all(values, pattern)
+    return _twin(impl, values).total(values, pattern)
 
 
 def _dense(values: Tensor, pattern: Pattern) -> Tensor:

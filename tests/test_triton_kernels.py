@@ -206,6 +206,35 @@ def test_entries_above_a_floor_are_all_and_only_those(how, level):
 
 
 @runs
+@each_plan
+@pytest.mark.parametrize(("level", "share"), [(0.5, 2.0), (-50.0, 1.0), (0.5, 0.5)])
+def test_entries_are_the_same_in_a_room_that_is_given_and_end_where_it_does(how, level, share):
+    """Groups of 16 or 32 with up to all of their members above the floor, and room for 2 or 4 candidates."""
+    x, W_enc, b_enc, *_ = (t.detach() for t in inputs(3, 8, 40))
+    floor = level + torch.rand(40, device=DEVICE)
+    weights = W_enc.t().contiguous(), b_enc, floor
+    values, latents, offsets = encoders.above(x, *weights, how)
+    capacity = round(share * len(values))
+    n = min(capacity, len(values))
+    roomy = encoders.above(x, *weights, how, capacity)
+    assert torch.equal(roomy[2], offsets) and len(roomy[0]) == len(roomy[1]) == capacity
+    assert torch.equal(roomy[0][:n], values[:n]) and torch.equal(roomy[1][:n], latents[:n])
+    assert not roomy[0][n:].any() and not roomy[1][n:].any()
+
+
+@runs
+def test_a_pattern_says_whether_entries_found_no_room():
+    tensors = inputs(3, 8, 40)
+    found = ops.active_above(*tensors[:4], 0.5, impl="triton")[1]
+    assert found.lost is None
+    for room, lost in ((len(found.latents), False), (len(found.latents) - 1, True)):
+        choice = ops.Crossover(mean=0.0, room=room)
+        pattern = ops.active_above(*tensors[:4], 0.5, impl="triton", crossover=choice)[1]
+        assert pattern.lost.item() is lost and pattern.n_found == len(found.latents)
+        assert pattern.offsets.max() <= room and choice.mean == 0.0
+
+
+@runs
 def test_every_op_agrees_with_the_truth_on_awkward_inputs():
     from benchmarks.kernels import checks
 

@@ -19,7 +19,7 @@ from sae_train.training.l0 import L0Controller, LevelController
 from sae_train.training.precision import matmul_precision, takes_bfloat16
 from sae_train.training.ranks import Ranks
 from sae_train.training.recording import Late, Recorder, Room
-from sae_train.training.start import default_lr, geometric_median, lr_factor, new_sae
+from sae_train.training.start import default_lr, geometric_median, lr_factor, new_adam, new_sae
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -66,7 +66,7 @@ class Learner:
         self.trained = {name: leaf.detach() for name, leaf in self.leaves.items()}
         # Contiguous, as the optimiser wants it.
         self.trained["W_enc"] = self.trained["W_enc"].t()
-        self.optimiser = self._optimiser()
+        self.optimiser = new_adam(self.trained, self.arch.lr_factors, self.lr)
         self.control = None
         if self.arch.first_coefficient is not None:
             first = round(settings.lr_warm_up * n_steps)
@@ -125,7 +125,7 @@ class Learner:
             self.arch.crossover.take_in(n, len(x) * self.spec.width, self.device)
             return
         self.step_count -= 1
-        with matmul_precision(precision):
+        with matmul_precision(precision), torch.enable_grad():
             self.last = self._make(x, None)
         self.step_count += 1
 
@@ -161,7 +161,8 @@ class Learner:
             p.grad = None
         fired, n_tokens = self.ranks.sum(run.count_fired()), len(x) * self.ranks.size
         l0 = fired.sum() / n_tokens
-        self._note_idle(fired, n_tokens, lost)
+        idle = (self.idle_tokens + n_tokens).masked_fill_(fired > 0, 0)
+        self.idle_tokens.copy_(idle if lost is None else torch.where(lost, self.idle_tokens, idle))
         metrics = self._metrics(run, terms, l0, norms)
         if self.control:
             self.control.update(l0, self.now, ~void)
@@ -231,16 +232,6 @@ class Learner:
         self.recorder.forget()
         self.room, self.unsettled = Room(), None
 
-    def _optimiser(self) -> torch.optim.Adam:
-        by_factor: dict[float, list[Tensor]] = {}
-        for name, p in self.trained.items():
-            by_factor.setdefault(self.arch.lr_factors.get(name, 1.0), []).append(p)
-        on_gpu = self.device.type == "cuda"  # there rates are tensors, for recorded steps to read
-        groups = [{"params": params, "factor": factor} for factor, params in by_factor.items()]
-        for group in groups if on_gpu else ():
-            group["lr"] = torch.full((), self.lr, device=self.device)
-        return torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True, capturable=on_gpu)
-
     def _set_lr(self) -> None:
         s = self.settings
         self.lr_now = self.lr * lr_factor(self.step_count, self.n_steps, s.lr_warm_up, s.lr_decay)
@@ -289,13 +280,6 @@ class Learner:
         new = (self.failure[0] < 0) & ~finite.all()
         self.failure.copy_(torch.where(new if lost is None else new & ~lost, now, self.failure))
         return self.failure[0] >= 0
-
-    @torch.no_grad()
-    def _note_idle(self, fired: Tensor, n_tokens: int, lost: Tensor | None) -> None:
-        """Count for how many tokens each latent has not been active."""
-        if lost is not None:  # then 0 tokens more, and no latent is active
-            fired, n_tokens = fired.masked_fill(lost, 0), torch.full_like(self.now, n_tokens).masked_fill(lost, 0)
-        self.idle_tokens.add_(n_tokens).masked_fill_(fired > 0, 0)
 
     @torch.no_grad()
     def _apply(self, norms: Tensor, run: Forward, void: Tensor) -> None:

@@ -31,7 +31,7 @@ def nested_mse(x: Float[Tensor, "batch d_in"], prefixes: Float[Tensor, "batch n_
 
 def l1(values: Tensor, pattern: ops.Pattern, W_dec: Tensor) -> Float[Tensor, ""]:
     """⟨Σ_i f_i·‖W_dec,i‖⟩ over the active latents (Anthropic, April 2024 update)."""
-    return (ops.sum_by_latent(values, pattern) * W_dec.norm(dim=1)).sum() / (pattern.offsets.numel() - 1)
+    return (ops.totals_by_latent(values, pattern) * W_dec.norm(dim=1)).sum() / (pattern.offsets.numel() - 1)
 
 
 def aux_k(

@@ -1,4 +1,4 @@
-"""What a learner starts from: its SAE, the point it is centred on, and its learning rate with the schedule."""
+"""What a learner starts from: its SAE, the point it is centred on, its optimiser, its learning rate with the schedule."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sae_train.sae.model import SAE, SAEConfig
 from sae_train.training.architectures import TRAINED
@@ -50,3 +51,16 @@ def lr_factor(step: int, n_steps: int, warm_up: float, decay: float) -> float:
     rise = (step + 1) / max(1.0, warm_up * n_steps)
     fall = (n_steps - step) / max(1.0, decay * n_steps)
     return min(1.0, rise, fall)
+
+
+def new_adam(trained: dict[str, Tensor], factors: dict[str, float], lr: float) -> torch.optim.Adam:
+    """Return the optimiser of all that is trained; `factors` multiply the learning rate of some."""
+    by_factor: dict[float, list[Tensor]] = {}
+    for name, p in trained.items():
+        by_factor.setdefault(factors.get(name, 1.0), []).append(p)
+    device = trained["W_dec"].device
+    on_gpu = device.type == "cuda"  # there rates are tensors, for recorded steps to read
+    groups = [{"params": params, "factor": factor} for factor, params in by_factor.items()]
+    for group in groups if on_gpu else ():
+        group["lr"] = torch.full((), lr, device=device)
+    return torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True, capturable=on_gpu)

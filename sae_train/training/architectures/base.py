@@ -134,7 +134,7 @@ class Architecture(ABC):
 def sum_excess(excess: Tensor, pattern: ops.Pattern) -> Float[Tensor, 2]:
     """Sum and number of the positive ones of the distances to their levels, of the latents at a pattern."""
     above = excess.detach().clamp_min(0.0)
-    return torch.stack([ops.sum_all(above, pattern), (above > 0).sum()])
+    return torch.stack([ops.total(above, pattern), (above > 0).sum()])
 
 
 def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"], bias: Tensor) -> Float[Tensor, "n d_sae"]:
