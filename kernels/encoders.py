@@ -58,9 +58,9 @@ def above(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the entries of x·Wᵀ + b_enc above floor (d_sae,): values, latents, offsets (batch + 1) of the rows.
 
-    Waits for the device for the number of entries: once, on the slab path once a slab. With `capacity` it does not:
-    values and latents then have that length, are 0 where there is no entry, and lack the entries from place `capacity`
-    on, of which offsets (not cut) tell.
+    Waits for the device for the number of entries (on the slab path once a slab), and without a plan for whether the
+    fused path is the right one. With `capacity` it does not: values and latents then have that length, are 0 where
+    there is no entry, and lack the entries from place `capacity` on, of which offsets (not cut) tell.
     """
     unplanned, how = how is None, how or plan_above(x, W.shape[0])
     if how.path == "sort":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.kernels.model import Sizes, floor, gains, parts, total
+from benchmarks.kernels.profile_step import group_of
 
 # 1,024 parameters a matrix; 8 numbers a batch; 4 entries; two groups of 128 latents with 8 candidates each, so 32.
 TINY = Sizes("topk", d=4, F=256, B=2, k=2)
@@ -49,3 +50,19 @@ def test_gains_are_ranked_and_no_larger_than_what_there_is(arch, d):
     saved = list(gains(s).values())
     assert saved == sorted(saved, reverse=True) and saved[-1] >= 0
     assert saved[0] < total(s) - 2e3 * s.B * s.d * s.F / 790e12
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::NormTwoOps<float>>>", "norm"),
+        ("void at::native::elementwise_kernel<128, 2, at::native::direct_copy_kernel_cuda(at::TensorIter)>", "copy"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
+        ("multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>, FusedAdamMathFunctor<float, 4>>", "adam"),
+        ("normalise_kernel", "normalise_kernel"),
+        ("bag_kernel", "bag_kernel"),
+        ("some_other", "some_other"),
+    ],
+)
+def test_kernels_count_for_the_part_that_their_names_say(kernel, group):
+    assert group_of(kernel, Sizes("relu", 768, 65536, 8192, 50)) == group

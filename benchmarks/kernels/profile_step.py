@@ -25,6 +25,8 @@ from sae_train.kernels import ops
 
 COLUMNS = ("machine", "arch", "d_in", "d_sae", "batch", "k", "what", "ms", "model_ms", "bytes", "share_of_floor")
 MANY = 25
+# Words in the names of PyTorch's kernels, those that say most first: some names have several.
+COMMON = ("norm", "sort", "gemv", "copy", "reduce", "elementwise")
 
 
 def main() -> None:
@@ -56,12 +58,19 @@ def measure(p: Problem, n_steps: int) -> dict[str, float]:
     return {event.key: getattr(event, taken) / 1e3 / n_steps for event in seen.key_averages()}
 
 
+def group_of(kernel: str, s: Sizes) -> str:
+    """Return which of the model's kernels one is, by its name; its own name, cut, if it is none."""
+    rank = lambda name: COMMON.index(name) if name in COMMON else -1  # noqa: E731
+    found = [q.kernel for q in parts(s) if q.kernel in kernel.lower()]
+    return min(found, key=rank, default=kernel[:60])
+
+
 def rows_of(p: Problem, measured: dict[str, float]) -> list[dict[str, object]]:
     """Return a row for the step, and for each group of the model's parts and each other kernel, the longest first."""
     s = Sizes(p.arch, p.d_in, p.d_sae, p.batch, p.k)
     ms: dict[str, float] = defaultdict(float)
     for kernel, taken in measured.items():
-        ms[next((q.kernel for q in parts(s) if q.kernel in kernel.lower()), kernel[:60])] += taken
+        ms[group_of(kernel, s)] += taken
     common = {
         "machine": machine(p.device),
         "arch": p.arch,

@@ -1,4 +1,4 @@
-"""What a learner starts from: its SAE, the point it is centred on, its optimiser, its learning rate with the schedule."""
+"""What a learner starts from: its SAE, its centre, its optimiser, and its learning rate with the schedule."""
 
 from __future__ import annotations
 
