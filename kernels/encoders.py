@@ -8,6 +8,7 @@ ties to the lowest latent. The fused path cuts those of 2-byte products to 17 si
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 import torch.nn.functional as nnf
@@ -44,7 +45,7 @@ def precision() -> str:
 
 def topk(x: Tensor, W: Tensor, b_enc: Tensor, k: int, how: Plan | None = None) -> tuple[Tensor, Tensor]:
     """Return the k largest of each row of x·Wᵀ + b_enc: values (batch, k), latents (batch, k), in no order."""
-    how = how or plan(k, W.shape[0], x.element_size(), _path(x))
+    how = how or plan(k, W.shape[0], x.element_size(), _path(x), _capability(x.device))
     if how.path == "fused":
         x, W_grouped = _align(x), _regroup(W, x.dtype, how)
         keys, latents, _ = _candidates(x, W_grouped, b_enc, None, how)
@@ -77,7 +78,7 @@ def above(
 
 def plan_above(x: Tensor, d_sae: int, crowded: bool = False) -> Plan:
     """Return how to find entries above a floor; `crowded`: where many groups are expected to have more than R."""
-    return plan(None, d_sae, x.element_size(), "slab" if crowded else _path(x))
+    return plan(None, d_sae, x.element_size(), "slab" if crowded else _path(x), _capability(x.device))
 
 
 def _is_crowded(counts: Tensor, how: Plan) -> bool:
@@ -116,6 +117,13 @@ def _write(keys, candidates, counts, offsets, floor, values, latents, how: Plan,
         _block_k(x.shape[1], how), not dense and _cuts_keys(x), precision(), interpreted(),
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    """Return a GPU's compute capability, 90 for 9.0, as that of the interpreter too."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 def _path(x: Tensor) -> str:

@@ -47,15 +47,15 @@ def expected_repairs(n_groups: int, k: int, R: int) -> float:
 
 
 @cache
-def plan(k: int | None, d_sae: int, itemsize: int, path: str = "fused") -> Plan:
+def plan(k: int | None, d_sae: int, itemsize: int, path: str = "fused", capability: int = 90) -> Plan:
     """Return how to find the k largest (k None: all above a floor) of d_sae pre-activations.
 
     path: "fused" (GEMM tile to candidates), "slab" (cuBLAS, then candidates) or "sort" (a stable sort in slabs), which
-    comes instead where k is no small share of d_sae.
+    comes instead where k is no small share of d_sae. capability: the GPU's, 90 for 9.0.
     """
     if path != "sort":
         for R in (R_ABOVE,) if k is None else (2, 4, 8, 16):
-            how = Plan(path, GROUP[path], R, **(tile_for(itemsize) if path == "fused" else {}))
+            how = Plan(path, GROUP[path], R, **(tile_for(itemsize, capability) if path == "fused" else {}))
             if fits(how, k, d_sae) and (k is None or expected_repairs(how.n_groups(d_sae), k, R) <= MAX_REPAIRED):
                 return how
     return Plan("sort", 1, 1)
@@ -67,13 +67,14 @@ def fits(how: Plan, k: int | None, d_sae: int) -> bool:
     return d_sae // n_groups >= how.R and (k or 0) <= candidates <= MAX_CANDIDATES
 
 
-def tile_for(itemsize: int) -> dict[str, int]:
+def tile_for(itemsize: int, capability: int) -> dict[str, int]:
     """Return the GEMM tile for elements of that many bytes.
 
     Of 2 bytes with 4 warps: two programs then fit on a multiprocessor, and one multiplies while the other selects (1.8
-    ms in place of 3.4, though with a floor a few registers spill).
+    ms in place of 3.4, though with a floor a few registers spill). GPUs before 9.0 would spill 4 KB a thread.
     """
-    return {"block_m": 128, "block_k": 128 // itemsize, "warps": 4 if itemsize == 2 else 8, "stages": 3}
+    warps = 4 if itemsize == 2 and capability >= 90 else 8
+    return {"block_m": 128, "block_k": 128 // itemsize, "warps": warps, "stages": 3}
 
 
 def warps_for(block: int) -> int:
