@@ -106,10 +106,15 @@ def test_a_forgotten_gradient_is_flagged(function, i, monkeypatch):
     assert wrong(shapes=ODD)
 
 
-def test_a_bound_without_its_slack_is_flagged(monkeypatch):
+def test_a_bound_that_forgets_what_rounding_leaves_over_is_flagged(monkeypatch):
     monkeypatch.setattr(screen, "_multiplies_bfloat16", lambda: True)
-    of = screen.Screen.of
-    monkeypatch.setattr(screen.Screen, "of", lambda *problem: replace(of(*problem), slack=torch.zeros(len(problem[0]))))
+    round_rows = screen._round
+
+    def without_rest(*given, **options):
+        rounded, norms, rest = round_rows(*given, **options)
+        return rounded, norms, torch.zeros_like(rest)
+
+    monkeypatch.setattr(screen, "_round", without_rest)
     monkeypatch.setattr(screen, "ROUNDING", 0.0)
     assert wrong(shapes=SCREENED)
 
