@@ -90,22 +90,28 @@ def old_fractions(folder: Path, run: dict[str, Any], names: list[str]) -> dict[s
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one line an SAE."""
-    lines = [
-        "| | L0 asked, reached | EV | loss recovered | dead | letters | F1 | "
-        "fraction | random | older fraction | full | random |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown, one line an SAE; the older fraction is left out where it was not computed."""
+    lines = []
     for it in rows:
-        cells = [
-            f"{it['arch']}, {it['width'] // 1024}k", f"{it['l0_asked']:g}, {it['l0']:.2f}", _share(it["ev"], 3),
-            _share(it["loss_recovered"], 3), f"{it['dead']:.0%}".replace("%", " %"),
-            "–" if it["letters"] is None else f"{it['letters']:.0f}", _share(it["mean_f1"], 2),
-            _interval(it, "fraction"), _share(it["random_fraction"], 2), _share(it["old_fraction"], 3),
-            _interval(it, "full"), _share(it["random_full"], 2),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = {
+            "": f"{it['arch']}, {it['width'] // 1024}k",
+            "L0 asked, reached": f"{it['l0_asked']:g}, {it['l0']:.2f}",
+            "EV": _share(it["ev"], 3),
+            "loss recovered": _share(it["loss_recovered"], 3),
+            "dead": f"{it['dead']:.0%}".replace("%", " %"),
+            "letters": "–" if it["letters"] is None else f"{it['letters']:.0f}",
+            "F1": _share(it["mean_f1"], 2),
+            "fraction": _interval(it, "fraction"),
+            "random SAE's": _share(it["random_fraction"], 2),
+            "older fraction": _share(it["old_fraction"], 3),
+            "full": _interval(it, "full"),
+            "random SAE's ": _share(it["random_full"], 2),
+        }
+        if all(row["old_fraction"] is None for row in rows):
+            del cells["older fraction"]
+        lines.append(cells)
+    body = [f"| {' | '.join(cells.values())} |" for cells in lines]
+    return "\n".join([f"| {' | '.join(lines[0])} |", "|" + "---|" * len(lines[0]), *body])
 
 
 def words(folder: Path, name: str) -> str:
