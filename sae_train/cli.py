@@ -1,7 +1,6 @@
-"""The command line: which commands and flags there are, and the call that each makes. Mistakes become a sentence on
-stderr and exit code 2.
+"""The command line: which commands there are, and the call that each makes.
 
-Flags and their help are made from the settings tree; nothing heavy is imported before a command runs.
+Mistakes become a sentence on stderr and exit code 2. Nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 from cyclopts import App, Group, Parameter
 
-from sae_train.config import Settings, groups, leaves, resolve
+from sae_train.config import Settings, resolve
+from sae_train.config.flags import EvalFlags, TrainFlags
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +33,9 @@ EPILOGUE = """Examples:
 - `sae-train --config configs/gemma-2-2b.yaml --dry-run`
 """
 
+SESSION = Group("Session", sort_key=-1)
+FLAT = Parameter(name="*")  # a dataclass whose fields are flags of the command's own
+
 app = App(
     name="sae-train",
     help="Train sparse autoencoders at a controlled width and L0, and watch first-letter absorption meanwhile.",
@@ -44,58 +45,6 @@ app = App(
     version=lambda: __import__("importlib.metadata").metadata.version("sae-train"),
     default_parameter=Parameter(negative=(), show_default=False),
 )
-
-
-SESSION = Group("Session", sort_key=-1)
-BRANCHES = {
-    name: Group((model.__doc__ or name).strip(), sort_key=order) for order, (name, model) in enumerate(groups().items())
-}
-FLAT = Parameter(name="*")  # a dataclass whose fields are flags of the command's own
-OF_AN_EVAL = (
-    "model", "hook", "device", "dtype", "trust_remote_code", "dataset", "text_column", "preset", "hierarchy",
-    "template", "eval_words", "eval_contexts", "eval_seed", "eval_cache",
-)  # fmt: skip
-
-
-def _flags(names: Iterable[str], titled: bool = False, **texts: str) -> type:
-    """A dataclass of settings as flags, where None is not given; `texts` replace help that means training alone."""
-    made = [(name, _flag(name, titled, texts.get(name)), None) for name in names]
-    return make_dataclass("Flags", made, frozen=True)
-
-
-def _flag(name: str, titled: bool, text: str | None) -> Any:
-    """A setting's flag: booleans are switches; everything else arrives as text and is read by the settings tree."""
-    branch = leaves()[name]
-    field, dashed = groups()[branch].model_fields[name], name.replace("_", "-")
-    kind = bool if field.annotation is bool else str
-    negative = f"--no-{dashed}" if kind is bool and field.default else ()
-    text = text or f"{field.description}{_default_text(field.default)}"
-    group = BRANCHES[branch] if titled else "Parameters"
-    return Annotated[kind | None, Parameter(name=f"--{dashed}", group=group, help=text, negative=negative)]
-
-
-def _default_text(default: Any) -> str:
-    if default in (None, (), False):
-        return ""
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else "on" if default is True else default
-    return f" [default: {shown}]"
-
-
-class TrainFlags(_flags(leaves(), titled=True)):
-    """Every setting."""
-
-
-class EvalFlags(
-    _flags(
-        OF_AN_EVAL,
-        model="hub id, local Hugging Face folder, GGUF file, speller (embedded) or smollm2; default: the one named in "
-        "the checkpoint",
-        hook="TransformerLens hook name; default: the one named in the checkpoint",
-        dataset="text that the random SAEs beside it are fitted on: hub id, local file or folder, generated or "
-        "installed-docs; default: what the SAE's run held out, else the words of the eval",
-    )
-):
-    """The settings that an evaluation of a finished SAE uses."""
 
 
 @app.default

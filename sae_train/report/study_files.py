@@ -44,13 +44,12 @@ def write_study(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
         answers, rest = findings(study)
         found = {"findings": answers | rest, "settings": settings, "left_out": study.left_out}
         write_json(out / "study.json", found | tables)
-        write_text(page, _page(study))
+        write_text(page, _page(study, answers, rest))
     return page, [line for group in found["findings"].values() for line in group]
 
 
-def _page(study: Study) -> str:
+def _page(study: Study, main: dict[str, list[str]], rest: dict[str, list[str]]) -> str:
     first = study.runs[0]
-    main, rest = findings(study)
     charts = figures_of(study.cells, study.interval, random_level)
     return render(
         "study.html",

@@ -61,6 +61,7 @@ def run_study(file: Path, out: Path) -> tuple[Path, list[str], list[str]]:
         print(f"part {number} of {len(parts)}, {part.run.name}: {'finished' if ended else 'training'}", flush=True)
         if not ended:
             _train(part, file)
+    print("comparing SAEs and writing the page", flush=True)
     page, claims = write_study([_folder(part) for part in parts], out)
     return page, claims, list(_failed(parts))
 
