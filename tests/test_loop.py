@@ -148,6 +148,36 @@ def test_a_stop_request_ends_the_loop_after_its_step():
     assert done == 10
 
 
+@pytest.mark.parametrize("asked_at", [0, 10, 20])
+def test_a_request_breaks_off_the_looks_of_a_lone_process(asked_at):
+    looked = []
+
+    def look(learner, step):
+        looked.append((learner.name, step))
+        if step == asked_at:
+            signal.raise_signal(signal.SIGINT)
+        return ()
+
+    with StopRequest() as stop:
+        work = Work([learner(0, data()[0]), learner(1, data()[0])], data(), 20, stop=stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(work, [Scheduled(look, every(10, 20))], work)
+        signal.raise_signal(signal.SIGINT)  # what comes while the run is saved does not break that
+    assert looked[-1] == (work.learners[0].name, asked_at)
+    assert work.step == asked_at
+    assert work.whole
+    assert not work.looked
+    assert work.clock.paused_for > 0
+
+
+def test_a_request_from_before_a_look_ends_the_run_without_it():
+    work = Work([learner(0, data()[0])], data(), 20)
+    work.stop.requested = True
+    with pytest.raises(KeyboardInterrupt):
+        fit(work, [Scheduled(lambda learner, step: [("x", 1)], every(10, 20))], work)
+    assert work.rows == []
+
+
 @pytest.mark.parametrize("asked_at", [0, 3, 19])
 def test_a_stop_asked_for_while_processes_wait_for_each_other_is_not_lost(asked_at):
     class Waiting(Ranks):

@@ -113,9 +113,8 @@ class Runner:
         if opened.stop.agreed and opened.step < n_steps:
             raise loop.Stopped
         self.display.end()
-        opened.stop.at_once = self.ranks.size == 1  # others would wait for a process that ends alone
-        self._write_saes()
-        opened.stop.at_once = False
+        with opened.stop.breaking(self.ranks.size == 1):
+            self._write_saes()
         if opened.opened.cache:
             self.display.say(f"activations on disk: {opened.opened.cache.said()}")
 

@@ -68,10 +68,12 @@ class Clock:
     def paused(self) -> Iterator[None]:
         """Count what happens inside as pause."""
         start = self.tick()
-        yield
-        now = time.perf_counter()
-        self.paused_for += now - start
-        self._since = now
+        try:
+            yield
+        finally:
+            now = time.perf_counter()
+            self.paused_for += now - start
+            self._since = now
 
     def start(self) -> None:
         """Begin to count now: what came before was preparation."""
@@ -112,6 +114,17 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for sig, handler in getattr(self, "_previous", {}).items():
             signal.signal(sig, handler)
+
+    @contextlib.contextmanager
+    def breaking(self, can_break: bool = True) -> Iterator[None]:
+        """Break off what happens inside at the first request, also at one that came before, if it can be made again."""
+        if can_break and self.requested:
+            raise KeyboardInterrupt
+        self.at_once = can_break
+        try:
+            yield
+        finally:
+            self.at_once = False
 
     def _ask(self, number: int, _frame: object) -> None:
         now = time.monotonic()
@@ -228,11 +241,14 @@ def running(learners: list[Learner]) -> list[Learner]:
 
 
 def look_at(work: Work, callbacks: list[Scheduled], log: Log) -> None:
-    """Run the callbacks that are due on every learner that is owned, and log one row for each."""
+    """Run the callbacks that are due on every learner that is owned, and log one row for each.
+
+    A request breaks this off in a lone process: others would wait for one that ends by itself.
+    """
     step, due = work.step, [callback for callback in callbacks if work.step in callback.steps]
     if not due:
         return
-    with work.clock.paused(), forked_rng():
+    with work.stop.breaking(work.ranks.size == 1), work.clock.paused(), forked_rng():
         for learner in running(work.learners):
             learner.check()
             if learner.failed is None and learner.name in work.owned:
