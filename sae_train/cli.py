@@ -134,7 +134,7 @@ def evaluate(
     folder: str | None = None,
     allow_pickle: bool = False,
 ) -> None:
-    """Run the absorption eval on a finished SAE (ours, SAELens', sparsify's, Gemma Scope's, dictionary_learning's).
+    """Run the absorption eval on a finished SAE (ours, or another library's: docs/loading.md names the layouts).
 
     Writes absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and the page absorption.html.
 
@@ -147,7 +147,7 @@ def evaluate(
     folder:
         the SAE's folder in a repo that holds several
     allow_pickle:
-        read dictionary_learning's pickled weights (tensors alone are taken from them)
+        read pickled weights, dictionary_learning's and Qwen-Scope's (tensors alone are taken from them)
     """
     from sae_train.runs.evaluation import evaluate_checkpoint
 
