@@ -1,4 +1,4 @@
-"""Llama Scope's and Qwen-Scope's files compute what their authors' code does; SAELens' short names are the hub's ids."""
+"""Llama Scope's and Qwen-Scope's files compute what their authors' code does; SAELens' short names of models."""
 
 import json
 import math

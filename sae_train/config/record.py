@@ -122,6 +122,17 @@ class MadeFrom(Record):
     text: TextRecord | None = None
 
 
+class InitialRecord(Record):
+    """Which SAE a run started from."""
+
+    name: str
+    path: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    arch: str | None = None
+    l0: Number | None = None
+
+
 class RunRecord(Record):
     """run.json, as a report reads it: what is only shown may be anything."""
 
@@ -141,6 +152,8 @@ class RunRecord(Record):
     made_from: MadeFrom | None = None
     working_folder: str | None = None
     eval_assets: dict[str, Any] | None = None
+    init_from: InitialRecord | None = None
+    stages: list[Whole] | None = None
 
 
 class PublishedRun(RunRecord):

@@ -117,6 +117,14 @@ class TrainSettings(SettingsGroup):
     """Training"""
 
     tokens: Count = Field(100_000_000, description="activations each SAE is trained on")
+    init_from: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="SAE to start from, ours or another library's: a folder, or on the hub owner/name/folder "
+        "(owner/name@revision/folder); width, L0, architecture, model and hook are by default its own",
+    )
+    allow_pickle: bool = Field(
+        False, description="let --init-from read pickled weights (tensors alone are taken from them)"
+    )
     batch_tokens: Count = Field(4096, description="activations per step")
     outlier_norm: Annotated[float | str, BeforeValidator(parse_outlier_norm)] = Field(
         10.0,

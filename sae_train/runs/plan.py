@@ -12,6 +12,7 @@ from sae_train.config import width_label
 from sae_train.data.outliers import LOOK_AHEAD
 from sae_train.errors import UserError
 from sae_train.evals.asset_cache import cache_folder
+from sae_train.runs.initial import InitialSAE, initial_of
 from sae_train.sae.forms import FORMS
 from sae_train.training.architectures import TRAINED
 from sae_train.training.ranks import Division, Ranks, current, divide
@@ -48,6 +49,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
     division: Division | None = None
+    initial: InitialSAE | None = None
 
     def seconds(self, after_another: bool = False) -> dict[str, float]:
         """Seconds by part, from the speed of matrix products measured now.
@@ -174,6 +176,9 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
         raise UserError("\n".join(problems))
     takes_bfloat16(settings.train, device)
     facts = kind.describe(settings, device)
+    initial = initial_of(settings)
+    if initial:
+        initial.check(settings, facts)
     ranks = current()
     division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
     trained = busiest = busiest_process(settings, division, ranks)
@@ -192,9 +197,10 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
         budget=budget,
         passes=passes,
         trained=trained,
-        notes=_notes(settings, facts, passes),
+        notes=_notes(settings, facts, passes) + ([initial.note] if initial else []),
         ranks=ranks,
         division=division,
+        initial=initial,
     )
 
 

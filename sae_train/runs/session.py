@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sae_train.config import Settings
     from sae_train.data.sources import Kind, Opened
     from sae_train.protocols import Batches
+    from sae_train.runs.initial import InitialSAE
     from sae_train.sae.model import SAE
 
 CALIBRATION_PERIOD = 3  # one held-out activation in three sets the final L0; no figure is measured on those
@@ -69,6 +70,10 @@ class Session:
     scale: float = 0.0
     mean: Tensor | None = None
     limit: float = math.inf
+    initial: InitialSAE | None = None
+    """what learners start from, None for random directions"""
+    begun: int = 0
+    """the step from which a finished run goes on"""
     held_out_left_out: int = 0
     step: int = 0
     looked: bool = False
@@ -179,8 +184,9 @@ class Session:
 
 
 def open_session(
-    settings: Settings, passes: Passes | None = None, folder: Path | None = None, kind: Kind | None = None
-) -> Session:
+    settings: Settings, passes: Passes | None = None, folder: Path | None = None, kind: Kind | None = None,
+    initial: InitialSAE | None = None, begun: int = 0,
+) -> Session:  # fmt: skip
     """Open the source of activations and make the learners; UserError for whatever cannot work.
 
     The source is of the kind that the settings name, or `kind`. `passes` is by default all SAEs together; where there
@@ -196,7 +202,10 @@ def open_session(
     data = opened.source.batches(settings.train.batch_tokens)
     if settings.outlier_norm is not None:
         data = WithoutOutliers(data, settings.train.batch_tokens)
-    session = Session(settings, device, opened, data, *split_held_out(held_out), passes, ranks, data.state_dict())
+    session = Session(
+        settings, device, opened, data, *split_held_out(held_out), passes, ranks, data.state_dict(),
+        initial=initial, begun=begun,
+    )  # fmt: skip
     enter(session, 0)
     return session
 
@@ -226,7 +235,7 @@ def enter(session: Session, number: int) -> None:
     together = ranks if division.together else Ranks()
     owners = dict(zip(specs, division.owners, strict=True))
     session.learners = [
-        Learner(spec, settings.train, session.source.d_in, settings.n_steps, session.device, together)
+        Learner(spec, settings.train, session.source.d_in, settings.n_steps, session.device, together, session.begun)
         for spec, owner in owners.items()
         if division.together or owner == ranks.rank
     ]
@@ -249,7 +258,10 @@ def begin(session: Session) -> None:
     session.mean = sample.mean(0) if session.settings.train.center else None
     session.scale = estimate_scale(sample if session.mean is None else sample - session.mean)
     for learner in session.learners:
-        learner.initialise(session.normalise(sample))
+        if session.initial:
+            learner.inherit(session.initial.sae, session.scale, session.mean)
+        else:
+            learner.initialise(session.normalise(sample))
     session.whole = True
 
 

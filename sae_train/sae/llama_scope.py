@@ -21,7 +21,7 @@ MODELS = {"Llama3_1-8B-Base": "meta-llama/Llama-3.1-8B"}  # by how the name of a
 
 
 def read_llama_scope(folder: Path, weights: str) -> Parts:
-    """Make its function one of raw activations; the folder's name, such as Llama3_1-8B-Base-L19R-8x, tells the model."""
+    """Make its function one of raw activations; its folder's name, as Llama3_1-8B-Base-L19R-8x, tells the model."""
     cfg = read_settings(folder / SETTINGS, LlamaScopeFile)
     tensors = {name: t.float() for name, t in rename(read_tensors(folder / weights)).items()}
     if not cfg.use_decoder_bias:

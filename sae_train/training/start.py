@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sae_train.sae.model import SAE, SAEConfig
+from sae_train.sae.model import SAE, SAEConfig, copy_of, fold_decoder_norm, fold_scale
 from sae_train.training.architectures import TRAINED
 
 if TYPE_CHECKING:
@@ -23,6 +23,27 @@ def new_sae(spec: SAESpec, d_in: int, device: str | torch.device) -> SAE:
     metadata = {} if form == spec.arch else {"trained_as": spec.arch}
     k = round(spec.l0) if form == "topk" else None
     return SAE(SAEConfig(form, d_in, spec.width, k=k, metadata=metadata), device=device)
+
+
+@torch.no_grad()
+def as_trained(
+    source: SAE, scale: float, mean: Float[Tensor, " d_in"] | None, generator: torch.Generator
+) -> SAE:  # fmt: skip
+    """Return a finished SAE for raw activations as one for scale · (raw − mean), in the form that learners train.
+
+    There b_dec is taken from the input and decoder rows have norm 1; a row of zeros, which is no direction, becomes a
+    random one whose latent stays at 0. Computed in float64.
+    """
+    sae = copy_of(source, dtype="float64")
+    sae = fold_scale(sae, 1 / scale, None if mean is None else -scale * mean.to(sae.W_dec))
+    if not sae.cfg.apply_b_dec_to_input:
+        sae.form.shift(sae, sae.b_dec @ sae.W_enc)
+        sae = copy_of(sae, apply_b_dec_to_input=True)
+    sae = fold_decoder_norm(sae)
+    empty = sae.W_dec.norm(dim=1) < 0.5
+    rows = torch.randn(int(empty.sum()), sae.cfg.d_in, generator=generator).to(sae.W_dec)
+    sae.W_dec[empty] = rows / rows.norm(dim=1, keepdim=True)
+    return sae
 
 
 def geometric_median(x: Float[Tensor, "n d_in"], n_steps: int = 30) -> Float[Tensor, " d_in"]:
