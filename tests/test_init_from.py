@@ -43,7 +43,7 @@ def ours(tmp_path_factory, x) -> Path:
     """An SAE of each architecture with about the L0 that it was trained for."""
     out = tmp_path_factory.mktemp("sources")
     for arch in TRAINED:
-        sae = finished(begin(arch, L0, x, None), x, None)
+        sae = finished(begin(arch, L0, x, None), x, None, n_steps=60)
         sae.cfg = replace(sae.cfg, hook_name=HOOK, model_name="speller", l0=float(L0))
         save_sae(sae, out / arch)
     return out
@@ -62,9 +62,9 @@ def begin(arch: str, l0: float, x: torch.Tensor, mean: torch.Tensor | None, sour
     return learner
 
 
-def finished(learner: Learner, x: torch.Tensor, mean: torch.Tensor | None) -> SAE:
+def finished(learner: Learner, x: torch.Tensor, mean: torch.Tensor | None, n_steps: int = STEPS) -> SAE:
     y = normalised(x, mean)
-    for step in range(STEPS):
+    for step in range(n_steps):
         learner.step(y[torch.randint(len(y), (BATCH,), generator=torch.Generator().manual_seed(step))])
     assert learner.check() is None
     learner.calibrate(y[::3])
@@ -196,9 +196,7 @@ def refused(arguments: list[str], words: str, capsys) -> None:
 def test_saes_that_are_not_there_or_not_of_this_model_are_one_sentence(ours, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(["--init-from", "./none"], "is no SAE checkpoint", capsys)
-    refused(
-        ["--init-from", "checkpoints/first/saes/none"], "no SAE 'checkpoints/first/saes/none' is in a folder", capsys
-    )
+    refused(["--init-from", "checkpoints/a/saes/none"], "no SAE 'checkpoints/a/saes/none' is in a folder", capsys)
     refused(["--init-from", "you/name"], "HF_HUB_OFFLINE", capsys)
     other = SAE(SAEConfig("topk", 12, WIDTH, k=4, hook_name=HOOK))
     with torch.no_grad():

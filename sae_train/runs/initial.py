@@ -121,9 +121,8 @@ class InitialSAE:
             if TRAINED[arch].form != cfg.architecture
         ]
         if facts.d_in != cfg.d_in:
-            problems.append(
-                f"{name} takes {cfg.d_in} values a token and {facts.hook_name or 'the source'} has {facts.d_in}"
-            )
+            where = facts.hook_name or "the source"
+            problems.append(f"{name} takes {cfg.d_in} values a token and {where} has {facts.d_in}")
         if IN_A_BLOCK.fullmatch(cfg.hook_name) and facts.hook_name not in ("", cfg.hook_name):
             problems.append(f"{name} is of {cfg.hook_name}, not of {facts.hook_name}: leave --hook out")
         if len(settings.sae.seed) > 1:

@@ -31,7 +31,8 @@ def fetch(repo: str, folder: str | None, names: Sequence[str], revision: str | N
 
     prefix = f"{folder.strip('/')}/" if folder else ""
     patterns = [glob.escape(prefix) + name for name in names] + ["config.json"]
-    with hub_errors(f"no SAE {repo!r} is in a folder here, and it cannot be had from the hub"), quiet_client():
+    named = f"{repo}/{prefix}".removesuffix("/")
+    with hub_errors(f"no SAE {named!r} is in a folder here, and it cannot be had from the hub"), quiet_client():
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
         fetched = [name for name in names if (root / prefix / name).is_file()]
         if not [name for name in fetched if not name.endswith(".json")]:
