@@ -54,7 +54,8 @@ def normalised(x: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
 
 
 def begin(arch: str, l0: float, x: torch.Tensor, mean: torch.Tensor | None, source: SAE | None = None) -> Learner:
-    learner = Learner(SAESpec(arch=arch, width=WIDTH, l0=l0), TRAINING, D_IN, STEPS)
+    settings = TRAINING if source is None else TRAINING.model_copy(update={"init_from": "source"})
+    learner = Learner(SAESpec(arch=arch, width=WIDTH, l0=l0), settings, D_IN, STEPS)
     if source is None:
         learner.initialise(normalised(x, mean))
     else:

@@ -19,7 +19,7 @@ from sae_train.training.l0 import L0Controller, LevelController
 from sae_train.training.precision import matmul_precision, takes_bfloat16
 from sae_train.training.ranks import Ranks
 from sae_train.training.recording import Late, Recorder, Room
-from sae_train.training.start import as_trained, default_lr, geometric_median, lr_factor, new_adam, new_sae
+from sae_train.training.start import as_trained, geometric_median, lr_factor, lr_of, new_adam, new_sae
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -60,7 +60,7 @@ class Learner:
         self.sae = new_sae(spec, d_in, device)
         self.arch = TRAINED[spec.arch](self.sae, spec, settings, self.ranks)
         self.generator = torch.Generator().manual_seed(spec.seed)
-        self.lr = settings.lr or default_lr(spec, n_steps)
+        self.lr = lr_of(spec, settings, n_steps)
         share = math.ceil(DEAD_SHARE * settings.tokens)
         self.bfloat16 = takes_bfloat16(settings, self.device)
         self.dead_tokens = settings.dead_tokens or min(MAX_DEAD_TOKENS, share)

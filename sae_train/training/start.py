@@ -14,7 +14,11 @@ from sae_train.training.architectures import TRAINED
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from sae_train.config import SAESpec
+    from sae_train.config import SAESpec, TrainSettings
+
+# An SAE that is trained on at the full rate of a short run unlearns at first. On the toy (width 256, from L0 8, 150
+# steps), EV at L0 8 and 4: topk .957 and .893 at the full rate, .963 and .896 at a third, .963 and .889 at an eighth.
+FROM_AN_SAE = 1 / 3
 
 
 def new_sae(spec: SAESpec, d_in: int, device: str | torch.device) -> SAE:
@@ -65,6 +69,11 @@ def default_lr(spec: SAESpec, n_steps: int) -> float:
     """
     short = min(8.0, max(1.0, math.sqrt(30_000 / n_steps)))
     return TRAINED[spec.arch].base_lr * math.sqrt(2**14 / spec.width) * short
+
+
+def lr_of(spec: SAESpec, settings: TrainSettings, n_steps: int) -> float:
+    """The rate that was asked for, else the default; of that FROM_AN_SAE where training starts from an SAE."""
+    return settings.lr or default_lr(spec, n_steps) * (FROM_AN_SAE if settings.init_from else 1.0)
 
 
 def lr_factor(step: int, n_steps: int, warm_up: float, decay: float) -> float:
