@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from sae_train import load_sae, train
 from sae_train.cli import main
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.data.language_model import load_language_model
+from sae_train.errors import UserError
+from sae_train.publishing.card import started_sentence
+from sae_train.runs.initial import InitialSAE
 from sae_train.sae.files import save_sae
 from sae_train.sae.model import SAE, SAEConfig
 from sae_train.training.architectures import TRAINED
@@ -213,3 +217,27 @@ def test_saes_that_are_not_there_or_not_of_this_model_are_one_sentence(ours, tmp
     refused(["--init-from", "unknown"], "does not say what L0 it has: give --l0", capsys)
     (tmp_path / "unknown" / "cfg.json").unlink()
     refused(["--init-from", "unknown", "--l0", "4"], "cfg.json does not exist", capsys)
+
+
+def test_of_the_hub_a_folder_and_a_revision_can_be_named_and_the_commit_is_kept(ours, tmp_path, monkeypatch):
+    """The cache's folders stand for the hub."""
+    commit = tmp_path / "models--you--name" / "snapshots" / "c0ffee"
+    shutil.copytree(ours / "topk", commit / "deep" / "topk")
+    asked = []
+
+    def download(repo, revision, allow_patterns):
+        asked.append((repo, revision, allow_patterns[0]))
+        return commit
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    record = InitialSAE("you/name@v2/deep/topk").record
+    assert (record["name"], record["path"], record["revision"]) == ("you/name@v2/deep/topk", None, "c0ffee")
+    assert InitialSAE("you/name/deep/topk", before=record).sae.cfg.k == L0
+    assert asked == [("you/name", "v2", "deep/topk/cfg.json"), ("you/name", "c0ffee", "deep/topk/cfg.json")]
+    assert f"`you/name@v2/deep/topk`, revision c0ffee (its weights: sha256 {record['sha256']})" in started_sentence(
+        {"init_from": record}
+    )
+    tensors = load_file(ours / "topk" / "sae_weights.safetensors")
+    save_file(tensors | {"b_dec": tensors["b_dec"] + 1}, commit / "deep" / "topk" / "sae_weights.safetensors")
+    with pytest.raises(UserError, match="changed since the run began"):
+        _ = InitialSAE("you/name/deep/topk", before=record).sae

@@ -135,7 +135,7 @@ class TrainSettings(SettingsGroup):
         False, description="subtract the mean activation in training; the saved SAE takes raw activations all the same"
     )
     lr: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="learning rate; default: by width and length of the run, a third of that with --init-from"
+        None, description="learning rate; default: by width and length of the run, a third of it with --init-from"
     )
     lr_warm_up: Fraction = Field(0.05, description="share of the steps with a rising learning rate")
     lr_decay: Fraction = Field(0.2, description="share of the steps, at the end, with a falling learning rate")

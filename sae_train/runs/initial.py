@@ -53,6 +53,10 @@ class InitialSAE:
             )
         return sae
 
+    def forget(self) -> None:
+        """Give its memory back; it is read again where it is needed again."""
+        self.__dict__.pop("sae", None)
+
     @functools.cached_property
     def sha256(self) -> str:
         """The hash of its file of weights."""
@@ -89,8 +93,9 @@ class InitialSAE:
 
     @property
     def note(self) -> str:
-        l0 = f", L0 {self.l0:.4g}" if self.l0 else ""
-        return f"training starts from the SAE {self.name} ({self.arch}, {self.sae.cfg.d_sae:,} latents{l0})"
+        cfg, l0 = self.sae.cfg, f", L0 {self.l0:.4g}" if self.l0 else ""
+        of = " of ".join(filter(None, (cfg.hook_name, cfg.model_name)))
+        return f"training starts from the SAE {self.name} ({self.arch}, {cfg.d_sae:,} latents{l0}{of and f', of {of}'})"
 
     def defaults(self) -> dict[str, Any]:
         """The settings that it has an answer to."""

@@ -262,6 +262,8 @@ def begin(session: Session) -> None:
             learner.inherit(session.initial.sae, session.scale, session.mean)
         else:
             learner.initialise(session.normalise(sample))
+    if session.initial:
+        session.initial.forget()
     session.whole = True
 
 
