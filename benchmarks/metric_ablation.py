@@ -1,0 +1,375 @@
+"""Is the absorption metric right? Its scores on a language model, held against exact ablation, word by word.
+
+    python benchmarks/metric_ablation.py --each 16 checkpoints/miniature-width checkpoints/miniature-l0
+    python benchmarks/metric_ablation.py --eval-words 3000 --rows 300 --name smollm2 RUN/saes/topk-4k-l0_50
+
+An SAE or a whole run is named by its folder; all must be of one model and hook. On a sample of true positives, the same
+for all SAEs, the model's answer is asked again with the word's activation changed: without the latent that carries most
+of the letter by projection, without a random latent of that size, without the main latents, and with the letter erased
+(all that varies with the probe's readings). What a latent's removal takes, as a share of what erasing the letter takes,
+is the truth here. --each also takes out every latent alone, so many a word at most, which gives the causal score.
+
+It prints Markdown and writes benchmarks/results/metric_ablation_NAME.csv, the words on which projection and ablation
+disagree most to metric_ablation_NAME_words.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import agreement as ag
+import pandas as pd
+import torch
+
+from sae_train.config import resolve
+from sae_train.config.record import read_run
+from sae_train.errors import UserError
+from sae_train.evals import baselines, causal
+from sae_train.evals.absorption import Evaluation
+from sae_train.evals.causal_rate import prompts_of
+from sae_train.evals.presets import SAEBENCH
+from sae_train.evals.ranking import rank_latents
+from sae_train.evals.scoring import score_entries, unit
+from sae_train.runs.folder import run_of
+from sae_train.sae.files import load_sae
+from sae_train.speller.proofs import eraser
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from sae_train.evals.assets import Assets
+    from sae_train.protocols import SAE, LanguageModel
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OWED = 0.4  # share of the letter's effect that one latent must have: the metric's own share, of effect not projection
+OWED_CURVE = (0.2, 0.4, 0.6)
+LEAST_EFFECT = 1.0  # logits that erasing the letter takes, for a word to say anything
+N_DISAGREE = 10
+CURVES = {
+    "full_cos": ("full", (0.0, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4)),
+    "absorbed_share": ("full", (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)),
+    "absorber_cos": ("fraction", (0.0, 0.025, 0.05, 0.1, 0.2, 0.3)),
+}
+SCORES = ("full", "fraction", "full_family", "fraction_family", "causal")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model, its words, and the sample of true positives that is asked about."""
+
+    lm: LanguageModel
+    assets: Assets
+    rows: Int[Tensor, " n"]
+    clean: Float[Tensor, " n"]
+    erased: Float[Tensor, " n"]
+    """change of the margin when the letter is erased"""
+
+    @property
+    def prompts(self) -> causal.Prompts:
+        return prompts_of(self.assets).subset(self.rows)
+
+    def changes(self, deltas: Float[Tensor, "n d_in"]) -> Float[Tensor, " n"]:
+        """Change of the margin when something is added to the word; words to which nothing is added are not asked."""
+        asked = (deltas.norm(dim=1) > 0).nonzero().squeeze(1)
+        out = torch.zeros(len(deltas))
+        if len(asked):
+            out[asked] = causal.margins(self.lm, self.prompts, asked, deltas[asked]).float() - self.clean[asked]
+        return out
+
+
+def main() -> None:
+    args = _arguments()
+    folders = [sae for path in args.saes for sae in find_saes(path)]
+    bench = make_bench(folders[0], args.eval_words, args.rows)
+    words, curves, nulls = [], [], []
+    for folder in folders:
+        print(f"asking about {folder.name}", flush=True)
+        asked = Asked(bench, load_sae(folder), args.each)
+        about = {"sae": f"{folder.parent.parent.name}/{folder.name}"}
+        words.append(asked.words().assign(**about))
+        curves.append(asked.curves().assign(**about))
+        nulls += [asked.nulls()] if len(nulls) < args.nulls else []
+        table = write(args.out, args.name, pd.concat(words, ignore_index=True), pd.concat(curves), nulls)
+    print(f"\n{markdown(table)}\n\n{words_table(disagreements(pd.concat(words, ignore_index=True)))}")
+
+
+def write(
+    out: Path, name: str, words: pd.DataFrame, curves: pd.DataFrame, nulls: list[dict[str, float]]
+) -> pd.DataFrame:
+    """Write both files, after each SAE anew, so that what was asked is kept; return the table of figures."""
+    table = pd.DataFrame([*summary(words), *thresholds(curves), *mean_nulls(nulls)])
+    table.insert(0, "saes", words["sae"].nunique())
+    table.insert(1, "words", len(words))
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out / f"metric_ablation_{name}.csv", index=False, float_format="%.4f")
+    disagreements(words).to_csv(out / f"metric_ablation_{name}_words.csv", index=False, float_format="%.3f")
+    return table
+
+
+def find_saes(path: Path) -> list[Path]:
+    """The SAE in a folder, or all of a run."""
+    found = [path] if (path / "cfg.json").is_file() else sorted(f.parent for f in path.glob("saes/*/cfg.json"))
+    if not found:
+        raise UserError(f"{str(path)!r} is neither an SAE's folder nor a run's")
+    return found
+
+
+def make_bench(folder: Path, eval_words: int | None, n_rows: int, seed: int = 0) -> Bench:
+    from sae_train.data.sources import kind_of
+    from sae_train.runs.callbacks import build_assets
+    from sae_train.training.ranks import choose_device
+
+    run = run_of(folder)
+    if run is None:
+        raise UserError(f"{str(folder)!r} does not lie in its run's folder, which says of which model it is")
+    settings = resolve(read_run(run)["settings"] | ({"eval_words": eval_words} if eval_words else {}))
+    lm = kind_of(settings).language_model(settings, choose_device("cpu"))
+    assets, notes = build_assets(lm, settings.eval, lambda *_: None)
+    if assets is None or not len(assets.answer_ids):
+        raise UserError(f"the model cannot be asked for letters: {' '.join(notes)}")
+    counted = assets.letters_that_count[assets.tp_labels].nonzero().squeeze(1)
+    drawn = torch.randperm(len(counted), generator=torch.Generator().manual_seed(seed))[:n_rows].sort().values
+    rows = counted[drawn]
+    erase = eraser(assets.probe_weight.T.float(), assets.x[~assets.is_test].float())
+    x = assets.tp_x[rows].float()
+    prompts = prompts_of(assets).subset(rows)
+    clean = causal.margins(lm, prompts, torch.arange(len(rows)), None).float()
+    without = causal.margins(lm, prompts, torch.arange(len(rows)), erase(x) - x).float()
+    return Bench(lm, assets, rows, clean, without - clean)
+
+
+class Asked:
+    """One SAE's scores on the sample, and what the model's answer owes to its latents."""
+
+    def __init__(self, bench: Bench, sae: SAE, each: int, seed: int = 0):
+        self.bench, self.each, a = bench, each, bench.assets
+        self.sae, self.e = sae, Evaluation(sae, a, SAEBENCH, seed, None)
+        self.latents = self.e.encode()
+        ranking, _ = rank_latents(self.latents.train, a.labels[~a.is_test], self.e.n_labels, SAEBENCH, seed)
+        self.chosen = self.e.probe_latents(self.latents, ranking)
+        s = self.scored = self.e.score(self.latents, self.chosen.is_main(self.latents.tp.d_sae))
+        rows = bench.rows
+        self.acts, self.columns, self.cos, self.is_main = s.acts[rows], s.columns[rows], s.cos[rows], s.is_main[rows]
+        self.proj = self.acts * self.cos * self.e.W_dec.norm(dim=1)[self.columns]
+        other = torch.where(self.is_main | (self.acts <= 0), -torch.inf, self.proj)
+        self.best, self.entry = other.max(1)
+        self.share = self.best.clamp(min=0) / s.a[rows]
+        self.ask(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def ask(self, generator: torch.Generator) -> None:
+        """Shares of the letter's effect: of the absorber, of a random latent at its size, of all main latents, and of
+        the other latent that has most."""
+        W_dec, entry = self.e.W_dec, self.entry[:, None]
+        there = (self.best > 0)[:, None]
+        absorber = self.columns.gather(1, entry)
+        removed = torch.where(there, self.acts.gather(1, entry) * W_dec[absorber.squeeze(1)], 0.0)
+        exclude = self.is_main | (self.columns == absorber)
+        control = causal.matched_controls(self.acts, self.columns, W_dec, exclude, removed, generator)
+        mains = (torch.where(self.is_main, self.acts, 0.0)[..., None] * W_dec[self.columns]).sum(1)
+        self.effect, self.control, self.mains = (
+            self.bench.changes(-delta) / self.bench.erased for delta in (removed, control, mains)
+        )
+        self.most, self.effects = self.effect, None
+        if self.each:
+            acts, columns = self.acts, self.columns
+            self.effects = causal.exact_attributions(
+                self.bench.lm, self.bench.prompts, acts, columns, W_dec, self.each
+            ).float()
+            shares = torch.where(self.is_main | (acts <= 0), -torch.inf, self.effects / self.bench.erased[:, None])
+            self.most = torch.maximum(shares.max(1).values, self.effect)
+
+    @property
+    def counted(self) -> Bool[Tensor, " n"]:
+        """Words on which erasing the letter takes enough from the answer."""
+        return self.bench.erased <= -LEAST_EFFECT
+
+    def absorbed(self, owed: float = OWED) -> Bool[Tensor, " n"]:
+        """The answer owes its share to one other latent, and less to the main latents together."""
+        return (self.most >= owed) & (self.mains < self.most)
+
+    def causal_flags(self) -> Bool[Tensor, " n"]:
+        """As arXiv 2409.14507 decides, by the exact effect of each latent."""
+        if self.effects is None:
+            return torch.zeros_like(self.counted)
+        a, rows = self.bench.assets, self.bench.rows
+        flag, *_ = causal.absorbed(self.effects, self.cos, SAEBENCH.min_margin, SAEBENCH.full_cos)
+        place = (a.is_test.cumsum(0) - 1)[a.tp_rows[rows]]
+        missed = self.chosen.logits[place, a.tp_labels[rows]] <= 0
+        return flag & missed & (self.scored.scores.main_act[rows] < SAEBENCH.silent_below)
+
+    def words(self) -> pd.DataFrame:
+        """One row a word that says something."""
+        a, rows, s = self.bench.assets, self.bench.rows, self.scored
+        columns = {
+            "full": s.scores.full[rows], "fraction": s.scores.fraction[rows], "full_family": s.family.full[rows],
+            "fraction_family": s.family.fraction[rows], "causal": self.causal_flags(),
+            "silent": ~(self.is_main & (self.acts > 0)).any(1), "label": a.tp_labels[rows],
+            "absorber": self.columns.gather(1, self.entry[:, None]).squeeze(1),
+            "cos": self.cos.gather(1, self.entry[:, None]).squeeze(1), "share": self.share, "effect": self.effect,
+            "control": self.control, "mains": self.mains, "most": self.most, "letter": -self.bench.erased,
+            "gap": torch.minimum(self.most.clamp(0, 1), 1 - self.mains.clamp(0, 1)),
+            **{f"absorbed_{owed}": self.absorbed(owed) for owed in OWED_CURVE},
+        }  # fmt: skip
+        table = pd.DataFrame({name: value.double().numpy() for name, value in columns.items()})
+        return table.assign(word=[a.words[r] for r in a.tp_rows[rows].tolist()])[self.counted.numpy()]
+
+    def curves(self) -> pd.DataFrame:
+        """Alarms against the truth by label, as each threshold moves alone."""
+        rows, found = self.bench.rows, []
+        labels, truth, kept = self.bench.assets.tp_labels[rows], self.absorbed(), self.counted
+        for name, (score, values) in CURVES.items():
+            for value in values:
+                preset = replace(SAEBENCH, **{name: value})
+                s = score_entries(self.acts, self.proj, self.cos, self.is_main, self.scored.a[rows], preset)
+                flag = s.full if score == "full" else s.fraction >= 0.5
+                sums = ag.cluster_sums(ag.hits(flag, truth)[kept], torch.zeros_like(labels[kept]), labels[kept])[0]
+                found += [(name, value, label, *counts) for label, counts in enumerate(sums.tolist())]
+        return pd.DataFrame(found, columns=["threshold", "value", "label", "right", "false", "missed", "quiet"])
+
+    @torch.no_grad()
+    def nulls(self) -> dict[str, float]:
+        """Scores with shuffled labels and random directions, and what the answer owes to the latents that a random
+        direction calls absorbers."""
+        a = self.bench.assets
+        result = self.e.result(self.latents, self.chosen, self.scored, {})
+        shuffled = baselines.shuffled_labels_score(self.sae, a, latents=self.latents)
+        random = baselines.random_directions_score(self.sae, a, result, self.latents)
+        g = torch.Generator().manual_seed(1)
+        directions = unit(torch.randn(self.bench.assets.probe_weight.T.shape, generator=g))
+        labels = a.tp_labels[self.bench.rows]
+        cos = (unit(self.e.W_dec)[self.columns] * directions[labels][:, None]).sum(-1)
+        proj = self.acts * cos * self.e.W_dec.norm(dim=1)[self.columns]
+        x = (a.tp_x[self.bench.rows].float() * directions[labels]).sum(1)
+        full = score_entries(self.acts, proj, cos, self.is_main, x, SAEBENCH).full & self.counted
+        entry = proj.argmax(1, keepdim=True)
+        removed = self.acts.gather(1, entry) * self.e.W_dec[self.columns.gather(1, entry).squeeze(1)]
+        owed = self.bench.changes(torch.where(full[:, None], -removed, 0.0)) / self.bench.erased
+        return {
+            "full, all words": result.mean_full, "fraction, all words": result.mean_fraction,
+            "full, shuffled labels": shuffled.mean_full, "fraction, shuffled labels": shuffled.mean_fraction,
+            "full, random directions": random.get("mean_full", float("nan")),
+            "fraction, random directions": random.get("mean_fraction", float("nan")),
+            "random direction's absorbers owed the letter": float((owed[full] >= OWED).float().mean()),
+        }  # fmt: skip
+
+
+def summary(words: pd.DataFrame) -> list[dict[str, Any]]:
+    """Agreement of each score with ablation; SAEs and letters are drawn."""
+    sae, label = ag.clusters(list(words["sae"])), _long(words["label"])
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, measure: str, it: ag.Interval) -> None:
+        rows.append({"part": what, "value": "", "measure": measure, **vars(it)})
+
+    gap, truth = _floats(words["gap"]), _floats(words[f"absorbed_{OWED}"])
+    add("truth", "absorbed", ag.mean(truth, sae, label))
+    for owed in OWED_CURVE:
+        add("truth", f"absorbed, owed {owed}", ag.mean(_floats(words[f"absorbed_{owed}"]), sae, label))
+    owing = (truth > 0).numpy()
+    silent_of = _floats(words["silent"])[truth > 0]
+    add("truth", "main latents silent, of the absorbed", ag.mean(silent_of, sae[owing], label[owing]))
+    for score in SCORES:
+        value = _floats(words[score])
+        if score == "causal" and not float(value.sum()):
+            continue
+        add(score, "mean", ag.mean(value, sae, label))
+        add(score, "Spearman with the gap", ag.correlation(value, gap, sae, label, by_rank=True))
+        add(score, "Pearson with the gap", ag.correlation(value, gap, sae, label))
+        for owed in OWED_CURVE:
+            sums = ag.cluster_sums(ag.hits(value >= 0.5, _floats(words[f"absorbed_{owed}"])), sae, label)
+            add(score, f"precision, owed {owed}", ag.two_way(sums, ag.precision))
+            add(score, f"recall, owed {owed}", ag.two_way(sums, ag.recall))
+    silent = words["silent"] == 1
+    quiet = silent.to_numpy().copy()
+    sums = ag.cluster_sums(ag.hits(_floats(words["full"]), truth)[quiet], sae[quiet], label[quiet])
+    add("full", "precision on silent words", ag.two_way(sums, ag.precision))
+    add("full", "recall on silent words", ag.two_way(sums, ag.recall))
+    some = silent & (words["share"] > 0)
+    part, s, c = words[some], sae[some.to_numpy().copy()], label[some.to_numpy().copy()]
+    for by_rank, name in ((True, "Spearman"), (False, "Pearson")):
+        it = ag.correlation(_floats(part["share"]).clamp(0, 2), _floats(part["effect"]).clamp(-1, 2), s, c, by_rank)
+        add("silent words", f"{name} of projected share and effect", it)
+    full = words["full"] == 1
+    for what, rows_of in (("full words", full), ("silent, not full", silent & ~full)):
+        part, s, c = words[rows_of], sae[rows_of.to_numpy().copy()], label[rows_of.to_numpy().copy()]
+        for name in ("effect", "control"):
+            value = _floats(part[name])
+            add(what, f"{name}, mean share of the letter", ag.mean(value.clamp(-1, 2), s, c))
+            add(what, f"{name}, at least {OWED}", ag.mean((value >= OWED).double(), s, c))
+    return rows
+
+
+def thresholds(curves: pd.DataFrame) -> list[dict[str, Any]]:
+    rows = []
+    for (threshold, value), part in curves.groupby(["threshold", "value"], sort=False):
+        counts = torch.tensor(part[["right", "false", "missed", "quiet"]].to_numpy())
+        sums = ag.cluster_sums(counts, ag.clusters(list(part["sae"])), _long(part["label"]))
+        for name, statistic in (("precision", ag.precision), ("recall", ag.recall), ("f1", ag.f1)):
+            rows.append({"part": threshold, "value": value, "measure": name, **vars(ag.two_way(sums, statistic))})
+    return rows
+
+
+def mean_nulls(nulls: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Means over SAEs, which are drawn."""
+    table = pd.DataFrame(nulls)
+    n = torch.arange(len(table))
+    return [
+        {"part": "nulls", "value": "", "measure": name, **vars(ag.mean(_floats(table[name]), n, torch.zeros_like(n)))}
+        for name in table
+    ]
+
+
+def disagreements(words: pd.DataFrame) -> pd.DataFrame:
+    """Five words that count as full and whose absorber the answer owes least, and five whose main latents are silent,
+    that do not count, and whose other latents the answer owes most."""
+    words = words[words["word"].str.strip().str.len() > 2].drop_duplicates("word")
+    columns = ["sae", "word", "full", "silent", "absorber", "cos", "share", "effect", "most", "control", "letter"]
+    full = words[words["full"] == 1].sort_values("effect").head(N_DISAGREE // 2)
+    missed = words[(words["full"] == 0) & (words["silent"] == 1)].sort_values("most", ascending=False)
+    return pd.concat([full, missed.head(N_DISAGREE // 2)])[columns].round(2)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """One line a figure."""
+    lines = ["| | | mean [95 %] |", "|---|---|---|"]
+    for _, row in table.iterrows():
+        it = ag.Interval(row["mean"], row["low"], row["high"], row["visible"])
+        lines.append(f"| {row['part']} {row['value']} | {row['measure']} | {ag.shown(it)} |")
+    return "\n".join(lines)
+
+
+def words_table(table: pd.DataFrame) -> str:
+    """The words on which projection and ablation disagree most."""
+    lines = [f"| {' | '.join(table.columns)} |", "|" + "---|" * len(table.columns)]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in table.itertuples(index=False))])
+
+
+def _floats(column: pd.Series) -> Float[Tensor, " n"]:
+    return torch.tensor(column.to_numpy(dtype=float, copy=True))
+
+
+def _long(column: pd.Series) -> Int[Tensor, " n"]:
+    return torch.tensor(column.to_numpy(dtype=int))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("saes", nargs="+", type=Path, metavar="SAE", help="folders of SAEs or of runs")
+    parser.add_argument("--rows", type=int, default=300, help="true positives that are asked about")
+    parser.add_argument("--each", type=int, default=0, help="latents a word that are taken out one by one")
+    parser.add_argument(
+        "--nulls", type=int, default=3, help="so many SAEs are also measured on labels that mean nothing"
+    )
+    parser.add_argument("--eval-words", type=int, help="words of the eval; default: as the run had")
+    parser.add_argument("--name", default="speller", help="of the results' files")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
