@@ -1,11 +1,12 @@
-"""When absorption happens: in which order words go, whether splitting comes first, how long an absorber was there before.
+"""When absorption happens: in which order words go, whether splitting comes first, how old an absorber is.
 
-    sae-train --arch topk --width 2k --l0 8 --seed 0,1,2 --tokens 200k --batch-tokens 1024 --absorption-evals 40 --name when
+    sae-train --arch topk --width 2k --l0 8 --seed 0,1,2 --tokens 200k --batch-tokens 1024 \\
+        --absorption-evals 40 --name when
     python benchmarks/absorption_events.py checkpoints/when
 
 Runs on one model and text, several seeds each, are read: their trajectories, their letters at every look, and the text
-that they were trained on, whose tokens are counted. Each architecture, width and L0 is a cell; intervals draw its letters
-and its seeds with replacement. It prints Markdown and writes benchmarks/results/absorption_events.csv.
+that they were trained on, whose tokens are counted. Each architecture, width and L0 is a cell; intervals draw its
+letters and its seeds with replacement. It prints Markdown and writes benchmarks/results/absorption_events.csv.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def rarer(last: pd.DataFrame) -> Interval:
 
 
 def add_births(log: pd.DataFrame, trajectory: pd.DataFrame) -> pd.DataFrame:
-    """Add the first look at which each absorber was the strongest other latent of any word, and the word's frequency."""
+    """Add the look at which each absorber first was the strongest other latent of a word, and the word's frequency."""
     born = trajectory.groupby(["sae", "absorber"], observed=True)["step"].min().rename("born_step")
     frequency = trajectory.drop_duplicates(["letter", "word"]).set_index(["letter", "word"])["frequency"]
     return log.join(born, on=["sae", "absorber"]).join(frequency, on=["letter", "word"])

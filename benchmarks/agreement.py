@@ -1,7 +1,7 @@
 """How well a score agrees with a truth: correlations, precision and recall, each with a two-way bootstrap interval.
 
-Everything is a function of sums within clusters (an SAE and a label, a cell of a grid and a seed), so that a resample of
-clusters costs one product of matrices, however many words there are.
+Everything is a function of sums within clusters (an SAE and a label, a cell of a grid and a seed), so that a resample
+of clusters costs one product of matrices, however many words there are.
 """
 
 from __future__ import annotations

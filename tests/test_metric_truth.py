@@ -13,8 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import absorption_events as events
 import agreement as ag
-import metric_ablation
-import metric_truth
 import planted
 
 from sae_train.data.toy import open_toy
@@ -105,9 +103,8 @@ def test_a_built_absorption_has_the_degree_that_was_asked_for_on_the_words_that_
 ):
     sae, chosen = planted.absorb(toy, rendered, share, degree, seed=0)
     found = truth_of(sae, toy, rendered)
-    torch.testing.assert_close(
-        found.shared[chosen], torch.full_like(found.shared[chosen], 1 - degree), rtol=0, atol=1e-3
-    )
+    kept = torch.full_like(found.shared[chosen], 1 - degree)
+    torch.testing.assert_close(found.shared[chosen], kept, rtol=0, atol=1e-3)
     magnitude = rendered.magnitudes[chosen, 1] / rendered.magnitudes[chosen, 0]  # of the child, by the parent's
     torch.testing.assert_close(found.others[chosen], degree * magnitude, rtol=0, atol=1e-3)
     assert not found.absorbed()[~chosen].any()
@@ -121,19 +118,17 @@ def test_lost_words_and_random_directions_are_no_absorption(toy, rendered):
 
 
 def test_full_absorption_by_hand_is_what_the_eval_reports_and_the_true_dictionary_has_none(toy, rendered):
-    bench = metric_truth.Bench(
-        toy, rendered, planted.folds(toy, rendered)[:1], metric_truth.answer_directions(toy, 4096)
-    )
+    bench = toy_scores.Bench(toy, rendered, planted.folds(toy, rendered)[:1], toy_scores.answer_directions(toy, 4096))
     for sae, least, most in (
         (planted.dictionary(toy, rendered), 0.0, 0.0),
         (planted.absorb(toy, rendered, 0.1, 1.0, 0)[0], 0.95, 1.0),
     ):
-        table, curves = metric_truth.measure(bench, sae, {"name": "it"}, from_dense(sae.latents))
+        table, curves = toy_scores.measure(bench, sae, {"name": "it"}, from_dense(sae.latents))
         agree = float((table["full"] == table["absorbed"]).mean())
         assert agree >= least and agree >= 0.95 and (most or table["full"].sum() == 0)
         same = curves[(curves["threshold"] == "absorbed_share") & (curves["value"] == 0.4)]
         assert same["right"].sum() + same["false"].sum() == table["full"].sum()
-        assert curves.groupby(["threshold", "value"])[[*metric_truth.COUNTS]].sum().sum(axis=1).eq(len(table)).all()
+        assert curves.groupby(["threshold", "value"])[[*toy_scores.COUNTS]].sum().sum(axis=1).eq(len(table)).all()
 
 
 STEPS = (10, 20, 30, 40)
@@ -186,4 +181,4 @@ def test_disagreements_are_full_words_that_owe_little_and_silent_ones_that_owe_m
         "absorber": 1, "cos": 0.2, "share": 0.5, "effect": [0.0, 0.9, 0.1, 0.1], "most": [0.1, 0.9, 0.8, 0.9],
         "control": 0.0, "letter": 5.0,
     })  # fmt: skip
-    assert metric_ablation.disagreements(words)["word"].tolist() == ["alpha", "bravo", "charlie"]
+    assert ablation_tables.disagreements(words)["word"].tolist() == ["alpha", "bravo", "charlie"]
