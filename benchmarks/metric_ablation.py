@@ -38,7 +38,7 @@ from ablation_tables import (
 from sae_train.config import resolve
 from sae_train.config.record import read_run
 from sae_train.errors import UserError
-from sae_train.evals import baselines, causal
+from sae_train.evals import causal
 from sae_train.evals.absorption import Evaluation
 from sae_train.evals.causal_rate import prompts_of
 from sae_train.evals.presets import SAEBENCH
@@ -99,7 +99,7 @@ def main() -> None:
         about = {"sae": f"{folder.parent.parent.name}/{folder.name}"}
         words.append(asked.words().assign(**about))
         curves.append(asked.curves().assign(**about))
-        nulls += [asked.nulls()] if len(nulls) < args.nulls else []
+        nulls.append(recorded_nulls(folder) | asked.random_directions())
         table = write(args.out, args.name, pd.concat(words, ignore_index=True), pd.concat(curves), nulls)
     print(f"\n{markdown(table)}\n\n{words_table(disagreements(pd.concat(words, ignore_index=True)))}")
 
@@ -239,30 +239,36 @@ class Asked:
         return pd.DataFrame(found, columns=["threshold", "value", "label", *COUNTS])
 
     @torch.no_grad()
-    def nulls(self) -> dict[str, float]:
-        """Scores with shuffled labels and random directions, and what the answer owes to the latents that a random
-        direction calls absorbers."""
-        a = self.bench.assets
-        result = self.e.result(self.latents, self.chosen, self.scored, {})
-        shuffled = baselines.shuffled_labels_score(self.sae, a, latents=self.latents)
-        random = baselines.random_directions_score(self.sae, a, result, self.latents)
-        g = torch.Generator().manual_seed(1)
-        directions = unit(torch.randn(self.bench.assets.probe_weight.T.shape, generator=g))
-        labels = a.tp_labels[self.bench.rows]
-        cos = (unit(self.e.W_dec)[self.columns] * directions[labels][:, None]).sum(-1)
+    def random_directions(self) -> dict[str, float]:
+        """How often a random direction in the probe's place calls a word full, and how often the answer owes its letter
+        to the latent that it then names."""
+        bench, g = self.bench, torch.Generator().manual_seed(1)
+        labels = bench.assets.tp_labels[bench.rows]
+        directions = unit(torch.randn(bench.assets.probe_weight.T.shape, generator=g))[labels]
+        cos = (unit(self.e.W_dec)[self.columns] * directions[:, None]).sum(-1)
         proj = self.acts * cos * self.e.W_dec.norm(dim=1)[self.columns]
-        x = (a.tp_x[self.bench.rows].float() * directions[labels]).sum(1)
-        full = score_entries(self.acts, proj, cos, self.is_main, x, SAEBENCH).full & self.counted
+        a = (bench.assets.tp_x[bench.rows].float() * directions).sum(1)
+        full = score_entries(self.acts, proj, cos, self.is_main, a, SAEBENCH).full & self.counted
         entry = proj.argmax(1, keepdim=True)
         removed = self.acts.gather(1, entry) * self.e.W_dec[self.columns.gather(1, entry).squeeze(1)]
-        owed = self.bench.changes(torch.where(full[:, None], -removed, 0.0)) / self.bench.erased
+        owed = bench.changes(torch.where(full[:, None], -removed, 0.0)) / bench.erased
         return {
-            "full, all words": result.mean_full, "fraction, all words": result.mean_fraction,
-            "full, shuffled labels": shuffled.mean_full, "fraction, shuffled labels": shuffled.mean_fraction,
-            "full, random directions": random.get("mean_full", float("nan")),
-            "fraction, random directions": random.get("mean_fraction", float("nan")),
-            "random direction's absorbers owed the letter": float((owed[full] >= OWED).float().mean()),
-        }  # fmt: skip
+            "full by random directions, these words": float(full[self.counted].double().mean()),
+            "of those, the latent that is named owed the letter": float((owed[full] >= OWED).double().mean()),
+        }
+
+
+def recorded_nulls(folder: Path) -> dict[str, float]:
+    """Scores that the SAE's run measured at its end, on all words: its own, and those of every null."""
+    run = run_of(folder)
+    sae = next(sae for sae in read_run(run)["saes"] if sae["name"] == folder.name) if run else {}
+    found = {"own": {k.removeprefix("absorption/"): v for k, v in sae.get("final", {}).items()}, **sae["baseline"]}
+    return {
+        f"{score}, {name.replace('_', ' ')}": found[name].get(f"mean_{score}")
+        for name in ("own", "random", "shuffled_labels", "random_directions")
+        for score in ("full", "fraction")
+        if found.get(name)
+    }
 
 
 def _arguments() -> argparse.Namespace:
@@ -270,7 +276,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("saes", nargs="+", type=Path, metavar="SAE", help="folders of SAEs or of runs")
     parser.add_argument("--rows", type=int, default=300, help="true positives that are asked about")
     parser.add_argument("--each", type=int, default=0, help="latents a word that are taken out one by one")
-    parser.add_argument("--nulls", type=int, default=3, help="SAEs that are also measured without a concept")
     parser.add_argument("--eval-words", type=int, help="words of the eval; default: as the run had")
     parser.add_argument("--name", default="speller", help="of the results' files")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -2,12 +2,12 @@
 
     python benchmarks/metric_truth.py --runs checkpoints/metric_truth
 
-The script trains SAEs (three architectures × two widths × two L0 × three seeds; finished runs are reused), builds some
-by hand whose absorption is known, and puts all through the first-letter eval with the toy's parents as letters: ranking,
-k-sparse probes and scores are those of `sae-train eval`; the probe is the true direction, and the answer is read by a
-linear map of the word in place of a language model. It prints Markdown and writes benchmarks/results/metric_*.csv:
-correlations of each score with the truth (over SAEs, over words), precision and recall as each threshold moves, and the
-scores of SAEs built by hand.
+The script trains SAEs (three architectures × two widths × two L0 × three seeds; finished runs are reused), builds
+some by hand whose absorption is known, and puts all through the first-letter eval with the toy's parents as letters:
+ranking, k-sparse probes and scores are those of `sae-train eval`; the probe is the true direction, and the answer is
+read by a linear map of the word in place of a language model. It prints Markdown and writes
+benchmarks/results/metric_*.csv: correlations of each score with the truth (over SAEs, over words), precision and
+recall as each threshold moves, and the scores of SAEs built by hand.
 """
 
 from __future__ import annotations
