@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from sae_train.protocols import SAE
 
 RESULTS = Path(__file__).resolve().parent / "results"
-ARCHS, WIDTHS, TARGETS, SEEDS = ("topk", "matryoshka", "jumprelu"), (64, 512), (2, 4), (0, 1, 2)
-TOKENS = 154_000
+ARCHS, WIDTHS, TARGETS, SEEDS = ("topk", "matryoshka", "jumprelu"), (64, 256), (2, 4), (0, 1, 2)
+TOKENS, BATCH = 64_000, 128
+RANDOM_WIDTHS = (64, 512)
 SCORES = ("full", "fraction", "full_family", "fraction_family", "causal")
 
 
@@ -70,7 +71,7 @@ def trained_saes(folder: Path) -> list[tuple[dict[str, Any], SAE]]:
         finished = (path / "run.json").exists() and read_json(path / "run.json").get("status") == "finished"
         run = Run(path) if finished else train(
             model="toy", arch=arch, width=list(WIDTHS), l0=list(TARGETS), seed=list(SEEDS), absorption_evals=1,
-            tokens=TOKENS, name=path.name, out=str(folder),
+            tokens=TOKENS, batch_tokens=BATCH, name=path.name, out=str(folder),
         )  # fmt: skip
         found += [
             ({key: sae[key] for key in ("name", "arch", "width", "l0", "seed")}, run.saes[sae["name"]])
@@ -129,7 +130,7 @@ def built_scores(bench: Bench) -> pd.DataFrame:
     """Scores of SAEs built by hand, three seeds each, and of random SAEs: what is seen where the answer is known."""
     rows, x = [], held_out_sample(bench.toy, 4096).x
     names = list(planted.built_saes(bench.toy, bench.rendered, 0))
-    for name in [*names, *(f"random SAE, {w} latents, L0 4" for w in WIDTHS)]:
+    for name in [*names, *(f"random SAE, {w} latents, L0 4" for w in RANDOM_WIDTHS)]:
         parts = []
         for seed in SEEDS:
             if name in names:

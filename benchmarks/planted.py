@@ -171,7 +171,7 @@ def absorb(toy: Toy, rendered: Rendered, share: float, degree: float, seed: int)
 def split(toy: Toy, rendered: Rendered, parts: int) -> Built:
     """Each parent has several latents, each for its own children: splitting, and nothing is absorbed."""
     sae = dictionary(toy, rendered)
-    which = rendered.word % N_CHILDREN * parts // N_CHILDREN
+    which = rendered.word % N_CHILDREN % parts  # so that no fold has all words of a part
     extra = torch.zeros(len(rendered.x), N_PARENTS * parts)
     at = torch.arange(len(extra))
     extra[at, rendered.parent * parts + which] = sae.latents[at, rendered.parent]
