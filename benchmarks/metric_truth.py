@@ -13,6 +13,7 @@ recall as each threshold moves, and the scores of SAEs built by hand.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,27 +47,24 @@ def main() -> None:
     bench = make_bench()
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.part or ("built", "trained"):
-        for name, table in (built_tables if part == "built" else trained_tables)(bench, args.runs).items():
+        tables = {"built": built_scores(bench)} if part == "built" else trained_tables(bench, args.runs, args.arch)
+        for name, table in tables.items():
             table.to_csv(args.out / f"metric_{name}.csv", index=False, float_format="%.4f")
             print(f"\n{name}\n\n{markdown(table)}" if name != "toy_saes" else "")
 
 
-def built_tables(bench: Bench, _: Path) -> dict[str, pd.DataFrame]:
-    return {"built": built_scores(bench)}
-
-
-def trained_tables(bench: Bench, runs: Path) -> dict[str, pd.DataFrame]:
-    measured = [measure(bench, sae, about) for about, sae in trained_saes(runs)]
+def trained_tables(bench: Bench, runs: Path, archs: Sequence[str] | None) -> dict[str, pd.DataFrame]:
+    measured = [measure(bench, sae, about) for about, sae in trained_saes(runs, archs or ARCHS)]
     scores, curves = (pd.concat(tables, ignore_index=True) for tables in zip(*measured, strict=True))
     return {
         "toy_saes": by_sae(scores), "agreement": agreement_table(scores), "thresholds": threshold_table(curves),
     }  # fmt: skip
 
 
-def trained_saes(folder: Path) -> list[tuple[dict[str, Any], SAE]]:
+def trained_saes(folder: Path, archs: Sequence[str]) -> list[tuple[dict[str, Any], SAE]]:
     """Train all SAEs, one run an architecture, or read the runs where they are finished."""
     found = []
-    for arch in ARCHS:
+    for arch in archs:
         path = folder / f"toy-{arch}"
         finished = (path / "run.json").exists() and read_json(path / "run.json").get("status") == "finished"
         run = Run(path) if finished else train(
@@ -173,6 +171,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("checkpoints/metric_truth"), help="where the SAEs are, or go")
     parser.add_argument("--part", action="append", choices=("built", "trained"), help="one part alone")
+    parser.add_argument("--arch", action="append", choices=ARCHS, help="one architecture alone; may be repeated")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 

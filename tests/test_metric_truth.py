@@ -11,9 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import ablation_tables
 import absorption_events as events
 import agreement as ag
 import planted
+import toy_scores
 
 from sae_train.data.toy import open_toy
 from sae_train.evals.events import NEVER, event_log
@@ -118,14 +120,12 @@ def test_lost_words_and_random_directions_are_no_absorption(toy, rendered):
 
 
 def test_full_absorption_by_hand_is_what_the_eval_reports_and_the_true_dictionary_has_none(toy, rendered):
-    bench = toy_scores.Bench(toy, rendered, planted.folds(toy, rendered)[:1], toy_scores.answer_directions(toy, 4096))
-    for sae, least, most in (
-        (planted.dictionary(toy, rendered), 0.0, 0.0),
-        (planted.absorb(toy, rendered, 0.1, 1.0, 0)[0], 0.95, 1.0),
-    ):
+    answer = toy_scores.answer_directions(toy, 4096)
+    bench = toy_scores.Bench(toy, rendered, planted.folds(toy, rendered)[:1], answer)
+    for sae in (planted.dictionary(toy, rendered), planted.absorb(toy, rendered, 0.1, 1.0, 0)[0]):
         table, curves = toy_scores.measure(bench, sae, {"name": "it"}, from_dense(sae.latents))
-        agree = float((table["full"] == table["absorbed"]).mean())
-        assert agree >= least and agree >= 0.95 and (most or table["full"].sum() == 0)
+        assert (table["full"] == table["absorbed"]).mean() >= 0.95
+        assert table["absorbed"].any() or not table["full"].any()
         same = curves[(curves["threshold"] == "absorbed_share") & (curves["value"] == 0.4)]
         assert same["right"].sum() + same["false"].sum() == table["full"].sum()
         assert curves.groupby(["threshold", "value"])[[*toy_scores.COUNTS]].sum().sum(axis=1).eq(len(table)).all()
@@ -139,7 +139,7 @@ def trajectory() -> pd.DataFrame:
     courses = {
         "apple": (1.0, [("recalled", 5), ("below", 7), ("carried", 7), ("carried", 7)]),
         "amber": (3.0, [("recalled", 7), ("carried", 9), ("carried", 9), ("carried", 9)]),
-        "actor": (2.0, [("recalled", 9), ("recalled", 9), ("carried", 9), ("recalled", 9)]),
+        "actor": (2.0, [("recalled", 5), ("recalled", 9), ("carried", 9), ("recalled", 9)]),
     }
     return pd.DataFrame([
         {"sae": "one", "step": step, "letter": "A", "word": word, "token_id": i, "outcome": outcome,
@@ -162,7 +162,7 @@ def test_the_events_of_a_made_up_course_are_measured():
     assert set(found) == set(events.MEASURES)
     expected = {
         "absorbed": 2 / 3, "kept": 1.0, "recovered": 0.0, "rarer": 0.0, "taken": (30 + 20) / 2 / 40, "early": 0.0,
-        "never_recalled": 0.0, "order": -1.0, "chosen_anew": 0.5, "before": 0.5, "lived": (20 + 10) / 2 / 40,
+        "never_recalled": 0.0, "order": -1.0, "chosen_anew": 0.5, "before": 0.5, "lived": (20 + 0) / 2 / 40,
         "lived_here": (10 + 0) / 2 / 40, "splits": 1.0, "absorbs": 1.0, "both": 1.0, "split_first": 0.0,
         "split_after": 1.0, "split_same": 0.0,
     }  # fmt: skip
