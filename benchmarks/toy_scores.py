@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sae_train.protocols import SAE
 
 HALF = 0.5  # of a fraction: from here on it is read as "absorbed"
-NO_SECOND = 1e9
+NO_SECOND = 2.0  # F1 never rises by so much: one main latent
 CURVES: dict[str, tuple[str, tuple[float, ...]]] = {
     "full_cos": ("full", (0.0, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)),
     "absorbed_share": ("full", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)),
