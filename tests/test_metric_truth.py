@@ -126,6 +126,8 @@ def test_full_absorption_by_hand_is_what_the_eval_reports_and_the_true_dictionar
         table, curves = toy_scores.measure(bench, sae, {"name": "it"}, from_dense(sae.latents))
         assert (table["full"] == table["absorbed"]).mean() >= 0.95
         assert table["absorbed"].any() or not table["full"].any()
+        one_main = curves[(curves["threshold"] == "f1_jump") & (curves["value"] == toy_scores.NO_SECOND)]
+        assert one_main["false"].sum() <= 0.05 * len(table)
         same = curves[(curves["threshold"] == "absorbed_share") & (curves["value"] == 0.4)]
         assert same["right"].sum() + same["false"].sum() == table["full"].sum()
         assert curves.groupby(["threshold", "value"])[[*toy_scores.COUNTS]].sum().sum(axis=1).eq(len(table)).all()
