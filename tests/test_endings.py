@@ -120,6 +120,25 @@ def test_the_first_ctrl_c_breaks_in_while_saes_are_written(at, unbroken, tmp_pat
     assert_same_end(tmp_path / "broken", unbroken)
 
 
+@pytest.mark.parametrize(("call", "step"), [(2, 0), (14, 30), (42, 100)])
+def test_the_first_ctrl_c_breaks_off_the_looks_of_a_grid(call, step, unbroken, tmp_path, monkeypatch, capsys):
+    log, logged = RunLog.log, []
+
+    def interrupt(self, row):
+        log(self, row)
+        logged.append(row["step"])
+        if len(logged) == call:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(RunLog, "log", interrupt)
+        train(**TOY, out=tmp_path, name="broken")
+    assert len(logged) == call and logged[-1] == step
+    assert f"interrupted at step {step}; go on with: sae-train resume" in capsys.readouterr().out
+    resume(tmp_path / "broken")
+    assert_same_end(tmp_path / "broken", unbroken)
+
+
 def test_a_failure_in_the_midst_of_steps_leaves_the_state_before(unbroken, tmp_path, monkeypatch, capsys):
     run = tmp_path / "broken"
     with monkeypatch.context() as patched, pytest.raises(RuntimeError):
