@@ -32,7 +32,6 @@ from sae_train.evals.figures import auroc, f1_precision_recall
 from sae_train.evals.hierarchy import Hierarchy, get_hierarchy
 from sae_train.evals.presets import ASSET_FIELDS, Preset, get_preset, needed_labels
 from sae_train.evals.probes import Probe, Schedule, fit_dense
-from sae_train.evals.vocab import Vocabulary
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -176,13 +175,17 @@ def _collect(
         seconds[name] = round(time.perf_counter() - start - sum(seconds.values()), 3)
 
     progress("finding words", 0, 1)
-    fmt, words, sampled_from = _vocabulary(lm, hierarchy, seed, preset, n_words)
+    fmt, words, few = vocab.choose(lm, hierarchy, preset)
+    hierarchy, sampled_from = fmt.hierarchy, None
+    if n_words is not None and n_words < len(words):
+        words, sampled_from = vocab.sample(words, n_words, _generator(seed, "sample")), len(words)
     lap("vocabulary")
-    is_test = vocab.split(words, preset.test_share, _generator(seed, "split"))
+    is_test = vocab.split(words, preset.test_share, _generator(seed, "split"), together=hierarchy.is_listed)
     contexts, place = key["contexts"], fmt.word_position
     rows = own_split_prompts(lm, fmt, words, is_test, contexts, _generator(seed, "prompts"))
     shared = contexts != EACH and can_share(lm, place, rows)
     notes = [] if shared or contexts == EACH else [_WHOLE.format(lm.name)]
+    notes += [vocab.left_out_note(lm.name, few)] if few else []
     x = read_words(lm, place, rows, shared, lambda n: progress("reading words", n, len(words)))
     lap("activations")
     labels = torch.tensor(words.labels)
@@ -197,6 +200,7 @@ def _collect(
     )
     lap("model accuracy")
     settings = {**key, "n_examples": fmt.n_examples, "word_position": fmt.word_position}
+    settings |= {"labels": list(hierarchy.labels), "left_out": few} if few else {}
     answers = torch.tensor(fmt.answer_ids or (), dtype=torch.long)
     assets = Assets(
         words.words, torch.tensor(words.token_ids), labels, is_test, x, tp_rows, tp_x, prompts.right_aligned(rows),
@@ -204,22 +208,6 @@ def _collect(
         seconds,
     )  # fmt: skip
     return replace(assets, hash=content_hash(assets))
-
-
-def _vocabulary(
-    lm: LanguageModel, hierarchy: Hierarchy, seed: int, preset: Preset, n_words: int | None
-) -> tuple[prompts.PromptFormat, Vocabulary, int | None]:
-    found, dropped = vocab.entries(lm.tokenizer, lm.special_ids, hierarchy)
-    fmt = prompts.fit_format(lm, hierarchy, found, preset)
-    words = vocab.keep_single_tokens(found, dropped, lambda v: prompts.single_token_words(lm, fmt, v))
-    if len(words) < len(hierarchy.labels):
-        raise UserError(
-            f"only {len(words)} words are one token of {lm.name} in the template {hierarchy.template!r}; the eval "
-            f"needs at least {len(hierarchy.labels)}."
-        )
-    if n_words is None or n_words >= len(words):
-        return fmt, words, None
-    return fmt, vocab.sample(words, n_words, _generator(seed, "sample")), len(words)
 
 
 def ground_truth(
@@ -254,7 +242,7 @@ def _key(
 ) -> dict[str, Any]:
     """What decides the assets' content, apart from the model's weights."""
     return {
-        "version": 3,
+        "version": 4 if hierarchy.is_listed else 3,  # since 4 the forms of a word are on one side of the split
         "model": lm.name,
         "hook_name": lm.hook_name,
         "tokenizer": _tokenizer_digest(lm.tokenizer),

@@ -42,6 +42,8 @@ class Prompts:
     answer_ids: Int[Tensor, " n_labels"]
     labels: Int[Tensor, " n"]
     right_ids: Int[Tensor, " n_labels"] | None = None
+    shared: bool = False
+    """read what stands before the word once for all prompts (and changes) that have it in common"""
 
     def __post_init__(self) -> None:
         assert self.word_position < 0, "the word's position is counted from the end"
@@ -87,6 +89,8 @@ def margins(
 ) -> Float[Tensor, " m"]:
     """Margins of prompts[rows[i]] once deltas[i] is added to the word's activation; clean ones without deltas."""
     prompts, rows = prompts.to(lm.device), rows.to(lm.device)
+    if prompts.shared and len(rows):
+        return _margins_behind(lm, prompts, rows, deltas)
     parts = []
     for numbers, tokens in _batches(lm, prompts, rows):
         change = None if deltas is None else _adder(deltas[numbers.to(deltas.device)])
@@ -188,6 +192,25 @@ def matched_controls(
     pick = torch.where(free, draw, -1.0).argmax(1, keepdim=True)
     direction = unit(W_dec[columns.gather(1, pick).squeeze(1)].to(removed.dtype)) * acts.gather(1, pick).sign()
     return torch.where(free.any(1, keepdim=True), direction * removed.norm(dim=1, keepdim=True), 0.0)
+
+
+def _margins_behind(lm: LanguageModel, prompts: Prompts, rows: Tensor, deltas: Tensor | None) -> Float[Tensor, " m"]:
+    """Margins as the words and what follows them give behind prefixes that are read once."""
+    place, parts = prompts.word_position, []
+    _, group = prompts.tokens[rows, :place].unique(dim=0, return_inverse=True)
+    most = max(1, _LOGIT_ELEMENTS // (len(lm.tokenizer) * -place))
+    for number in range(int(group.max()) + 1):
+        for numbers in (group == number).nonzero().squeeze(1).split(most):
+            before = prompts.tokens[rows[numbers[0]], :place]
+            tail = prompts.tokens[rows[numbers], place:]
+            added = None
+            if deltas is not None:
+                added = deltas.new_zeros(*tail.shape, deltas.shape[1])
+                added[:, 0] = deltas[numbers.to(deltas.device)]
+            logits = lm.logits_after(before[before >= 0], tail, added)[:, -1]
+            margin = answer_margin(logits, prompts.labels[rows[numbers]], prompts.answer_ids, prompts.right_ids)
+            parts.append((numbers, margin))
+    return _assemble(parts, (len(rows),), lm.device)
 
 
 def _batches(lm: LanguageModel, prompts: Prompts, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

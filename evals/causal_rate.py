@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sae_train.config import EACH
 from sae_train.evals import causal
+from sae_train.evals.contexts import can_share
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -68,11 +70,20 @@ def causal_rate(
 
 
 def _prompts(assets: Assets, lm: LanguageModel, preset: Preset) -> causal.Prompts:
-    made = prompts_of(assets)
+    made = replace(prompts_of(assets), shared=_can_share(lm, assets))
     if not preset.lower_case_answer:
         return made
     encoded = lm.tokenizer([name.lower() for name in assets.label_names], add_special_tokens=False)["input_ids"]
     return replace(made, right_ids=torch.tensor([ids[-1] for ids in encoded], device=made.answer_ids.device))
+
+
+def _can_share(lm: LanguageModel, assets: Assets) -> bool:
+    """Whether the prompts have contexts in common, and the model answers the same behind one that it has read."""
+    if assets.settings.get("contexts", EACH) == EACH or not len(assets.tp_tokens):
+        return False
+    row, place = [token for token in assets.tp_tokens[0].tolist() if token >= 0], assets.settings["word_position"]
+    prefix, tail = (torch.tensor(part, device=lm.device) for part in (row[:place], [row[place:]]))
+    return len(prefix) > 0 and can_share(lm, place, [row, row]) and lm.logits_after(prefix, tail) is not None
 
 
 def prompts_of(assets: Assets) -> causal.Prompts:

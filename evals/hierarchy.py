@@ -2,7 +2,8 @@
 
 A hierarchy is a parent concept (the first letter) with labels (A to Z), each of which has children (words). A file
 {parent: {label: [words]}} makes one, with its prompt line under "template" if the usual one, "{word} has the <parent>:
-{label}", will not do.
+{label}", will not do. Files that ship are known by their names: hierarchies of meaning in hierarchies/ beside this
+module, and the embedded language's.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from sae_train.errors import UserError
 
+# In a wheel as in a checkout: of any model's words, and of the embedded model's.
+_SHIPPED = (Path(__file__).parent / "hierarchies", Path(__file__).parents[1] / "embedded" / "hierarchies")
+VOWELS = "AEIOU"
 LENGTHS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -34,9 +38,20 @@ class Hierarchy:
     digest: str = ""
     """of the words, where a file lists them"""
 
+    @property
+    def is_listed(self) -> bool:
+        """Whether a file lists the words, instead of a rule that labels all."""
+        return bool(self.digest)
+
     def label(self, text: str) -> int | None:
         """Number of a word's label, with or without its leading space."""
         return self.label_of(text.removeprefix(" "))
+
+    def keep(self, numbers: list[int]) -> Hierarchy:
+        """The hierarchy of these labels alone; words of the others do not belong."""
+        new = {old: number for number, old in enumerate(numbers)}
+        labels = tuple(self.labels[old] for old in numbers)
+        return replace(self, labels=labels, label_of=lambda word: new.get(self.label_of(word)))
 
 
 def get_hierarchy(name: str | Path | Hierarchy = "first-letter") -> Hierarchy:
@@ -45,7 +60,7 @@ def get_hierarchy(name: str | Path | Hierarchy = "first-letter") -> Hierarchy:
         return name
     if str(name) in RULES:
         return RULES[str(name)]
-    shipped = {path.stem: path for path in _embedded_folder().glob("*.json")}
+    shipped = {path.stem: path for folder in _SHIPPED for path in sorted(folder.glob("*.json"))}
     path = shipped.get(str(name), Path(name))
     if path.suffix != ".json":
         known = [*RULES, *shipped]
@@ -101,16 +116,16 @@ def _names(table: dict[str, Any]) -> str:
     return ", ".join(repr(name) for name in table) or "none"
 
 
-def _embedded_folder() -> Path:
-    """Hierarchies that ship with the embedded model, in a wheel as in a checkout."""
-    return Path(__file__).parents[1] / "embedded" / "hierarchies"
-
-
 def _is_word(core: str) -> bool:
     return core.isascii() and core.isalpha()
 
 
-def _rule(name: str, labels: tuple[str, ...], template: str, label_of: Callable[[str], int]) -> Hierarchy:
+def _first_vowel(word: str) -> int | None:
+    """Number of the vowel that comes first; None in a word without one."""
+    return next((VOWELS.index(letter) for letter in word.upper() if letter in VOWELS), None)
+
+
+def _rule(name: str, labels: tuple[str, ...], template: str, label_of: Callable[[str], int | None]) -> Hierarchy:
     belonging = "not a word of A-Z letters"
     return Hierarchy(name, labels, template, lambda core: label_of(core) if _is_word(core) else None, belonging)
 
@@ -130,7 +145,8 @@ RULES = {
         _rule(
             "word-length", LENGTHS, "{word} has the word length: {label}", lambda w: min(len(w), len(LENGTHS)) - 1
         ),
+        _rule("first-vowel", tuple(VOWELS), "{word} has the first vowel: {label}", _first_vowel),
         # A parent above the letters: that it splits into them is no absorption, which the family correction tells.
-        _rule("first-vowel", ("vowel", "consonant"), PLAIN_TEMPLATE, lambda w: int(w[0].upper() not in "AEIOU")),
+        _rule("vowel-or-consonant", ("vowel", "consonant"), PLAIN_TEMPLATE, lambda w: int(w[0].upper() not in VOWELS)),
     )
 }  # fmt: skip

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_train.errors import UserError
+from sae_train.evals import prompts
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sae_train.evals.hierarchy import Hierarchy
+    from sae_train.evals.presets import Preset
+    from sae_train.evals.prompts import PromptFormat
+    from sae_train.protocols import LanguageModel
+
+LEAST_WORDS = 20  # of a listed label: four of them are test words
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,36 @@ def entries(tokenizer: Any, special_ids: set[int], hierarchy: Hierarchy) -> tupl
     return words, dropped
 
 
+def choose(lm: LanguageModel, hierarchy: Hierarchy, preset: Preset) -> tuple[PromptFormat, Vocabulary, dict[str, int]]:
+    """The prompts' format, the words that are one token in it, and what listed labels are left out, with their words.
+
+    A listed label needs LEAST_WORDS. A rule's labels stay however few their words are, as in SAEBench.
+    """
+    found, dropped = entries(lm.tokenizer, lm.special_ids, hierarchy)
+    fmt = prompts.fit_format(lm, hierarchy, found, preset)
+    words = keep_single_tokens(found, dropped, lambda v: prompts.single_token_words(lm, fmt, v))
+    n_labels = len(hierarchy.labels)
+    kept = labels_with(words, n_labels, LEAST_WORDS if hierarchy.is_listed else 0)
+    few = {hierarchy.labels[i]: words.labels.count(i) for i in range(n_labels) if i not in kept}
+    if few and len(kept) < 2:
+        raise UserError(
+            f"a hierarchy needs two labels with at least {LEAST_WORDS} words that are one token of {lm.name}; of "
+            f"{hierarchy.name!r} there are {_counted(few)}."
+        )
+    if few:
+        return *choose(lm, hierarchy.keep(kept), preset)[:2], few
+    if len(words) < n_labels:
+        raise UserError(
+            f"only {len(words)} words are one token of {lm.name} in the template {hierarchy.template!r}; the eval "
+            f"needs at least {n_labels}."
+        )
+    return fmt, words, {}
+
+
+def left_out_note(model: str, few: dict[str, int]) -> str:
+    return f"labels with fewer than {LEAST_WORDS} words that are one token of {model} are left out: {_counted(few)}"
+
+
 def keep_single_tokens(
     words: Vocabulary, dropped: Counter, is_single: Callable[[Vocabulary], list[bool]]
 ) -> Vocabulary:
@@ -68,11 +106,28 @@ def sample(vocabulary: Vocabulary, n_words: int, g: torch.Generator) -> Vocabula
     return vocabulary.subset(_draw_by_label(vocabulary.labels, lambda n: max(1, round(share * n)), g))
 
 
-def split(vocabulary: Vocabulary, test_share: float, g: torch.Generator) -> torch.Tensor:
-    """Mark test words: the same share of every label; a label with a single word trains."""
-    is_test = torch.zeros(len(vocabulary), dtype=torch.bool)
-    is_test[_draw_by_label(vocabulary.labels, lambda n: round(test_share * n) if n > 1 else 0, g)] = True
-    return is_test
+def split(vocabulary: Vocabulary, test_share: float, g: torch.Generator, together: bool = False) -> torch.Tensor:
+    """Mark test words: the same share of every label; a label with a single word trains.
+
+    With `together` all forms of a word ("dog", " dog", " Dog") stand on one side.
+    """
+    words = [word.strip().lower() for word in vocabulary.words] if together else range(len(vocabulary))
+    keys = list(zip(vocabulary.labels, words, strict=True))
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    rows = sorted(first.values())
+    drawn = _draw_by_label([keys[row][0] for row in rows], lambda n: round(test_share * n) if n > 1 else 0, g)
+    test_keys = {keys[rows[i]] for i in drawn}
+    return torch.tensor([key in test_keys for key in keys], dtype=torch.bool)
+
+
+def labels_with(vocabulary: Vocabulary, n_labels: int, least: int) -> list[int]:
+    """The labels that have at least so many words."""
+    n_words = Counter(vocabulary.labels)
+    return [label for label in range(n_labels) if n_words[label] >= least]
+
+
+def _counted(labels: dict[str, int]) -> str:
+    return ", ".join(f"{name} ({n})" for name, n in labels.items())
 
 
 def _draw_by_label(labels: list[int], how_many: Callable[[int], int], g: torch.Generator) -> list[int]:

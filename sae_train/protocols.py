@@ -87,9 +87,12 @@ class LanguageModel(Protocol):
         """Return next-token logits, with the activations at the hook passed through `edit`."""
 
     def logits_after(
-        self, prefix: Int[Tensor, " before"], tokens: Int[Tensor, "batch position"]
-    ) -> Float[Tensor, "batch position vocab"] | None:
-        """Return next-token logits of tokens that all stand behind one prefix, read once; None where it cannot be."""
+        self, prefix: Int[Tensor, " before"], tokens: Int[Tensor, "batch position"],
+        added: Float[Tensor, "batch position d_in"] | None = None,
+    ) -> Float[Tensor, "batch position vocab"] | None:  # fmt: skip
+        """Return next-token logits of tokens that all stand behind one prefix, read once; None where it cannot be.
+
+        `added` is added to the tokens' activations at the hook."""
 
     def read_out(self, directions: Float[Tensor, "n d_in"]) -> Float[Tensor, "n vocab"] | None:
         """Return what directions of the residual stream say of the next token; None where the hook is not in it."""

@@ -55,8 +55,9 @@ class FakeLM:
         x = self.activations(tokens)
         return (x if edit is None else edit(x)) @ self.unembed
 
-    def logits_after(self, prefix, tokens):
-        return self.logits(torch.cat([prefix.expand(len(tokens), -1), tokens], 1))[:, len(prefix) :]
+    def logits_after(self, prefix, tokens, added=None):
+        x = self.activations_after(prefix, tokens)
+        return (x if added is None else x + added) @ self.unembed
 
     def read_out(self, directions):
         return directions @ self.unembed

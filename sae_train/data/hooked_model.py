@@ -112,11 +112,13 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits_after(
-        self, prefix: Int[Tensor, " before"], tokens: Int[Tensor, "batch position"]
-    ) -> Float[Tensor, "batch position vocab"] | None:
+        self, prefix: Int[Tensor, " before"], tokens: Int[Tensor, "batch position"],
+        added: Float[Tensor, "batch position d_in"] | None = None,
+    ) -> Float[Tensor, "batch position vocab"] | None:  # fmt: skip
         """Return next-token logits in float32 of rows of tokens that all stand behind one prefix.
 
         The prefix goes through the blocks once, and its keys and values are kept. None where this model keeps none.
+        `added` is added to the tokens' activations at the hook.
         """
         # The blocks alone, without the unembedding: nobody asks for the prefix's own logits.
         self._check_ids(prefix)
@@ -124,8 +126,19 @@ class LanguageModel:
         cache = read_prefix(self._model, prefix, lambda cache: blocks(past_key_values=cache))
         if cache is None:
             return None
-        parts = tokens.split(count_rows(cache))
-        return torch.cat([self._forward(part, spread(cache, len(part))).logits for part in parts]).float()
+
+        def pass_on(rows: slice) -> Tensor:
+            part = tokens[rows]
+            with ExitStack() as changes:
+                if added is not None:
+                    changes.enter_context(changed(self._module, self._side, lambda x: add(x, added[rows])))
+                return self._forward(part, spread(cache, len(part))).logits
+
+        def add(x: Tensor, more: Tensor) -> Tensor:
+            return (x.float() + more.to(x.device).reshape(x.shape)).to(x.dtype)
+
+        n = count_rows(cache)
+        return torch.cat([pass_on(slice(start, start + n)) for start in range(0, len(tokens), n)]).float()
 
     def shared_by(self, ranks: Ranks) -> LanguageModel:
         """Return this model with activations that all processes compute together, each its share of the rows.

@@ -1,0 +1,167 @@
+"""Which concepts beside the first letter absorb: SAEs on several hierarchies, with nulls and the causal rate, as CSV.
+
+    python benchmarks/beyond_letters.py --model smollm2 --hook blocks.8.hook_resid_post --words 6000 SAE SAE
+
+Every label above the probe's gate is in the means, however few there are ("needed" says how many the eval asks for).
+Beside the scores by projection stand random SAEs (fitted on the words), random directions in the probe's place, and the
+causal rate: of at most --causal words a task, the exact effect of taking out each of the latents with the largest
+vectors. Rows are added to --out; a SAE's task that is there already is skipped. `--table FILE` prints a file's rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from csv_rows import append, cpu
+
+from sae_train.data.language_model import load_language_model
+from sae_train.evals import assets, baselines
+from sae_train.evals.absorption import Evaluation
+from sae_train.evals.presets import SAEBENCH
+from sae_train.sae.files import load_sae
+
+if TYPE_CHECKING:
+    from sae_train.evals.assets import Assets
+    from sae_train.evals.result import AbsorptionResult
+
+TASKS = "first-letter,last-letter,first-vowel,word-length,kind,number"
+# The gate on the number of labels is reported instead of applied.
+PRESET = replace(SAEBENCH, name="saebench, any number of labels", min_letters=1)
+SCORES = ("fraction", "full")
+COLUMNS = (
+    "sae", "task", "words", "test_words", "labels", "needed", "counting", "probe_f1", "model_accuracy",
+    "true_positives", "f1", "recall", *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")),
+    "full_family", *(f"{null}_{score}" for null in ("random", "directions") for score in SCORES), "causal",
+    "causal_low", "causal_high", "candidates", "asked", "confirmed", "confirmed_of", "seconds", "cpu",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("saes", nargs="*", metavar="SAE", help="folders of SAEs")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--hook", default="blocks.8.hook_resid_post")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--words", type=int, default=6000, help="of each task, a stratified sample")
+    parser.add_argument("--causal", type=int, default=100, help="words that the model is asked about")
+    parser.add_argument("--ablated", type=int, default=8, help="latents that are taken out of each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, help="folder that keeps the words' activations")
+    parser.add_argument("--out", type=Path, default=Path("beyond_letters.csv"))
+    parser.add_argument("--table", type=Path)
+    options = parser.parse_args()
+    if options.table:
+        print(table(options.table))
+        return
+    done = {(row["sae"], row["task"]) for row in rows_of(options.out)} if options.out.is_file() else set()
+    lm = load_language_model(options.model, options.hook, dtype=options.dtype)
+    for task in options.tasks.split(","):
+        left = [Path(sae) for sae in options.saes if (Path(sae).name, task) not in done]
+        if left:
+            how = {"seed": options.seed, "n_words": options.words, "cache_dir": options.cache}
+            built = assets.build(lm, hierarchy=task, preset=PRESET, **how)
+        for folder in left:
+            row = {"sae": folder.name, "task": task, "cpu": cpu()} | measure(folder, built, lm, options)
+            append(options.out, COLUMNS, [row])
+            print(lines_of(row), flush=True)
+
+
+@torch.no_grad()
+def measure(folder: Path, built: Assets, lm: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one SAE on one task."""
+    start = time.perf_counter()
+    sae, seed, n_labels = load_sae(folder), options.seed, len(built.label_names)
+    evaluation = Evaluation(sae, built, PRESET, seed, lm)
+    latents = evaluation.encode()
+    result = evaluation.run(latents)
+    random = baselines.random_score(sae, built.x, built, PRESET, seed)
+    directions = baselines.random_directions_score(sae, built, result, latents)
+    most = -(-options.causal // max(result.n_letters, 1))
+    by_cause = replace(PRESET, attribution="ablation", n_ablated=options.ablated, max_candidates=most)
+    can_ask = len(built.answer_ids) > 0
+    caused = Evaluation(sae, built, by_cause, seed, lm).run(latents) if can_ask else None
+    return {
+        "words": len(built.words), "test_words": int(built.is_test.sum()), "labels": n_labels,
+        "needed": built.n_needed(SAEBENCH), "counting": result.n_letters,
+        "probe_f1": rounded(built.probe_figures[:, 0].nan_to_num().mean()),
+        "model_accuracy": rounded(built.model_accuracy), "true_positives": len(built.tp_rows),
+        **scores_of(result), "random_fraction": rounded(random.mean_fraction), "random_full": rounded(random.mean_full),
+        "directions_fraction": rounded(directions.get("mean_fraction")),
+        "directions_full": rounded(directions.get("mean_full")),
+        **(causes_of(caused, result) if caused else {}), "seconds": round(time.perf_counter() - start, 1),
+    }  # fmt: skip
+
+
+def scores_of(result: AbsorptionResult) -> dict[str, Any]:
+    """The means over the labels that count, with intervals over words."""
+    out = {"f1": rounded(result.mean_f1), "recall": rounded(result.mean_recall_main)}
+    for score in SCORES:
+        low, high = result.interval(f"mean_{score}")
+        out |= {score: rounded(getattr(result, f"mean_{score}")), f"{score}_low": rounded(low)}
+        out[f"{score}_high"] = rounded(high)
+    return out | {"full_family": rounded(result.mean_full_family)}
+
+
+def causes_of(caused: AbsorptionResult, result: AbsorptionResult) -> dict[str, Any]:
+    """The causal rate, and how many of the asked words that are absorbed by projection are so by cause."""
+    low, high = caused.interval("mean_full")
+    counting = result.by_letter.loc[result.by_letter["counts"], "letter"]
+    words = caused.words.assign(projected=result.words["full"])[caused.words["letter"].isin(counting)]
+    silent = words["main_act"] < PRESET.silent_below
+    both = words[words["candidate"] & words["projected"]]
+    return {
+        "causal": rounded(caused.mean_full), "causal_low": rounded(low), "causal_high": rounded(high),
+        "candidates": int(silent.sum()), "asked": int(words["candidate"].sum()),
+        "confirmed": int((both["full"] > 0).sum()), "confirmed_of": len(both),
+    }  # fmt: skip
+
+
+def rounded(value: Any) -> Any:
+    return "" if value is None else f"{float(value):.4f}"
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def lines_of(row: dict[str, Any]) -> str:
+    """A row as one of the page's table."""
+
+    def figure(name: str) -> str:
+        value = row.get(name)
+        return "–" if value in (None, "", "nan") else f"{float(value):.3f}".replace("0.", ".", 1)
+
+    def interval(name: str) -> str:
+        return f"{figure(name)} [{figure(f'{name}_low')}, {figure(f'{name}_high')}]"
+
+    cells = [
+        row["task"], row["sae"], figure("probe_f1"), f"{row['counting']} of {row['labels']} ({row['needed']})",
+        figure("f1"), interval("fraction"), figure("random_fraction"), figure("directions_fraction"), interval("full"),
+        figure("full_family"), figure("random_full"), figure("directions_full"), interval("causal"),
+        f"{row.get('confirmed', '–')} of {row.get('confirmed_of', '–')}",
+    ]  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(path: Path) -> str:
+    head = (
+        "task", "SAE", "probe F1", "labels that count (needed)", "F1", "fraction", "random SAE", "random directions",
+        "full", "family-corrected", "random SAE", "random directions", "causal", "confirmed",
+    )  # fmt: skip
+    rows = rows_of(path)
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *map(lines_of, rows)])
+
+
+if __name__ == "__main__":
+    main()
