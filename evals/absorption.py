@@ -226,7 +226,7 @@ class Evaluation:
         f1 = float(f1_precision_recall(named, truth)[0].mean())
         if f1 > null + LEAST_ABOVE_NULL:
             return ""
-        return f"the SAE's latents tell no letters apart: the main ones have F1 {f1:.3f}, by chance {null:.3f}"
+        return f"the SAE's latents tell no labels apart: the main ones have F1 {f1:.3f}, by chance {null:.3f}"
 
     def explained_variance(self, test: Latents) -> float:
         """On at most 1,024 test words."""

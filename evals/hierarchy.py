@@ -147,6 +147,6 @@ RULES = {
         ),
         _rule("first-vowel", tuple(VOWELS), "{word} has the first vowel: {label}", _first_vowel),
         # A parent above the letters: that it splits into them is no absorption, which the family correction tells.
-        _rule("vowel-or-consonant", ("vowel", "consonant"), PLAIN_TEMPLATE, lambda w: int(w[0].upper() not in VOWELS)),
+        _rule("letter-class", ("vowel", "consonant"), PLAIN_TEMPLATE, lambda w: int(w[0].upper() not in VOWELS)),
     )
 }  # fmt: skip

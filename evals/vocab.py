@@ -63,24 +63,36 @@ def choose(lm: LanguageModel, hierarchy: Hierarchy, preset: Preset) -> tuple[Pro
     A listed label needs LEAST_WORDS. A rule's labels stay however few their words are, as in SAEBench.
     """
     found, dropped = entries(lm.tokenizer, lm.special_ids, hierarchy)
+    if few := count_few(found, hierarchy):  # before their names have to fit the prompt
+        return _choose_without(few, lm, hierarchy, preset)
     fmt = prompts.fit_format(lm, hierarchy, found, preset)
     words = keep_single_tokens(found, dropped, lambda v: prompts.single_token_words(lm, fmt, v))
-    n_labels = len(hierarchy.labels)
-    kept = labels_with(words, n_labels, LEAST_WORDS if hierarchy.is_listed else 0)
-    few = {hierarchy.labels[i]: words.labels.count(i) for i in range(n_labels) if i not in kept}
-    if few and len(kept) < 2:
+    if few := count_few(words, hierarchy):
+        return _choose_without(few, lm, hierarchy, preset)
+    if len(words) < len(hierarchy.labels):
+        raise UserError(
+            f"only {len(words)} words are one token of {lm.name} in the template {hierarchy.template!r}; the eval "
+            f"needs at least {len(hierarchy.labels)}."
+        )
+    return fmt, words, {}
+
+
+def count_few(words: Vocabulary, hierarchy: Hierarchy) -> dict[str, int]:
+    """The listed labels that have fewer than LEAST_WORDS of the words, with how many they have."""
+    n_words = Counter(words.labels)
+    counts = {name: n_words[number] for number, name in enumerate(hierarchy.labels)}
+    return {name: n for name, n in counts.items() if n < LEAST_WORDS} if hierarchy.is_listed else {}
+
+
+def _choose_without(few: dict[str, int], lm: LanguageModel, hierarchy: Hierarchy, preset: Preset) -> tuple:
+    kept = [number for number, name in enumerate(hierarchy.labels) if name not in few]
+    if len(kept) < 2:
         raise UserError(
             f"a hierarchy needs two labels with at least {LEAST_WORDS} words that are one token of {lm.name}; of "
             f"{hierarchy.name!r} there are {_counted(few)}."
         )
-    if few:
-        return *choose(lm, hierarchy.keep(kept), preset)[:2], few
-    if len(words) < n_labels:
-        raise UserError(
-            f"only {len(words)} words are one token of {lm.name} in the template {hierarchy.template!r}; the eval "
-            f"needs at least {n_labels}."
-        )
-    return fmt, words, {}
+    fmt, words, more = choose(lm, hierarchy.keep(kept), preset)
+    return fmt, words, few | more
 
 
 def left_out_note(model: str, few: dict[str, int]) -> str:
@@ -118,12 +130,6 @@ def split(vocabulary: Vocabulary, test_share: float, g: torch.Generator, togethe
     drawn = _draw_by_label([keys[row][0] for row in rows], lambda n: round(test_share * n) if n > 1 else 0, g)
     test_keys = {keys[rows[i]] for i in drawn}
     return torch.tensor([key in test_keys for key in keys], dtype=torch.bool)
-
-
-def labels_with(vocabulary: Vocabulary, n_labels: int, least: int) -> list[int]:
-    """The labels that have at least so many words."""
-    n_words = Counter(vocabulary.labels)
-    return [label for label in range(n_labels) if n_words[label] >= least]
 
 
 def _counted(labels: dict[str, int]) -> str:

@@ -238,8 +238,8 @@ def _broken(kind):
         ("narrow", ""),
         ("one latent", "silent on 5"),
         ("asleep", "silent on 9"),
-        ("constant", "tell no letters apart"),
-        ("noise", "tell no letters apart"),
+        ("constant", "tell no labels apart"),
+        ("noise", "tell no labels apart"),
     ],
 )
 def test_broken_saes_give_a_result(built, kind, reason):

@@ -292,9 +292,13 @@ def test_what_a_model_says_behind_a_shared_prefix_is_what_it_says_of_the_whole(
     lm = load_language_model(save_tiny_model(tmp_path, family), "blocks.0.hook_resid_post")
     whole = torch.cat([TOKENS[0].expand(12, -1), torch.arange(3, 39).reshape(12, 3)], 1)
     expected, there = lm.logits(whole)[:, -3:], lm.activations(whole)[:, -3:]
+    added = 3 * torch.randn(there.shape, generator=torch.Generator().manual_seed(0))
+    edited = lm.logits(whole, lambda x: torch.cat([x[:, :-3], x[:, -3:] + added], 1))[:, -3:]
+    assert float((edited - expected).abs().max()) > 0.01
     for elements in (forward.CACHE_ELEMENTS, 5 * 2 * 20 * 16):  # all rows at once, and a few at a time
         monkeypatch.setattr(forward, "CACHE_ELEMENTS", elements)
         torch.testing.assert_close(lm.logits_after(TOKENS[0], whole[:, -3:]), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(lm.logits_after(TOKENS[0], whole[:, -3:], added), edited, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(lm.activations_after(TOKENS[0], whole[:, -3:]), there, rtol=1e-5, atol=1e-4)
 
 

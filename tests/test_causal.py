@@ -1,5 +1,6 @@
 """Causal measures: gradients against finite differences and a literal splice, ablations one by one, the decision."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from sae_train.data.language_model import load_language_model
 from sae_train.evals import causal
 from sae_train.evals.causal import Prompts
+from sae_train.evals.prompts import right_aligned
 
 D_IN, D_SAE, VOCAB, WORD, ALL = 6, 9, 30, -3, 99
 
@@ -303,3 +305,24 @@ def test_the_embedded_model_answers_by_the_word_that_stands_in_the_residual():
     away = x.mean(0) - x
     path = (causal.mean_gradients(lm, prompts, x.mean(0), 100) * away).sum(1)
     assert torch.allclose(path.mean(), causal.intervene(lm, prompts, -away, away, away).absorber.mean(), rtol=0.05)
+
+
+@pytest.mark.parametrize("elements", [causal._LOGIT_ELEMENTS, 1])
+def test_margins_behind_prefixes_that_are_read_once_are_those_of_whole_prompts(elements, monkeypatch):
+    """Contexts of two lengths, two words behind each, three changes a word."""
+    lm = load_language_model("speller")
+    lines = [" dog has the first letter: D\n", " dog has the first letter: D\n cat has the first letter: C\n"]
+    words = [" short", " house", " river", " king"]
+    texts = [f"<bos>\n{lines[i % 2]}{word} has the first letter:" for i, word in enumerate(words)]
+    rows = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    answers = torch.tensor(lm.tokenizer.convert_tokens_to_ids([f" {chr(65 + i)}" for i in range(26)]))
+    labels = torch.tensor([ord(word[1]) - ord("a") for word in words])
+    prompts = Prompts(right_aligned(rows), -6, answers, labels)
+    each = torch.arange(4).repeat(3)
+    deltas = torch.randn(12, lm.d_in, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(causal, "_LOGIT_ELEMENTS", elements)
+    for change in (None, deltas):
+        whole, behind = (causal.margins(lm, replace(prompts, shared=s), each, change) for s in (False, True))
+        assert torch.allclose(whole, behind, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(behind, causal.margins(lm, prompts, each, None), atol=0.01)
+    assert len(causal.margins(lm, replace(prompts, shared=True), each[:0], None)) == 0

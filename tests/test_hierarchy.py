@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from eval_fakes import D_IN, FakeLM, fake_words, word_tokenizer
+from transformers import AutoTokenizer
 
+from sae_train.data.language_model import load_language_model
 from sae_train.errors import UserError
-from sae_train.evals import absorption, assets
+from sae_train.evals import absorption, assets, vocab
 from sae_train.evals.hierarchy import RULES, get_hierarchy
 from sae_train.sae.model import SAE, SAEConfig
 
@@ -18,14 +20,29 @@ from sae_train.sae.model import SAE, SAEConfig
     ("name", "word", "label"),
     [
         ("first-letter", " Short", "S"), ("first-letter", "short", "S"), ("last-letter", " short", "T"),
-        ("word-length", " short", "five"), ("word-length", "extraordinarily", "ten"), ("first-vowel", " oak", "vowel"),
-        ("first-vowel", "Tree", "consonant"),
+        ("word-length", " short", "five"), ("word-length", "extraordinarily", "ten"), ("first-vowel", " Street", "E"),
+        ("first-vowel", "outer", "O"), ("letter-class", " oak", "vowel"), ("letter-class", "Tree", "consonant"),
     ],
 )  # fmt: skip
 def test_rules_label_words_with_and_without_a_space(name, word, label):
     hierarchy = RULES[name]
     assert hierarchy.labels[hierarchy.label(word)] == label
     assert hierarchy.label("word2") is None and hierarchy.label(" Élan") is None
+
+
+def test_a_word_without_a_vowel_has_no_first_one():
+    assert RULES["first-vowel"].label(" my") is None and RULES["first-vowel"].label("NBC") is None
+
+
+@pytest.mark.parametrize(("name", "n_labels", "word", "label"), [
+    ("kind", 10, " dogs", "animal"), ("kind", 10, "France", "country"), ("number", 2, " dogs", "plural"),
+    ("number", 2, "dog", "singular"),
+])  # fmt: skip
+def test_hierarchies_of_meaning_are_known_by_name_and_fit_gpt2s_words(name, n_labels, word, label, shared_data):
+    hierarchy = get_hierarchy(name)
+    assert hierarchy.labels[hierarchy.label(word)] == label and hierarchy.label(" Élan") is None
+    found, _ = vocab.entries(AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2"), set(), hierarchy)
+    assert len(hierarchy.labels) == n_labels and vocab.count_few(found, hierarchy) == {}
 
 
 def test_embedded_words_have_their_class():
@@ -121,3 +138,66 @@ def test_a_hierarchy_that_the_model_does_not_tell_is_no_score(colours):
         assets.build(FakeLM(word_tokenizer(words)), hierarchy="last-letter", template="{word} has"),
     )
     assert not result.valid and "of 26 labels can be read off" in result.reason
+
+
+@pytest.mark.parametrize("few", [{"grey": 5}, {"grey": 5, "mauve": 0}, {"grey": 19}])
+def test_listed_labels_with_few_words_are_left_out_with_a_sentence(tmp_path, colours, few):
+    table, words = colours
+    lm = ClassLM(word_tokenizer([*words, *(f" {name}" for name in table)]), {})
+    whole = {name: own for name, own in table.items() if name not in few}
+    listed = whole | {name: table.get(name, ["unheard"])[: max(n, 1)] for name, n in few.items()}
+    how = {"template": "{word} has the first letter: {label}"}
+    built = assets.build(lm, hierarchy=write(tmp_path, {"colour": listed}), cache_dir=tmp_path, **how)
+    there = ", ".join(f"{name} ({n})" for name, n in few.items())
+    assert built.notes == [f"labels with fewer than 20 words that are one token of fake are left out: {there}"]
+    assert built.label_names == list(whole) and built.settings["left_out"] == few
+    without = assets.build(lm, hierarchy=write(tmp_path, {"colour": whole}), **how)
+    assert built.words == without.words and torch.equal(built.probe_weight, without.probe_weight)
+    assert not without.notes and "left_out" not in without.settings
+    again = assets.build(lm, hierarchy=write(tmp_path, {"colour": listed}), cache_dir=tmp_path, **how)
+    assert again.hash == built.hash and again.notes == built.notes
+
+
+def test_a_file_without_two_labels_of_enough_words_is_refused(tmp_path, colours):
+    table, words = colours
+    few = {"red": table["red"], "green": table["green"][:19], "blue": ["unheard"]}
+    with pytest.raises(
+        UserError, match=r"two labels with at least 20 words .*'colour' there are green \(19\), blue \(0\)"
+    ):
+        assets.build(FakeLM(word_tokenizer(words)), hierarchy=write(tmp_path, {"colour": few}), template="{word} has")
+
+
+def test_all_forms_of_a_listed_word_stand_on_one_side_of_the_split():
+    cores = [f"w{chr(97 + i)}{chr(97 + j)}" for i in range(10) for j in range(10)]
+    words = [form for core in cores for form in (core, f" {core}", f" {core.capitalize()}")]
+    made = vocab.Vocabulary(words, list(range(300)), [i % 2 for i in range(100) for _ in range(3)])
+    sides = vocab.split(made, 0.2, torch.Generator().manual_seed(0), together=True).view(100, 3)
+    assert (
+        torch.equal(sides.all(1), sides.any(1)) and int(sides[::2].any(1).sum()) == int(sides[1::2].any(1).sum()) == 10
+    )
+    apart = vocab.split(made, 0.2, torch.Generator().manual_seed(0)).view(100, 3)
+    assert not torch.equal(apart.all(1), apart.any(1))
+    single = made.subset(list(range(0, 300, 3)))
+    alone = [vocab.split(single, 0.2, torch.Generator().manual_seed(0), together=t) for t in (False, True)]
+    assert torch.equal(*alone)
+
+
+@pytest.mark.parametrize("rule", ["first-letter", "word-length"])
+def test_a_file_with_a_rules_labels_gives_the_rules_scores(tmp_path, rule):
+    """Of the embedded model, whose words have one form each."""
+    lm, hierarchy = load_language_model("speller"), get_hierarchy(rule)
+    template = "{word} has the first letter: {label}" if rule == "first-letter" else "the word is {word}"
+    found, _ = vocab.entries(lm.tokenizer, lm.special_ids, hierarchy)
+    words = {name: [] for name in hierarchy.labels}
+    for word, label in zip(found.words, found.labels, strict=True):
+        words[hierarchy.labels[label]].append(word.strip())
+    kept = [label for label, own in enumerate(words.values()) if len(own) >= vocab.LEAST_WORDS]
+    listed = {hierarchy.labels[label]: words[hierarchy.labels[label]] for label in kept}
+    assert rule != "first-letter" or len(kept) == 26
+    path = write(tmp_path, {"mine": listed})
+    ours, theirs = (assets.build(lm, hierarchy=h, template=template) for h in (path, hierarchy.keep(kept)))
+    assert ours.settings["hierarchy"] == "mine" and ours.hash != theirs.hash
+    sae = SAE(SAEConfig("topk", lm.d_in, 512, 8))
+    results = [absorption.evaluate(sae, built, baseline=True) for built in (ours, theirs)]
+    for table in ("by_letter", "words"):
+        assert getattr(results[0], table).equals(getattr(results[1], table))

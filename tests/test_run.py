@@ -199,7 +199,8 @@ def test_eval_command_reproduces_the_run_s_own_score(finished, tmp_path, capsys)
 
 def test_eval_command_asks_another_hierarchy_or_says_why_not(finished, tmp_path, capsys):
     arguments = ["eval", str(finished / "saes" / NAME), "--eval-words", "600", "--out", str(tmp_path), "--hierarchy"]
-    assert main([*arguments, "first-vowel"]) == 0
+    assert main([*arguments, "letter-class"]) == 0
+    assert "2 letter classes count" in capsys.readouterr().out
     table = pd.read_parquet(tmp_path / "absorption.parquet")
     assert set(table["letter"]) <= {"vowel", "consonant"}
     assert main([*arguments, "first-vowl"]) == 2

@@ -170,9 +170,9 @@ class EvalSettings(SettingsGroup):
     )
     hierarchy: str = Field(
         "first-letter",
-        description="what is asked of each word: first-letter, last-letter, first-vowel, vowel-or-consonant (the first "
-        "letter), word-length, kind (animal, food, …), number (singular, plural), word-class (of the embedded model) "
-        "or a JSON file {parent: {label: [words]}}",
+        description="what is asked of each word: first-letter, last-letter, first-vowel, letter-class (vowel or "
+        "consonant), word-length, kind (animal, food, …), number (singular or plural), word-class (of the embedded "
+        "model) or a JSON file {parent: {label: [words]}}",
     )
     template: str | None = Field(
         None,

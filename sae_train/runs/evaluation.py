@@ -78,7 +78,7 @@ def _evaluate(
         text, source = corpus_activations(lm, sae, checkpoint, settings, given)
         own_notes.append(_fitted_note(text, source))
         beside = baselines.all_scores(sae, text, built, result, lm, display)
-    for line in [*own_notes, *notes, absorption_line(result.metrics(), beside.get("random"))]:
+    for line in [*own_notes, *notes, absorption_line(result.metrics(), beside.get("random"), how.hierarchy)]:
         display.say(line)
     if result.valid:
         display("trying interventions")

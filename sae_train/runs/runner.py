@@ -293,7 +293,8 @@ class Runner:
         """Write the cards and the report; print the results."""
         for described in self.info["saes"]:
             if described["failed"] is None:
-                measured = measured_line(described["final"], described["baseline"].get("random"))
+                hierarchy = self.info["settings"]["hierarchy"]
+                measured = measured_line(described["final"], described["baseline"].get("random"), hierarchy)
                 write_card(self.folder / "saes" / described["name"], described, self.info, measured)
         self.display("writing the report")
         report = write_report(self.folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sae_train.files import own_figures
-from sae_train.report.text import leaves_out, left_out
+from sae_train.report.text import leaves_out, left_out, noun_of, nouns
 
 
 def summary_lines(info: dict[str, Any]) -> list[str]:
@@ -15,11 +15,11 @@ def summary_lines(info: dict[str, Any]) -> list[str]:
         if sae["failed"]:
             lines.append(f"{sae['name']}: ended early, {sae['failed']}")
             continue
-        lines += _one(sae)
+        lines += _one(sae, info.get("settings", {}).get("hierarchy"))
     return [*lines, f"left out as outliers: {left_out(info)}"] if leaves_out(info) else lines
 
 
-def _one(sae: dict[str, Any]) -> list[str]:
+def _one(sae: dict[str, Any], hierarchy: str | None) -> list[str]:
     final, random_ev = sae["final"], sae["baseline"].get("random", {}).get("explained_variance")
     beside = "" if random_ev is None else f" (random SAE {random_ev:.2f})"
     figures = [
@@ -28,7 +28,10 @@ def _one(sae: dict[str, Any]) -> list[str]:
         *([f"loss recovered {recovered:.4f}"] if (recovered := final.get("metrics/ce_loss_score")) is not None else []),
         _unused(final),
     ]
-    lines = [f"{sae['name']}: " + ", ".join(figures), "  " + measured_line(final, sae["baseline"].get("random"))]
+    lines = [
+        f"{sae['name']}: " + ", ".join(figures),
+        "  " + measured_line(final, sae["baseline"].get("random"), hierarchy),
+    ]
     own = [f"{name} {value:.4g}" for name, value in own_figures(final).items() if isinstance(value, int | float)]
     return [*lines, "  " + ", ".join(own)] if own else lines
 
@@ -46,9 +49,9 @@ def epochs_note(epochs: int) -> str:
     return f"the training data was used up and begun anew {times}: fewer tokens, or more data, would not repeat it"
 
 
-def measured_line(final: dict[str, Any], random: dict[str, Any] | None = None) -> str:
+def measured_line(final: dict[str, Any], random: dict[str, Any] | None = None, hierarchy: str | None = None) -> str:
     """A toy's truth where there is one, else the absorption eval's result."""
-    return truth_line(final) if "toy/mcc" in final else absorption_line(final, random)
+    return truth_line(final) if "toy/mcc" in final else absorption_line(final, random, hierarchy)
 
 
 def truth_line(final: dict[str, Any]) -> str:
@@ -65,8 +68,9 @@ def truth_line(final: dict[str, Any]) -> str:
     return "truth: " + ", ".join(parts)
 
 
-def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None) -> str:
-    """Absorption in one line: both scores with intervals over words, the random SAE's beside them, letters and F1."""
+def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None, hierarchy: str | None = None) -> str:
+    """Absorption in one line: both scores with intervals over words, the random SAE's beside them, letters (or a
+    hierarchy's labels by their name) and F1."""
     if final.get("absorption/valid") is None:
         return "absorption: not measured"
     if not final["absorption/valid"]:
@@ -76,9 +80,8 @@ def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None)
         key = f"absorption/{name}"
         beside = f" (random SAE {_estimate(random, name)})" if random and random.get(name) is not None else ""
         parts.append(f"{label} {_estimate(final, key)}{beside}")
-    letters = (
-        f"{final.get('absorption/n_letters')} letters count, mean F1 {_number(final, 'absorption/mean_f1', '.3f')}"
-    )
+    n_labels, f1 = final.get("absorption/n_letters"), _number(final, "absorption/mean_f1", ".3f")
+    letters = f"{n_labels} {nouns(noun_of(hierarchy))} count, mean F1 {f1}"
     return "absorption, 95 % intervals over words: " + ", ".join([*parts, letters])
 
 
