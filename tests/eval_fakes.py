@@ -56,8 +56,9 @@ class FakeLM:
         return (x if edit is None else edit(x)) @ self.unembed
 
     def logits_after(self, prefix, tokens, added=None):
-        x = self.activations_after(prefix, tokens)
-        return (x if added is None else x + added) @ self.unembed
+        whole = torch.cat([prefix.expand(len(tokens), -1), tokens], 1)
+        more = None if added is None else torch.nn.functional.pad(added, (0, 0, len(prefix), 0))
+        return self.logits(whole, None if more is None else lambda x: x + more)[:, len(prefix) :]
 
     def read_out(self, directions):
         return directions @ self.unembed

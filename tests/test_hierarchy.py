@@ -182,6 +182,17 @@ def test_all_forms_of_a_listed_word_stand_on_one_side_of_the_split():
     assert torch.equal(*alone)
 
 
+def test_the_eval_keeps_the_forms_of_listed_words_together(tmp_path, colours):
+    table, words = colours
+    both = sorted({form for word in words for form in (word.strip(), f" {word.strip()}")})
+    lm = ClassLM(word_tokenizer([*both, *(f" {name}" for name in table)]), {})
+    built = assets.build(
+        lm, hierarchy=write(tmp_path, {"colour": table}), template="{word} has the first letter: {label}"
+    )
+    sides = [{word.strip() for word, t in zip(built.words, built.is_test, strict=True) if t == test} for test in (0, 1)]
+    assert len(built.words) == len(both) and not set.intersection(*sides)
+
+
 @pytest.mark.parametrize("rule", ["first-letter", "word-length"])
 def test_a_file_with_a_rules_labels_gives_the_rules_scores(tmp_path, rule):
     """Of the embedded model, whose words have one form each."""

@@ -10,7 +10,7 @@ import torch
 from eval_fakes import D_IN, Decodes, FakeLM, fake_words, word_tokenizer
 
 from sae_train.errors import UserError
-from sae_train.evals import absorption, assets, baselines
+from sae_train.evals import absorption, assets, baselines, causal_rate
 from sae_train.evals.interventions import interventions
 from sae_train.evals.presets import PRESETS
 
@@ -93,6 +93,16 @@ def test_the_first_effect_must_exceed_the_second_by_one_logit(built, planted, ga
     weak.gain = gain  # 4·.8·.32 = 1.024, 4·.8·.30 = .96
     result = absorption.evaluate(planted, built, preset, lm=weak)
     assert (result.mean_full > 0) == absorbs and result.words["candidate"].sum() == planted.absorbed.sum()
+
+
+def test_contexts_that_are_read_once_change_no_exact_effect(lm, built, planted, monkeypatch):
+    behind = absorption.evaluate(planted, built, "paper-exact", lm=lm)
+    reads = []
+    monkeypatch.setattr(causal_rate, "_can_share", lambda *_: False)
+    monkeypatch.setattr(LinearLM, "logits_after", lambda *_: reads.append(1))
+    whole = absorption.evaluate(planted, built, "paper-exact", lm=lm)
+    assert not reads and behind.mean_full == whole.mean_full > 0
+    assert torch.allclose(*(torch.tensor(r.words["effect"].dropna().to_numpy()) for r in (behind, whole)), atol=1e-4)
 
 
 def test_letters_without_candidates_count_as_zero_or_are_dropped(lm, built, planted):
