@@ -4,8 +4,10 @@
 
 Every label above the probe's gate is in the means, however few there are ("needed" says how many the eval asks for).
 Beside the scores by projection stand random SAEs (fitted on the words), random directions in the probe's place, and the
-causal rate: of at most --causal words a task, the exact effect of taking out each of the latents with the largest
-vectors. Rows are added to --out; a SAE's task that is there already is skipped. `--table FILE` prints a file's rows.
+causal rate: the model is asked about words whose main latents are silent and whose label the k-sparse probe misses,
+some --causal of them, with each of the --ablated largest latent vectors taken out. "Confirmed" are those of the asked
+words absorbed by projection (full) that are so by cause. Rows are added to --out; a task of an SAE that is there
+already is skipped. `--table FILE` prints a file's rows.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ COLUMNS = (
     "sae", "task", "words", "test_words", "labels", "needed", "counting", "probe_f1", "model_accuracy",
     "true_positives", "f1", "recall", *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")),
     "full_family", *(f"{null}_{score}" for null in ("random", "directions") for score in SCORES), "causal",
-    "causal_low", "causal_high", "candidates", "asked", "confirmed", "confirmed_of", "seconds", "cpu",
+    "causal_low", "causal_high", "silent", "asked", "confirmed", "confirmed_of", "seconds", "cpu",
 )  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def causes_of(caused: AbsorptionResult, result: AbsorptionResult) -> dict[str, A
     both = words[words["candidate"] & words["projected"]]
     return {
         "causal": rounded(caused.mean_full), "causal_low": rounded(low), "causal_high": rounded(high),
-        "candidates": int(silent.sum()), "asked": int(words["candidate"].sum()),
+        "silent": int(silent.sum()), "asked": int(words["candidate"].sum()),
         "confirmed": int((both["full"] > 0).sum()), "confirmed_of": len(both),
     }  # fmt: skip
 
@@ -149,7 +151,7 @@ def lines_of(row: dict[str, Any]) -> str:
         row["task"], row["sae"], figure("probe_f1"), f"{row['counting']} of {row['labels']} ({row['needed']})",
         figure("f1"), interval("fraction"), figure("random_fraction"), figure("directions_fraction"), interval("full"),
         figure("full_family"), figure("random_full"), figure("directions_full"), interval("causal"),
-        f"{row.get('confirmed', '–')} of {row.get('confirmed_of', '–')}",
+        row.get("asked", "–"), f"{row.get('confirmed', '–')} of {row.get('confirmed_of', '–')}",
     ]  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -157,7 +159,7 @@ def lines_of(row: dict[str, Any]) -> str:
 def table(path: Path) -> str:
     head = (
         "task", "SAE", "probe F1", "labels that count (needed)", "F1", "fraction", "random SAE", "random directions",
-        "full", "family-corrected", "random SAE", "random directions", "causal", "confirmed",
+        "full", "family-corrected", "random SAE", "random directions", "causal", "asked", "confirmed",
     )  # fmt: skip
     rows = rows_of(path)
     return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *map(lines_of, rows)])
