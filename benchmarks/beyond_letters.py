@@ -44,6 +44,7 @@ COLUMNS = (
     "true_positives", "f1", "recall", *(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")),
     "full_family", *(f"{null}_{score}" for null in ("random", "directions") for score in SCORES), "causal",
     "causal_low", "causal_high", "silent", "asked", "confirmed", "confirmed_of", "seconds", "cpu",
+    "effect", "most_effect",
 )  # fmt: skip
 
 
@@ -115,16 +116,18 @@ def scores_of(result: AbsorptionResult) -> dict[str, Any]:
 
 
 def causes_of(caused: AbsorptionResult, result: AbsorptionResult) -> dict[str, Any]:
-    """The causal rate, and how many of the asked words that are absorbed by projection are so by cause."""
+    """The causal rate, how many of the asked words that are absorbed by projection are so by cause, and what taking the
+    latent out that matters most does to the answer's margin, in logits: the median of the words asked, and the most."""
     low, high = caused.interval("mean_full")
     counting = result.by_letter.loc[result.by_letter["counts"], "letter"]
     words = caused.words.assign(projected=result.words["full"])[caused.words["letter"].isin(counting)]
     silent = words["main_act"] < PRESET.silent_below
-    both = words[words["candidate"] & words["projected"]]
+    both, effects = words[words["candidate"] & words["projected"]], words["effect"][words["candidate"]].abs()
     return {
         "causal": rounded(caused.mean_full), "causal_low": rounded(low), "causal_high": rounded(high),
         "silent": int(silent.sum()), "asked": int(words["candidate"].sum()),
         "confirmed": int((both["full"] > 0).sum()), "confirmed_of": len(both),
+        "effect": rounded(effects.median()), "most_effect": rounded(effects.max()),
     }  # fmt: skip
 
 
