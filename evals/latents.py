@@ -52,6 +52,11 @@ class Latents:
         out[self.columns] = True
         return out
 
+    def frequency(self) -> Float[Tensor, " d_sae"]:
+        """On which share of the rows each latent is active."""
+        counts = torch.bincount(self.columns[self.values > 0], minlength=self.d_sae)
+        return counts / max(self.n_rows, 1)
+
     def restrict(self, keep: Bool[Tensor, " d_sae"]) -> Latents:
         """Renumber to the kept columns; entries elsewhere must not exist."""
         new = keep.cumsum(0) - 1

@@ -167,7 +167,7 @@ def test_a_dry_run_stages_checks_and_lists_but_sends_nothing(hub, tmp_path, stag
     said = capsys.readouterr().out
     (folder,) = staging.iterdir()
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert files == {"README.md", "results.json", "curves.png", "gated-64-l0_4/cfg.json",
+    assert files == {"README.md", "results.json", "curves.png", "pretrained_saes.yaml", "gated-64-l0_4/cfg.json",
                      "gated-64-l0_4/sae_weights.safetensors"}  # fmt: skip
     assert all(name in said for name in files) and "nothing was uploaded" in said
 

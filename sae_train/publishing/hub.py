@@ -13,7 +13,7 @@ from sae_train.sae.fetch import hub_errors, quiet_client, some
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-TAGS = ["saelens", "sparse-autoencoder", "mechanistic-interpretability"]
+TAGS = ["saelens", "sparse-autoencoder", "sae", "mechanistic-interpretability", "interpretability"]
 FIGURES = (
     ("metrics/l0", "l0", "L0, mean active latents a token"),
     ("metrics/explained_variance", "explained_variance", "explained variance"),

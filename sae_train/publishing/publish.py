@@ -22,6 +22,7 @@ from sae_train.publishing.card import card
 from sae_train.publishing.curves import write_curves
 from sae_train.publishing.hub import Origin, check_repo_id, is_hub_id, upload
 from sae_train.publishing.licences import check_licence
+from sae_train.publishing.release import stage_result, stage_sparsity, training_metadata, write_registry
 from sae_train.publishing.reproduce import command
 from sae_train.report.text import number
 from sae_train.sae.files import load_sae, save_sae
@@ -194,10 +195,9 @@ def _on_hub(name: str) -> bool:
 
 
 def _stage(staged: Path, source: Source, origin: Origin) -> None:
-    for candidate in source.candidates:
-        sae = _rename(load_sae(candidate.folder), origin)
-        save_sae(sae, staged / candidate.entry["name"])
-        _check_same(sae, load_sae(staged / candidate.entry["name"]), candidate.entry["name"])
+    lacking = [name for candidate in source.candidates for name in _stage_sae(staged, candidate, source.info, origin)]
+    if lacking:
+        print(f"not in the release: {', '.join(lacking)}; sae-train eval writes them into an SAE's folder")
     entries = [candidate.entry for candidate in source.candidates]
     about = {"model": origin.model, "dataset": origin.dataset, "command": origin.command}
     write_json(staged / "results.json", about | {key: source.info.get(key) for key in KEPT} | {"saes": entries})
@@ -206,15 +206,34 @@ def _stage(staged: Path, source: Source, origin: Origin) -> None:
     rows = [row for row in logged if fits(MetricsRow, row) and row["sae"] in names]
     if rows:
         write_curves(rows, staged / "curves.png")
+    write_registry(staged, entries, origin)
     write_text(staged / "README.md", card(origin, entries, with_curves=bool(rows)))
 
 
-def _rename(sae: SAE, origin: Origin) -> SAE:
-    """The SAE with public names and decoder rows of norm 1, as sae-bench wants them where that changes nothing."""
+def _stage_sae(staged: Path, candidate: Candidate, info: dict[str, Any], origin: Origin) -> list[str]:
+    """Stage one SAE and what its run measured; name what its folder lacks."""
+    name, folder = candidate.entry["name"], candidate.folder
+    sae = _rename(load_sae(folder), origin, training_metadata(candidate.entry, info))
+    save_sae(sae, staged / name)
+    _check_same(sae, load_sae(staged / name), name)
+    has = {
+        "how often its latents fire": stage_sparsity(folder, staged / name, sae.cfg.d_sae),
+        "its result in sae-bench's layout": stage_result(folder, staged, sae, name, origin),
+    }
+    return [f"{what} ({name})" for what, is_there in has.items() if not is_there]
+
+
+def _rename(sae: SAE, origin: Origin, known: dict[str, Any]) -> SAE:
+    """The SAE with public names, what is known of its training, and decoder rows of norm 1.
+
+    sae-bench wants these; they are kept where that would change what is selected.
+    """
     norm = sae.W_dec.norm(dim=1)
     selects_by_size = sae.cfg.architecture == "topk" and (norm.max() - norm.min()) > UNIT * norm.max()
     out = sae if selects_by_size or (norm - 1).abs().max() <= UNIT else fold_decoder_norm(sae)
-    out.cfg = replace(out.cfg, model_name=origin.model, dataset_path=origin.dataset)
+    metadata = out.cfg.metadata | {name: value for name, value in known.items() if name != "l0"}
+    l0 = known.get("l0", out.cfg.l0)
+    out.cfg = replace(out.cfg, model_name=origin.model, dataset_path=origin.dataset, l0=l0, metadata=metadata)
     return out
 
 

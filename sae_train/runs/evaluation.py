@@ -56,9 +56,11 @@ def _evaluate(
     from sae_train.data.sources import kind_of
     from sae_train.evals import absorption, baselines
     from sae_train.evals.interventions import interventions
+    from sae_train.evals.latents import encode
     from sae_train.runs.callbacks import build_assets
     from sae_train.runs.corpus import check_asked, corpus_activations
     from sae_train.runs.summary import absorption_line
+    from sae_train.sae.files import SPARSITY, save_sparsity
     from sae_train.training.ranks import choose_device
 
     check_asked(settings, given)
@@ -77,6 +79,8 @@ def _evaluate(
         display("reading text for the random SAEs")
         text, source = corpus_activations(lm, sae, checkpoint, settings, given)
         own_notes.append(_fitted_note(text, source))
+        if text is not None and not (out / SPARSITY).exists():  # the SAE's maker may have counted on more text
+            own_notes.append(f"written: {save_sparsity(encode(sae, text).frequency(), out)}")
         beside = baselines.all_scores(sae, text, built, result, lm, display)
     for line in [*own_notes, *notes, absorption_line(result.metrics(), beside.get("random"), how.hierarchy)]:
         display.say(line)

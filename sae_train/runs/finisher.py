@@ -1,17 +1,20 @@
-"""What is written when a trained SAE leaves memory: its weights, its latents' pages and its baselines."""
+"""What is written when a trained SAE leaves memory: its weights, how often its latents fire and their pages, its
+evaluation in SAEBench's layout with its baselines.
+"""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.data.buffer import dropped, is_seen
 from sae_train.data.outliers import is_kept
 from sae_train.evals import baselines, latent_pages
-from sae_train.files import write_lines
-from sae_train.sae.files import save_sae
+from sae_train.evals.latents import encode
+from sae_train.files import write_json, write_lines
+from sae_train.sae.files import save_sae, save_sparsity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,11 +48,15 @@ class Finisher:
         )
         if absorption is not None:
             self._describe_latents(learner, sae, absorption)
-        save_sae(sae, self.folder / "saes" / learner.name)
+        own = self.folder / "saes" / learner.name
+        save_sae(sae, own)
+        save_sparsity(encode(sae, opened.held_out).frequency(), own)
         if absorption is None or not final.get("absorption/valid"):
             return {}
         result, progress = absorption.result_of(learner), absorption.progress_of(learner)
-        return baselines.all_scores(sae, opened.held_out, absorption.assets, result, absorption.lm, progress)
+        beside = baselines.all_scores(sae, opened.held_out, absorption.assets, result, absorption.lm, progress)
+        write_json(own / "absorption.json", result.to_saebench_json(beside, sae_cfg_dict=asdict(sae.cfg)))
+        return beside
 
     def _describe_latents(self, learner: Learner, sae: SAE, absorption: Absorption) -> None:
         """Look up what the main latents and the absorbers do on held-out text."""

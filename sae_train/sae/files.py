@@ -22,6 +22,7 @@ from sae_train.sae.tensor_files import read_tensors, write_tensors
 
 SAE_LENS_VERSION = "6.54.12"
 REPO_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+SPARSITY, RAREST = "sparsity.safetensors", 1e-10  # SAELens adds that much before it takes the logarithm
 STATE, STATE_VALUES = "state.safetensors", "values"
 
 
@@ -29,7 +30,26 @@ def save_sae(sae: SAE, folder: str | Path) -> None:
     """Write cfg.json and sae_weights.safetensors as SAELens reads them; other files of the folder stay."""
     folder = Path(folder)
     write_tensors(dict(sae.state_dict()), folder / WEIGHTS)
-    write_json(folder / "cfg.json", _sae_lens_cfg(sae.cfg))
+    write_json(folder / "cfg.json", sae_lens_cfg(sae.cfg))
+
+
+def save_sparsity(frequency: Tensor, folder: str | Path) -> Path:
+    """Write how often each latent fires as SAELens does, log10 of its share of tokens, beside an SAE's weights."""
+    path = Path(folder) / SPARSITY
+    write_tensors({"sparsity": (frequency.float() + RAREST).log10().cpu()}, path)
+    return path
+
+
+def load_sparsity(folder: str | Path, d_sae: int) -> Tensor | None:
+    """Return what save_sparsity wrote, None where there is no such file; UserError if it is of another SAE."""
+    path = Path(folder) / SPARSITY
+    if not path.is_file():
+        return None
+    tensors = read_tensors(path)
+    values = tensors.get("sparsity")
+    if len(tensors) != 1 or values is None or values.shape != (d_sae,) or not bool(values.isfinite().all()):
+        raise UserError(f"{path} does not hold one finite number a latent of {d_sae}, named sparsity: remove the file.")
+    return values
 
 
 def load_sae(
@@ -105,7 +125,8 @@ def _flatten(state: dict[str, Any], prefix: str = ""):
             yield prefix + key, value
 
 
-def _sae_lens_cfg(cfg: SAEConfig) -> dict[str, Any]:
+def sae_lens_cfg(cfg: SAEConfig) -> dict[str, Any]:
+    """The configuration as cfg.json holds it."""
     metadata = cfg.metadata | {name: getattr(cfg, name) for name in PROVENANCE}
     return {
         "architecture": FORMS[cfg.architecture].sae_lens,
