@@ -16,7 +16,7 @@ import cyclopts
 from cyclopts import App, Group, Parameter
 
 from sae_train.config import Settings, resolve
-from sae_train.config.flags import EvalFlags, TrainFlags
+from sae_train.config.flags import EvalFlags, ExportFlags, TrainFlags
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -274,6 +274,36 @@ def publish(
     )
 
 
+@app.command(name="export-neuronpedia")
+def export_neuronpedia(
+    checkpoint: Path,
+    *,
+    flags: Annotated[ExportFlags | None, FLAT] = None,
+    out: Path | None = None,
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write what a run's SAEs do on its own text in the format that Neuronpedia imports.
+
+    Says first how many tokens that is, and how long it takes. Interrupted, the same command goes on with the SAEs that
+    are not written yet.
+
+    Parameters
+    ----------
+    checkpoint:
+        A run's folder, or one SAE's in it.
+    out:
+        Folder to write to; default: neuronpedia in the run's folder.
+    dry_run:
+        Say how much and how long, and stop.
+    trust_remote_code:
+        Run the model's code from the hub, as the run was made with it.
+    """
+    from sae_train.runs.neuronpedia_export import export_neuronpedia as export_run
+
+    export_run(checkpoint, flags or ExportFlags(), out, dry_run, trust_remote_code)
+
+
 def _rank() -> int:
     """This process's number among those that a launcher such as torchrun started; 0 without one."""
     return int(os.environ.get("RANK", "0"))
@@ -298,7 +328,9 @@ def main(arguments: list[str] | None = None) -> int:
         return app(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0
     except cyclopts.UnusedCliTokensError as error:
         words = " ".join(error.unused_tokens)
-        _complain(f"{words!r} is no command (eval, publish, report, resume, study, watch) and no option")
+        _complain(
+            f"{words!r} is no command (eval, export-neuronpedia, publish, report, resume, study, watch) and no option"
+        )
         return 2
     except (UserError, cyclopts.CycloptsError) as error:
         _complain(str(error))

@@ -39,7 +39,14 @@ SMALL = {
 }  # fmt: skip
 SMALL_TOY = {flag: value for flag, value in SMALL.items() if flag not in ("--buffer-tokens", "--eval-words")}
 SMALL_EVAL = {"--eval-words": "600", "--device": "cpu"}
-SMALLER = {"eval": SMALL_EVAL, "watch": {"--port": "0"}, "report": {}, "resume": {}, "publish": {}}
+SMALLER = {
+    "eval": SMALL_EVAL,
+    "watch": {"--port": "0"},
+    "report": {},
+    "resume": {},
+    "publish": {},
+    "export-neuronpedia": {"--tokens": "4k"},
+}
 
 
 @dataclass(frozen=True)

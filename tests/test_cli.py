@@ -21,7 +21,7 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.strip() == "[]"
-    for word in ("--width", "--l0", "resume", "report", "eval", "publish", "--dry-run"):
+    for word in ("--width", "--l0", "resume", "report", "eval", "publish", "export-neuronpedia", "--dry-run"):
         assert word in done.stdout
 
 

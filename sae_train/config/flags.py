@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import make_dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
@@ -58,3 +58,24 @@ class EvalFlags(
     )
 ):
     """The settings that an evaluation of a finished SAE uses."""
+
+
+def _asked(text: str) -> Parameter:
+    return Parameter(help=text, group="Parameters")
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """How much text an export to Neuronpedia reads, and the names under which the SAEs are shown there."""
+
+    tokens: Annotated[str, _asked("how much of the text to read; it is read once at most [default: 1m]")] = "1m"
+    repo: Annotated[
+        str | None, _asked("the SAEs' repo on the hub, such as you/name; release and creator are named by it")
+    ] = None
+    creator: Annotated[str | None, _asked("whose SAEs these are; default: the repo's owner")] = None
+    creator_id: Annotated[
+        str | None, _asked("account in Neuronpedia's database that is to own them; default: every database's own")
+    ] = None
+    model_id: Annotated[
+        str | None, _asked("Neuronpedia's name of the model, such as gpt2-small; default: made from the run's")
+    ] = None

@@ -169,7 +169,7 @@ def _evaluation(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _origin(info: dict[str, Any], repo: str, license: str, base_model: str | None) -> Origin:
     """Where the SAEs came from, in names that mean something elsewhere: local paths keep their last part."""
-    model, dataset = _public_name(info["model"]), _public_name(info["dataset"])
+    model, dataset = public_name(info["model"]), public_name(info["dataset"])
     from_text = info.get("settings") and not info.get("activations")
     # Those of before that are no settings any more are left out of the command.
     asked = {name: value for name, value in (info.get("settings") or {}).items() if name in leaves()}
@@ -186,7 +186,8 @@ def _origin(info: dict[str, Any], repo: str, license: str, base_model: str | Non
     )  # fmt: skip
 
 
-def _public_name(name: str) -> str:
+def public_name(name: str) -> str:
+    """The last part alone of a local path, and any other name as it is."""
     return Path(name).name if Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) else name
 
 

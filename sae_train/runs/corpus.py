@@ -69,10 +69,10 @@ def _find_text(
         return resolve({"model": settings.lm.model} | fresh), None
     begun, _ = restore_settings(run, info, None)
     of_text = resolve(flat(begun) | {"dataset": begun.dataset} | fresh)
-    return of_text, None if given.get("model") or given.get("hook") else _limit(info, of_text)
+    return of_text, None if given.get("model") or given.get("hook") else norm_limit_of(info, of_text)
 
 
-def _limit(info: dict[str, Any], settings: Settings) -> float | None:
+def norm_limit_of(info: dict[str, Any], settings: Settings) -> float | None:
     """The norm above which the run left activations out."""
     left_out, norm = info.get("outliers"), settings.outlier_norm
     return (left_out["median_norm"] or math.inf) * norm if left_out and norm else None
