@@ -21,7 +21,6 @@ from sae_train.data.tokens import open_tokens
 from sae_train.evals.firing import N_ANY, N_TOP, WINDOW, Firing
 from sae_train.evals.latents import from_dense
 from sae_train.publishing import neuronpedia
-from sae_train.runs import neuronpedia_export
 from sae_train.sae.files import save_sae
 
 TEXT, YES, WHOLE, NUMBER, TABLE = str, bool, int, (int, float), dict
@@ -237,24 +236,21 @@ def test_ten_latents_fire_the_most_where_plain_pytorch_finds_it(arch, run, expor
 
 
 def test_an_export_that_was_interrupted_goes_on_and_a_finished_one_stays(run, tmp_path, monkeypatch, capsys):
-    write, calls, command = neuronpedia.write_source, [], ["export-neuronpedia", str(run), "--tokens", "4k"]
+    write, calls, command = neuronpedia._write_rows, [], ["export-neuronpedia", str(run), "--tokens", "4k"]
     command += ["--out", str(tmp_path)]
 
-    def break_off(*given):
-        if calls:
-            monkeypatch.setattr(neuronpedia.json, "dumps", stop)
-        calls.append(given)
-        write(*given)
+    def until_interrupted(rows):
+        yield next(rows)
+        raise KeyboardInterrupt
 
-    dumps = json.dumps
+    def break_off(path, rows):
+        calls.append(path)
+        write(path, until_interrupted(rows) if len(calls) == 5 else rows)
 
-    def stop(*given, **named):
-        if '"features"' in dumps(given[0]) or len(calls) > 1:
-            raise KeyboardInterrupt
-        return dumps(*given, **named)
-
-    monkeypatch.setattr(neuronpedia_export, "write_source", break_off)
-    assert main(command) == 130
+    monkeypatch.setattr(neuronpedia, "_write_rows", break_off)
+    with pytest.raises(SystemExit, match="130"):
+        main(command)
+    assert "relu" in str(calls[4]) and calls[4].parent.name == "activations" and not calls[4].exists()
     monkeypatch.undo()
     done = sorted(path.parent.name for path in tmp_path.rglob("source.jsonl"))
     assert len(done) == 1 and not list(tmp_path.rglob("*.tmp"))

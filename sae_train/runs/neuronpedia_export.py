@@ -98,9 +98,8 @@ def export_neuronpedia(
         display.interrupted = "sources that are written stay: the same command goes on with the others"
         display(f"loading {settings.lm.model} and its text")
         looked = _open(settings, found.info, n_tokens)
-        sources = {
-            each.folder: _source(each.entry, each.folder, looked.source.hook_name, names, n_tokens) for each in finished
-        }
+        hook = looked.source.hook_name
+        sources = {each.folder: _source(each.entry, each.folder, hook, names, n_tokens) for each in finished}
         left = {folder: source for folder, source in sources.items() if not source.is_in(out)}
         if len(left) < len(sources):
             display.say(f"{len(sources) - len(left)} of {len(sources)} sources are written already")
