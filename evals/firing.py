@@ -191,11 +191,12 @@ class _Kept:
 
     def of(self, latent: int, by_peak: bool = False) -> Iterator[_One]:
         """The contexts of a latent, by falling keys or peaks."""
-        by = self.peaks if by_peak else self.keys
-        for slot in by[latent].argsort(descending=True, stable=True).tolist():
-            if self.keys[latent, slot] > 0:
-                row, start, peak = (float(each[latent, slot]) for each in (self.rows, self.starts, self.peaks))
-                yield _One(int(row), int(start), peak, self.values[latent, slot].tolist())
+        kept = (self.keys, self.peaks, self.rows, self.starts, self.values)
+        keys, peaks, rows, starts, values = (each[latent].tolist() for each in kept)
+        by = peaks if by_peak else keys
+        for slot in sorted(range(len(keys)), key=by.__getitem__, reverse=True):
+            if keys[slot] > 0:
+                yield _One(rows[slot], starts[slot], peaks[slot], values[slot])
 
 
 class _Histogram:

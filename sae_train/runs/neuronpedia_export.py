@@ -239,6 +239,7 @@ def _export(
     states, wanted = _states(group, looked), looked.n_rows * looked.context
     doing = f"reading text for {', '.join(source.name for source in group.values())}"
     done = 0
+    display(doing, done, wanted)
     for batch in looked.batches():
         _take_in(batch, states)
         done += batch[0].numel()
