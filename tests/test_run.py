@@ -190,6 +190,10 @@ def test_eval_command_reproduces_the_run_s_own_score(finished, tmp_path, capsys)
     now = now[now["level"] == "letter"].set_index("letter")
     assert (then["fraction"] - now["fraction"]).abs().max() < 1e-6
     assert (then["asset_hash"] == now["asset_hash"]).all() and (now["preset"] == "saebench").all()
+    own = json.loads((finished / "saes" / NAME / "absorption.json").read_text())
+    assert own["eval_result_metrics"]["mean"] == pytest.approx(content["eval_result_metrics"]["mean"], abs=1e-6)
+    fires, at_the_end = (load_file(at / "sparsity.safetensors") for at in (tmp_path, finished / "saes" / NAME))
+    assert torch.equal(fires["sparsity"], at_the_end["sparsity"])
     beside = content["eval_result_unstructured"]["baselines"]
     assert set(beside) == {"random", "shuffled_labels", "random_directions", "probe"}
     page = (tmp_path / "absorption.html").read_text()

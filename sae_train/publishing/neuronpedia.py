@@ -117,12 +117,17 @@ def write_source(
     what single latents do.
     """
     folder, written = source.folder(out), _Writer(source, sae, firing, lm)
+
+    def activations(latents: range) -> Iterator[dict[str, Any]]:
+        for latent in latents:
+            progress(f"writing {source.name}", latent, firing.d_sae)
+            yield from written.activations(latent)
+
     for begin in range(0, firing.d_sae, BATCH):
         latents = range(begin, min(begin + BATCH, firing.d_sae))
-        progress(f"writing {source.name}", begin, firing.d_sae)
         name = f"batch-{begin // BATCH}.jsonl.gz"
         _write_rows(folder / "features" / name, written.features(latents))
-        _write_rows(folder / "activations" / name, (row for each in latents for row in written.activations(each)))
+        _write_rows(folder / "activations" / name, activations(latents))
         told = {latent: explained[latent] for latent in latents if latent in explained}
         _write_rows(folder / "explanations" / name, (written.explanation(*each) for each in told.items()))
     for kind, record in records(source, firing, about).items():
@@ -248,7 +253,7 @@ def _bin(context: Context, most: float) -> dict[str, float]:
 
 
 def _short(value: float) -> float:
-    return float(f"{value:.5g}")
+    return float(f"{value:.5g}") if value else 0.0  # as most are
 
 
 def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
