@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_train.config import resolve
-from sae_train.data.buffer import dropped, is_seen
+from sae_train.data.harvest import dropped, is_seen
 from sae_train.data.language_model import load_language_model
 from sae_train.data.pretrained import tokenizer_of
 from sae_train.data.text_source import open_text

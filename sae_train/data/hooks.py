@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -49,6 +50,36 @@ def resolve_hook(model: nn.Module, hook: str | None, name: str) -> HookPoint:
         hook = f"blocks.{(n_layers - 1) // 2}.hook_resid_post"
     point = residual_point(model, blocks, hook) if blocks else None
     return point or choose_hook(hook_points(model, name) if points is None else points, hook, name)
+
+
+def match_hooks(model: nn.Module, asked: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Return the hooks of a model that names and patterns (blocks.*.hook_resid_post) ask for, in their order.
+
+    The weights may be on "meta". UserError for a name that it has not, and for a pattern that none of its hooks fits.
+    """
+    found: dict[str, None] = {}
+    for pattern in asked:
+        if "*" not in pattern:
+            found[resolve_hook(model, pattern, name).name] = None
+            continue
+        fitting = [hook for hook in _all_hooks(model, pattern, name) if fnmatchcase(hook, pattern)]
+        if not fitting:
+            raise UserError(
+                f"no hook of {name} fits the pattern {pattern!r}: take one such as blocks.*.hook_resid_post, with one "
+                f"of {', '.join(KINDS)}"
+            )
+        found |= dict.fromkeys(fitting)
+    return tuple(found)
+
+
+def _all_hooks(model: nn.Module, pattern: str, name: str) -> list[str]:
+    """Return the names in a model; those of the residual stream alone where the pattern asks for no others."""
+    blocks = find_blocks(model)
+    n_blocks = len(model.get_submodule(blocks)) if blocks else 0
+    residual = [f"blocks.{i}.hook_resid_{side}" for i in range(n_blocks) for side in ("pre", "post")]
+    if blocks and re.search(r"\.hook_resid_(pre|post)$", pattern):
+        return residual
+    return list(hook_points(model, name))
 
 
 def find_blocks(model: nn.Module) -> str | None:
