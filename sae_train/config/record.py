@@ -248,7 +248,8 @@ def read_run(folder: Path, model: type[RunRecord] = RunRecord) -> dict[str, Any]
 
 def at_hook(info: dict[str, Any], hook_name: str | None) -> dict[str, Any]:
     """Return what run.json says where its run has one hook, or of one hook of several."""
-    return info | ((info.get("hooks") or {}).get(hook_name) or {})
+    own = (info.get("hooks") or {}).get(hook_name)
+    return info | own | {"hooks": None} if own else info
 
 
 def fits(model: type[BaseModel], content: Any) -> bool:

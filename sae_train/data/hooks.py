@@ -7,6 +7,7 @@ block: where a model has one list of equal blocks, these are what enters a block
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -52,24 +53,24 @@ def resolve_hook(model: nn.Module, hook: str | None, name: str) -> HookPoint:
     return point or choose_hook(hook_points(model, name) if points is None else points, hook, name)
 
 
-def match_hooks(model: nn.Module, asked: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """Return the hooks of a model that names and patterns (blocks.*.hook_resid_post) ask for, in their order.
+def match_hooks(model: nn.Module, asked: Sequence[str | None], name: str) -> list[HookPoint]:
+    """Return the points that names and patterns (blocks.*.hook_resid_post) ask for, in their order, each once.
 
-    The weights may be on "meta". UserError for a name that it has not, and for a pattern that none of its hooks fits.
+    None is the default hook; the weights may be on "meta". UserError for a name that the model has not, and for a
+    pattern that none of its hooks fits.
     """
-    found: dict[str, None] = {}
+    found: dict[str, HookPoint] = {}
     for pattern in asked:
-        if "*" not in pattern:
-            found[resolve_hook(model, pattern, name).name] = None
-            continue
-        fitting = [hook for hook in _all_hooks(model, pattern, name) if fnmatchcase(hook, pattern)]
-        if not fitting:
+        names = [pattern]
+        if pattern is not None and "*" in pattern:
+            names = [hook for hook in _all_hooks(model, pattern, name) if fnmatchcase(hook, pattern)]
+        if not names:
             raise UserError(
                 f"no hook of {name} fits the pattern {pattern!r}: take one such as blocks.*.hook_resid_post, with one "
                 f"of {', '.join(KINDS)}"
             )
-        found |= dict.fromkeys(fitting)
-    return tuple(found)
+        found |= {point.name: point for point in (resolve_hook(model, hook, name) for hook in names)}
+    return list(found.values())
 
 
 def _all_hooks(model: nn.Module, pattern: str, name: str) -> list[str]:

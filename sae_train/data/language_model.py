@@ -14,7 +14,7 @@ import torch
 from sae_train.data import gguf_files
 from sae_train.data.dtypes import DTYPES, choose_dtype
 from sae_train.data.hooked_model import LanguageModel
-from sae_train.data.hooks import match_hooks, resolve_hook, width_at
+from sae_train.data.hooks import HookPoint, match_hooks, resolve_hook, width_at
 from sae_train.data.pretrained import describe_weights, load_config, load_errors, load_tokenizer, locate, quiet
 from sae_train.errors import UserError, explaining, first_line
 
@@ -95,24 +95,23 @@ def load_at_hooks(
     return loaded
 
 
-def find_hooks(model: str, asked: tuple[str, ...], trust_remote_code: bool = False) -> tuple[str, ...]:
-    """Return the hooks that names and patterns ask for, from a model's configuration alone."""
-    quiet()
-    source, options = locate(model)
-    options["trust_remote_code"] = trust_remote_code
-    return match_hooks(_without_weights(model, source, options), asked, model)
-
-
 def describe_language_model(model: str, hook: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
-    """Return size and hook of a model from its configuration alone; an unknown model or hook is a UserError.
+    """Return size and hook of a model from its configuration alone; an unknown model or hook is a UserError."""
+    return describe_at_hooks(model, (hook,), trust_remote_code)[0]
 
-    Counted to the hook: the blocks up to the hooked one, whose share of a forward pass harvesting pays for.
-    """
+
+def describe_at_hooks(model: str, hooks: Sequence[str | None], trust_remote_code: bool = False) -> list[ModelFacts]:
+    """Return size and hook of a model for each hook that names and patterns ask for; as `describe_language_model`."""
     quiet()
     source, options = locate(model)
     options["trust_remote_code"] = trust_remote_code
     empty = _without_weights(model, source, options)
-    point = resolve_hook(empty, hook, model)
+    points = match_hooks(empty, hooks, model)
+    return [_describe(empty, point, "gguf_file" in options) for point in points]
+
+
+def _describe(empty: nn.Module, point: HookPoint, is_quantised: bool) -> ModelFacts:
+    """Counted to the hook: the blocks up to the hooked one, whose share of a forward pass harvesting pays for."""
     text = empty.config.get_text_config()
     n_layers = text.num_hidden_layers
     blocks = empty.get_submodule(re.sub(r"\.\d+(\..*)?$", "", point.module))
@@ -126,7 +125,7 @@ def describe_language_model(model: str, hook: str | None = None, trust_remote_co
         hook_name=point.name,
         n_parameters=sum(p.numel() for p in empty.parameters()),
         n_parameters_to_hook=per_block * (1 + int(point.name.split(".")[1])),
-        is_quantised="gguf_file" in options,
+        is_quantised=is_quantised,
     )
 
 

@@ -13,13 +13,7 @@ from sae_train.data.buffer import ActivationBuffer, held_out_activations
 from sae_train.data.documents import find_documents
 from sae_train.data.dtypes import choose_dtype
 from sae_train.data.harvest import LM_BATCH_TOKENS, Harvest, Reader, waiting_room
-from sae_train.data.language_model import (
-    LanguageModel,
-    describe_language_model,
-    find_hooks,
-    load_at_hooks,
-    load_language_model,
-)
+from sae_train.data.language_model import LanguageModel, describe_at_hooks, load_at_hooks, load_language_model
 from sae_train.data.origin import describe_text
 from sae_train.data.pretrained import tokenizer_of
 from sae_train.data.sources import Facts, Language, Opened
@@ -94,36 +88,30 @@ class TextSource:
 
     def describe(self, settings: Settings, device: torch.device) -> dict[str, Facts]:
         """Sizes from the model's configuration alone; UserError for an unknown model, hook, text or prompt."""
-        lm = settings.lm
-        if not lm.hooks:
-            return {"": self._describe(settings, device)}
-        hooks = find_hooks(lm.model, lm.hooks, lm.trust_remote_code)
-        facts = {hook: self._describe(settings.at(hook), device) for hook in hooks}
-        return facts if len(hooks) > 1 else {"": facts[hooks[0]]}
-
-    def _describe(self, settings: Settings, device: torch.device) -> Facts:
-        """Sizes at one hook."""
         s, lm = settings, settings.lm
         dtype = choose_dtype(lm.dtype, device)
-        model = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
+        models = describe_at_hooks(lm.model, lm.hooks or (lm.hook,), lm.trust_remote_code)
         notes = check_text(settings)
         _check_drop(settings)
         evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
-        lines = (
-            f"model      {lm.model}: {model.architecture}, {model.n_layers} blocks, d_model {model.d_model}, "
-            f"{model.n_parameters / 1e6:,.1f} M weights, {dtype} on {device}",
-            f"hook       {model.hook_name} (d_in {model.d_in})",
-            f"text       {s.dataset}, sequences of {s.context(model.context)} tokens, "
-            f"{s.data.held_out_tokens:,} activations held out",
-            f"absorption {evals}",
-        )
-        notes += () if lm.hook else (f"no hook was named: {model.hook_name} was taken",)
-        return Facts(
-            model.d_in, model.hook_name, lines, notes, model.n_parameters, model.n_parameters_to_hook,
-            dtype=dtype, is_quantised=model.is_quantised, context=model.context,
-            tokenizer=partial(tokenizer_of, lm.model, lm.trust_remote_code),
-            kept_bytes=model.d_in * (4 if dtype == "float32" else 2),
-        )  # fmt: skip
+        facts = {}
+        for model in models:
+            lines = (
+                f"model      {lm.model}: {model.architecture}, {model.n_layers} blocks, d_model {model.d_model}, "
+                f"{model.n_parameters / 1e6:,.1f} M weights, {dtype} on {device}",
+                f"hook       {model.hook_name} (d_in {model.d_in})",
+                f"text       {s.dataset}, sequences of {s.context(model.context)} tokens, "
+                f"{s.data.held_out_tokens:,} activations held out",
+                f"absorption {evals}",
+            )
+            chosen = () if lm.hook else (f"no hook was named: {model.hook_name} was taken",)
+            facts[model.hook_name if len(models) > 1 else ""] = Facts(
+                model.d_in, model.hook_name, lines, notes + chosen, model.n_parameters, model.n_parameters_to_hook,
+                dtype=dtype, is_quantised=model.is_quantised, context=model.context,
+                tokenizer=partial(tokenizer_of, lm.model, lm.trust_remote_code),
+                kept_bytes=model.d_in * (4 if dtype == "float32" else 2),
+            )  # fmt: skip
+        return facts
 
     def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> dict[str, Opened]:
         """Load the model and open the text; UserError for whatever cannot work."""
