@@ -162,7 +162,8 @@ def _saelens(args: argparse.Namespace, as_shipped: bool) -> tuple[float, float, 
 
         job = {
             "model": args.model, "hook": opened.first.source.hook_name, "d_in": opened.first.source.d_in,
-            "context": opened.first.language.context, "tokens": settings.n_steps // PEER_SHARE * settings.train.batch_tokens,
+            "context": opened.first.language.context,
+            "tokens": settings.n_steps // PEER_SHARE * settings.train.batch_tokens,
             "batch": settings.train.batch_tokens, "rows": f"{folder}/rows.safetensors", "threads": args.threads,
             "buffer": settings.data.buffer_tokens, "lr": opened.learners[-1].lr, "out": folder,
             "drop": sorted({*opened.first.language.lm.special_ids, *opened.first.language.drop_ids}),

@@ -173,8 +173,8 @@ def job_for(args: argparse.Namespace, opened: Any, folder: Path) -> dict[str, An
             file.flush()
             np.save(held_out, opened.first.held_out.numpy())
     return {
-        "batches": str(batches), "held_out": str(held_out), "out": str(folder / "peer"), "d_in": opened.first.source.d_in,
-        "width": settings.specs[0].width, "threads": args.threads,
+        "batches": str(batches), "held_out": str(held_out), "out": str(folder / "peer"),
+        "d_in": opened.first.source.d_in, "width": settings.specs[0].width, "threads": args.threads,
         "warm_up": round(settings.train.lr_warm_up * steps), "decay": round(settings.train.lr_decay * steps),
         "window": _last(steps) - 1,  # its latents are dead after more steps than that: then sae-train's are, too
     }  # fmt: skip

@@ -68,7 +68,7 @@ class SAERecord(Record):
     width: Annotated[Whole, Field(gt=0)] | None = None
     l0: Annotated[Number, Field(gt=0)] | None = None
     seed: Whole | None = None
-    hook_name: str | None = None
+    hook_name: Name | None = None
     failed: str | None = None
     written: bool | None = None
     final: Figures | None = None

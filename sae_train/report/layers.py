@@ -15,7 +15,7 @@ from sae_train.report.pareto import AXES, average
 from sae_train.report.shapes import Point, Scatter
 
 METRICS = ("absorption/mean_full", "absorption/mean_fraction", "metrics/explained_variance", "metrics/ce_loss_score")
-HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
+HOOK = re.compile(r"blocks\.(\d{1,4})\.(.+)")
 Kind = tuple[tuple[str, str], str, int, float]
 
 

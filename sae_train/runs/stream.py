@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +59,9 @@ class Stream:
 
     def export(self, learner: Learner) -> SAE:
         """A learner's SAE for raw activations."""
-        return learner.export(self.scale, self.mean)
+        sae = learner.export(self.scale, self.mean)
+        sae.cfg = replace(sae.cfg, hook_name=self.source.hook_name)
+        return sae
 
     def begin(self) -> Float[Tensor, "n d_in"]:
         """Set what an outlier is, the mean and the input scale from the first training activations; return these.
