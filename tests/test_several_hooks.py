@@ -23,7 +23,6 @@ from sae_train.errors import UserError
 from sae_train.publishing.publish import publish
 from sae_train.report.data import load_runs
 from sae_train.report.export import gallery
-from sae_train.runs import runner
 from sae_train.runs.plan import GIB, check_alone, make_plan
 from sae_train.training import loop
 from sae_train.training.ranks import Ranks
@@ -278,17 +277,3 @@ def test_several_hooks_are_refused_where_they_are_not_done(tmp_path):
     )
     with pytest.raises(UserError, match="a study is of one"):
         read_design(design, tmp_path)
-
-
-def test_a_failed_sae_at_one_hook_leaves_the_bits_of_the_others(together, tmp_path, monkeypatch):
-    begin = runner.session.begin
-
-    def spoil(opened):
-        begin(opened)
-        opened.learners[0].sae.b_enc.data[3] = float("nan")
-
-    monkeypatch.setattr(runner.session, "begin", spoil)
-    run = train(**SMALL, hook=",".join(HOOKS), out=str(tmp_path), name="spoilt")
-    assert list(run.failed) == [name_of("topk", HOOKS[0])]
-    for arch, hook in (("jumprelu", HOOKS[0]), ("topk", HOOKS[1]), ("topk", HOOKS[2])):
-        assert_same(together / "saes" / name_of(arch, hook), run.path / "saes" / name_of(arch, hook))
