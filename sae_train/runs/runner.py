@@ -112,9 +112,10 @@ class Runner:
         self.display.end()
         with opened.stop.breaking(self.ranks.size == 1):
             self._write_saes()
-        for stream in opened.streams.values():
+        for hook, stream in opened.streams.items():
             if stream.opened.cache:
-                self.display.say(f"activations on disk: {stream.opened.cache.said()}")
+                of_hook = f" of {hook}" if hook else ""
+                self.display.say(f"activations{of_hook} on disk: {stream.opened.cache.said()}")
 
     def _save(self) -> None:
         """Write what a resumed run starts from."""
