@@ -193,7 +193,9 @@ class _Problem:
         per_row = torch.bincount(rows, minlength=self.n)
         if per_row.square().sum() < _PAIRS * m * self.n:
             order, ptr = rows.argsort(stable=True), pad(per_row.cumsum(0), (1, 0))
-            products = (transposed @ _sparse(ptr, column[order], weighted[order], (self.n, m))).to_dense()
+            other = _sparse(ptr, column[order], weighted[order], (self.n, m))
+            # Into a dense block: a sparse product of two sparse matrices is slower, and its memory is never freed.
+            products = torch.addmm(values.new_zeros(m, m), transposed, other, beta=0)
         else:
             dense = values.new_zeros(self.n, m)
             dense.view(-1).scatter_(0, (rows.long() * m).add_(column), weighted)

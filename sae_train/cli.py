@@ -65,8 +65,10 @@ def train(
     The embedded model (the default) brings its own preset, configs/speller.yaml. The exit code is 3 where some SAEs
     of a grid failed and the others are finished.
     """
+    from sae_train.runs.initial import with_initial
+
     given = vars(flags or TrainFlags())
-    settings = resolve(given, config)
+    settings = resolve(with_initial(given, config), config)
     if dry_run:
         _show_plan(settings)
         return 0
@@ -110,19 +112,22 @@ def _show_plan(settings: Settings) -> None:
 
 
 @app.command
-def resume(run: Path, *, trust_remote_code: bool = False) -> int:
-    """Go on with an interrupted run from its last saved state.
+def resume(run: Path, *, tokens: str | None = None, trust_remote_code: bool = False) -> int:
+    """Go on with an interrupted run from its last saved state, or train a finished one further.
 
     Parameters
     ----------
     run:
         The run's folder, such as checkpoints/NAME.
+    tokens:
+        Train a finished run further, until its SAEs have had so many tokens in all, such as 4M. The learning rate,
+        which has fallen to 0, rises once more to its full value and falls again at the new end.
     trust_remote_code:
         Run the model's code from the hub, as the run was begun with it.
     """
     from sae_train.runs.run import resume as resume_run
 
-    return _name_failed(resume_run(run, trust_remote_code=trust_remote_code))
+    return _name_failed(resume_run(run, tokens=tokens, trust_remote_code=trust_remote_code))
 
 
 @app.command(name="eval")
@@ -134,7 +139,7 @@ def evaluate(
     folder: str | None = None,
     allow_pickle: bool = False,
 ) -> None:
-    """Run the absorption eval on a finished SAE (ours, SAELens', sparsify's, Gemma Scope's, dictionary_learning's).
+    """Run the absorption eval on a finished SAE (ours, or another library's: docs/loading.md names the layouts).
 
     Writes absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and the page absorption.html.
 
@@ -147,7 +152,7 @@ def evaluate(
     folder:
         the SAE's folder in a repo that holds several
     allow_pickle:
-        read dictionary_learning's pickled weights (tensors alone are taken from them)
+        read pickled weights, dictionary_learning's and Qwen-Scope's (tensors alone are taken from them)
     """
     from sae_train.runs.evaluation import evaluate_checkpoint
 

@@ -87,6 +87,8 @@ def commands_in_text(page: Path) -> list[str]:
 def smaller(words: list[str]) -> list[str]:
     """sae-train's arguments with the flags that make it quick."""
     flags = SMALL_TOY if "toy" in words else SMALLER.get(words[0], SMALL)
+    if words[0] == "resume" and "--tokens" in words:
+        flags = {"--tokens": "26k"}
     kept = [word for i, word in enumerate(words) if word not in flags and words[i - 1] not in flags]
     return kept + [part for pair in flags.items() for part in pair]
 
@@ -99,7 +101,7 @@ def run(line: str) -> None:
         subprocess.run(command, check=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return
     assert program == "sae-train", f"only sae-train and torchrun are run here: {line}"
-    if words[0] == "resume":
+    if words[0] == "resume" and "--tokens" not in words:
         interrupt(Path(words[1]))
     with pytest.MonkeyPatch.context() as patch:
         if words[0] == "watch":

@@ -90,6 +90,11 @@ DICTIONARY = {
                 "dict_size": 8, "submodule_name": "resid_post_layer_3"},
     "buffer": {"ctx_len": 64, "io": "out"},
 }  # fmt: skip
+LLAMA = {
+    "d_model": 4, "d_sae": 8, "hook_point_in": "blocks.3.hook_resid_post", "hook_point_out": "blocks.3.hook_resid_post",
+    "act_fn": "jumprelu", "jump_relu_threshold": 0.5, "norm_activation": "dataset-wise", "use_glu_encoder": False,
+    "dataset_average_activation_norm": {"in": 3.0, "out": 3.0}, "sparsity_include_decoder_norm": True, "top_k": 50,
+}  # fmt: skip
 GEMMA = {"architecture": "jump_relu", "model_name": "m", "hf_hook_point_in": "model.layers.3.output", "l0": 3}
 
 
@@ -113,10 +118,15 @@ def layouts(tmp_path_factory) -> dict[str, tuple[Path, str, dict]]:
     folder = tmp_path_factory.mktemp("gemma")
     save_file(load_file(made["jumprelu"][0] / "sae_weights.safetensors"), folder / "params.safetensors")
     made["gemma"] = (folder, "config.json", GEMMA)
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "checkpoints").mkdir()
+    decoder = {"decoder.weight": tensors["W_dec"].t().contiguous(), "decoder.bias": tensors["b_dec"]}
+    save_file(linear | decoder, folder / "checkpoints" / "final.safetensors")
+    made["llama"] = (folder, "hyperparams.json", LLAMA)
     return made
 
 
-@pytest.mark.parametrize("name", ["topk", "jumprelu", "old", "sparsify", "dictionary_learning", "gemma"])
+@pytest.mark.parametrize("name", ["topk", "jumprelu", "old", "sparsify", "dictionary_learning", "gemma", "llama"])
 def test_settings_of_saes_give_a_result_or_one_sentence(name, layouts):
     folder, file, content = layouts[name]
     results = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
@@ -236,3 +237,14 @@ def test_numbers_too_small_for_float32_are_0_inside_and_as_they_were_after(befor
         assert bool(tiny.mul(0.5) == 0) is before
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_memory_stays_flat_over_looks_at_the_ranking():
+    """torch never frees what a sparse product of two sparse matrices holds."""
+    x, labels = _data(n=2000, d=600, share=0.02)
+    latents, process = from_dense(x), psutil.Process()
+    held = []
+    for _ in range(24):
+        lasso.fit(latents, labels, 26, l1=0.002, l2=26e-6)
+        held.append(process.memory_info().rss)
+    assert held[-1] - held[7] < 4e6

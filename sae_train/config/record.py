@@ -138,6 +138,17 @@ class HookRecord(Record):
     eval_assets: dict[str, Any] | None = None
 
 
+class InitialRecord(Record):
+    """Which SAE a run started from."""
+
+    name: str
+    path: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    arch: str | None = None
+    l0: Number | None = None
+
+
 class RunRecord(Record):
     """run.json, as a report reads it: what is only shown may be anything."""
 
@@ -158,6 +169,8 @@ class RunRecord(Record):
     working_folder: str | None = None
     eval_assets: dict[str, Any] | None = None
     hooks: dict[str, HookRecord] | None = None
+    init_from: InitialRecord | None = None
+    stages: list[Whole] | None = None
 
 
 class PublishedRun(RunRecord):

@@ -119,6 +119,14 @@ class TrainSettings(SettingsGroup):
     """Training"""
 
     tokens: Count = Field(100_000_000, description="activations each SAE is trained on")
+    init_from: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="SAE to start from, ours or another library's: a folder, or on the hub owner/name/folder "
+        "(owner/name@revision/folder); width, L0, architecture, model and hook are by default its own",
+    )
+    allow_pickle: bool = Field(
+        False, description="let --init-from read pickled weights (tensors alone are taken from them)"
+    )
     batch_tokens: Count = Field(4096, description="activations per step")
     outlier_norm: Annotated[float | str, BeforeValidator(parse_outlier_norm)] = Field(
         10.0,
@@ -128,7 +136,9 @@ class TrainSettings(SettingsGroup):
     center: bool = Field(
         False, description="subtract the mean activation in training; the saved SAE takes raw activations all the same"
     )
-    lr: Annotated[float, Field(gt=0)] | None = Field(None, description="learning rate; default: by width")
+    lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learning rate; default: by width and length of the run, a third of it with --init-from"
+    )
     lr_warm_up: Fraction = Field(0.05, description="share of the steps with a rising learning rate")
     lr_decay: Fraction = Field(0.2, description="share of the steps, at the end, with a falling learning rate")
     grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest norm of the gradient")

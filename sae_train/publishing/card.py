@@ -17,7 +17,7 @@ tags: [saelens, sparse-autoencoder, mechanistic-interpretability]
 # {name}
 
 A {arch} sparse autoencoder with {width:,} latents for `{hook_name}` of `{model}`, trained by sae-train on
-{tokens:,} tokens of `{dataset}`.{weights}{outliers}
+{tokens:,} tokens of `{dataset}`.{started}{weights}{outliers}
 
 | | |
 |---|---|
@@ -68,7 +68,8 @@ def _opening(origin: Origin, saes: list[dict[str, Any]]) -> str:
     where = f"{hooks} of {model}" if hooks else model
     trained = f", trained by sae-train on {info['tokens']:,} tokens of `{origin.dataset}`" if info.get("tokens") else ""
     takes = f"{'It' if len(saes) == 1 else 'Each'} takes raw activations."
-    return f"{noun} for {where}{trained}. {takes}{weights_sentence(info.get('weights'))}{outliers_sentence(info)}"
+    sentences = started_sentence(info), weights_sentence(info.get("weights")), outliers_sentence(info)
+    return f"{noun} for {where}{trained}. {takes}{''.join(sentences)}"
 
 
 def _loading(origin: Origin, saes: list[dict[str, Any]]) -> str:
@@ -174,6 +175,20 @@ def weights_sentence(weights: dict[str, Any] | None) -> str:
     return f" The model's weights: {files}{package}." if files else ""
 
 
+def started_sentence(info: dict[str, Any]) -> str:
+    """Say, after a space, which SAE training started from, a local one by the last part of its path, and where a
+    finished run went on; nothing of a run in one piece from random directions."""
+    start, stages, said = info.get("init_from"), info.get("stages") or [], ""
+    if start:
+        name = Path(start["name"]).name if start.get("path") else start["name"]
+        revision = f", revision {start['revision']}" if start.get("revision") else ""
+        said = f" Training started from the SAE `{name}`{revision} (its weights: sha256 {start.get('sha256')})."
+    if stages:
+        after = " and ".join(f"{tokens:,}" for tokens in stages)
+        said += f" After {after} tokens the learning rate, which had fallen to 0, rose and fell once more."
+    return said
+
+
 def outliers_sentence(info: dict[str, Any]) -> str:
     """Say, after a space, what was left out of training and figures; nothing where nothing was."""
     return f" Left out of training and of all figures but loss recovered: {left_out(info)}." if leaves_out(info) else ""
@@ -197,6 +212,7 @@ def write_card(folder: Path, sae: dict[str, Any], info: dict[str, Any], measured
         tokens=info["tokens"],
         dataset=info["dataset"],
         d_in=info["d_in"],
+        started=started_sentence(info),
         weights=weights_sentence(info.get("weights")),
         outliers=outliers_sentence(info),
     )

@@ -175,11 +175,15 @@ def _origin(info: dict[str, Any], repo: str, license: str, base_model: str | Non
     # Those of before that are no settings any more are left out of the command.
     asked = {name: value for name, value in (info.get("settings") or {}).items() if name in leaves()}
     settings = flat(resolve(asked)) if from_text else {}
+    if settings.get("init_from"):
+        settings["init_from"] = _public_name(settings["init_from"])
     return Origin(
         repo=repo, license=license, model=base_model or model, dataset=dataset, info=info,
         base_model=base_model or (model if _on_hub(info["model"]) else None),
         on_hub=dataset if _on_hub(info["dataset"]) else None,
-        command=command(settings | {"model": base_model or model, "dataset": dataset}) if from_text else None,
+        command=command(settings | {"model": base_model or model, "dataset": dataset}, info.get("stages") or ())
+        if from_text
+        else None,
     )  # fmt: skip
 
 

@@ -14,8 +14,13 @@ from sae_train.config.units import plain, width_label
 CACHES = ("activation_cache", "eval_cache")
 
 
-def command(settings: dict[str, Any]) -> str:
-    """Name every setting that differs from the model's defaults; where things are kept and shown is left out."""
+def command(settings: dict[str, Any], stages: Sequence[int] = ()) -> str:
+    """Name every setting that differs from the model's defaults; where things are kept and shown is left out.
+
+    Where a finished run went on after `stages`, in tokens, each part has a line.
+    """
+    ends = [*stages, settings["tokens"]]
+    settings = settings | {"tokens": ends[0]}
     usual = flat(resolve({"model": settings["model"]})) | {"model": LMSettings().model}
     group_of, models = leaves(), groups()
     words, before = ["sae-train"], ""
@@ -32,7 +37,7 @@ def command(settings: dict[str, Any]) -> str:
             words += ["--config", "drop.yaml"]
         elif value is not None:
             words += [flag, _write_flag_value(name, value)]
-    return before + shlex.join(words)
+    return "\n".join([before + shlex.join(words), *(f"sae-train resume RUN --tokens {end}" for end in ends[1:])])
 
 
 def _write_flag_value(name: str, value: Any) -> str:

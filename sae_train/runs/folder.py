@@ -28,7 +28,7 @@ BEFORE = BEFORE_GIVEN | {"eval_contexts": "each"}
 LONGEST_NAME = 120  # of a derived one; file systems take 255 bytes
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 # Settings that may name something on this disk.
-PATHS = ("model", "dataset", "hierarchy", "activation_cache", "eval_cache")
+PATHS = ("model", "dataset", "hierarchy", "activation_cache", "eval_cache", "init_from")
 
 
 def default_name(settings: Settings) -> str:

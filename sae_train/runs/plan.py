@@ -14,6 +14,7 @@ from sae_train.data.harvest import waiting_room
 from sae_train.data.outliers import LOOK_AHEAD
 from sae_train.errors import UserError
 from sae_train.evals.asset_cache import cache_folder
+from sae_train.runs.initial import InitialSAE, initial_of
 from sae_train.sae.forms import FORMS
 from sae_train.training.architectures import TRAINED
 from sae_train.training.ranks import Division, Ranks, current, divide
@@ -51,6 +52,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     ranks: Ranks = field(default_factory=Ranks)
     division: Division | None = None
+    initial: InitialSAE | None = None
 
     def seconds(self, after_another: bool = False) -> dict[str, float]:
         """Seconds by part, from the speed of matrix products measured now.
@@ -178,7 +180,9 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
     takes_bfloat16(settings.train, device)
     ranks = current()
     check_alone(settings, ranks)
-    facts = kind.describe(settings, device)
+    facts, initial = kind.describe(settings, device), initial_of(settings)
+    for each in facts.values() if initial else ():
+        initial.check(settings, each)
     if settings.lm.hooks:  # patterns give way to names
         settings = settings.at(",".join(each.hook_name for each in facts.values()))
     division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
@@ -198,9 +202,10 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
         budget=budget,
         passes=passes,
         trained=trained,
-        notes=_notes(settings, facts, passes),
+        notes=_notes(settings, facts, passes) + ([initial.note] if initial else []),
         ranks=ranks,
         division=division,
+        initial=initial,
     )
 
 

@@ -17,7 +17,9 @@ from sae_train.config.record import ResumedRun, read_run
 from sae_train.errors import UserError, first_line
 from sae_train.files import read_json, read_metrics
 from sae_train.publishing.reproduce import python_call
+from sae_train.runs.extend import begun_at, extend
 from sae_train.runs.folder import alone_in, check_free, removed_on_failure, reserve, restore_settings
+from sae_train.runs.initial import initial_of, with_initial
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,6 +91,7 @@ def train(
     pairs that they yield are logged, drawn and reported. Raises UserError.
     """
     command = python_call(settings | ({"config": str(config)} if config else {}), activations, callbacks)
+    settings = with_initial(settings, config, of_text=activations is None)
     if activations is None:
         return start(resolve(settings, config), command=command, callbacks=callbacks)
     from sae_train.data.given import given_settings
@@ -124,6 +127,7 @@ def start(
                 "command": command,
                 "working_folder": str(Path.cwd()),
                 "activations": given and given.record,
+                "init_from": plan.initial and plan.initial.record,
                 "passes": [[spec.name for spec in specs] for specs in plan.passes],
             }
             was_there = Path(settings.run.out).exists()
@@ -131,7 +135,7 @@ def start(
             held = alone_in(folder) if ranks.is_first else nullcontext()
             with held, removed_on_failure(folder, was_there):
                 display(f"loading {settings.lm.model} and its data")
-                opened = session.open_session(settings, plan.passes, folder, given)
+                opened = session.open_session(settings, plan.passes, folder, given, plan.initial)
                 built, notes = _assets(opened, display)
                 display("looking at the first activations")
                 session.begin(opened)
@@ -182,10 +186,12 @@ def _assets(opened: Session, display: Display) -> tuple[dict[str, Assets], list[
 
 
 def resume(
-    folder: str | Path, *, activations: Any = None, callbacks: Sequence[Callback] = (), trust_remote_code: bool = False
-) -> Run:
+    folder: str | Path, *, activations: Any = None, callbacks: Sequence[Callback] = (),
+    trust_remote_code: bool = False, tokens: Any = None,
+) -> Run:  # fmt: skip
     """Go on with an interrupted run from its last saved state; UserError if there is nothing to go on with.
 
+    With `tokens` a finished run is trained further, until it has had so many in all (`runs/extend.py`).
     A run on activations of your own needs them again, and one with callbacks of your own goes on without those that are
     not given again. Code of the hub's is run only where `trust_remote_code` says so here, whatever run.json says.
     """
@@ -198,8 +204,11 @@ def resume(
     prepare_process()
     folder = Path(folder)
     info = read_run(folder, ResumedRun)
-    if info.get("status") == "finished" and (folder / "report.html").exists():
-        raise UserError(f"the run {str(folder)!r} is finished: sae-train report {folder} shows it")
+    if tokens is None and info.get("status") == "finished" and (folder / "report.html").exists():
+        raise UserError(
+            f"the run {str(folder)!r} is finished: sae-train report {folder} shows it, and sae-train resume {folder} "
+            f"--tokens NUMBER trains it further, to more than its {info.get('tokens') or 0:,} tokens"
+        )
     if info.get("passes") is None:
         raise UserError(f"the run {str(folder)!r} was begun by an earlier version of sae-train: start it again")
     if info["settings"].get("trust_remote_code") and not trust_remote_code:
@@ -208,12 +217,16 @@ def resume(
             f"it, say so again by sae-train resume {folder} --trust-remote-code"
         )
     info["settings"]["trust_remote_code"] = trust_remote_code
+    if tokens is not None:
+        info = extend(folder, info, tokens)
     settings, given = restore_settings(folder, info, activations)
-    about = {name: info.get(name) for name in ("command", "working_folder", "activations", "saes")}
+    kept = ("command", "working_folder", "activations", "saes", "init_from", "stages")
+    about = {name: info.get(name) for name in kept}
     with _display() as display:
         display.interrupted = f"go on with: sae-train resume {folder}"
         display(f"loading {settings.lm.model} and its data")
-        opened = session.open_session(settings, find_passes(settings.specs, info["passes"]), folder, given)
+        passes, initial = find_passes(settings.specs, info["passes"]), initial_of(settings, info.get("init_from"))
+        opened = session.open_session(settings, passes, folder, given, initial, begun_at(info, settings))
         check_unchanged(info, getattr(opened.first.source, "made_from", {}))
         saved = session.newest_state(folder)
         if saved:

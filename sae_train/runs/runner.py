@@ -63,6 +63,8 @@ class Runner:
             "command": about["command"],
             "working_folder": about.get("working_folder"),
             "activations": about.get("activations"),
+            "init_from": about.get("init_from"),
+            "stages": about.get("stages") or [],
             "processes": self.ranks.size,
             "passes": [[spec.name for spec in specs] for specs in opened.passes],
         } | provenance()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from sae_train.config import Settings
     from sae_train.data.sources import Kind
+    from sae_train.runs.initial import InitialSAE
     from sae_train.runs.stream import Stream
 
 
@@ -50,6 +51,10 @@ class Session:
     learners: list[Learner] = field(default_factory=list)
     owned: frozenset[str] = frozenset()
     together: bool = False
+    initial: InitialSAE | None = None
+    """what learners start from, None for random directions"""
+    begun: int = 0
+    """the step from which a finished run goes on"""
     step: int = 0
     looked: bool = False
     """whether the looks that are due at this step have been taken"""
@@ -124,8 +129,9 @@ class Session:
 
 
 def open_session(
-    settings: Settings, passes: Passes | None = None, folder: Path | None = None, kind: Kind | None = None
-) -> Session:
+    settings: Settings, passes: Passes | None = None, folder: Path | None = None, kind: Kind | None = None,
+    initial: InitialSAE | None = None, begun: int = 0,
+) -> Session:  # fmt: skip
     """Open the source of activations and make the learners; UserError for whatever cannot work.
 
     The source is of the kind that the settings name, or `kind`. `passes` is by default all SAEs together; where there
@@ -137,7 +143,7 @@ def open_session(
     keep = run_cache(folder) if folder and len(passes) > 1 else None
     opened = (kind or kind_of(settings)).open(settings, device, ranks, keep)
     streams = {hook: open_stream(settings, each, device) for hook, each in opened.items()}
-    session = Session(settings, device, streams, passes, ranks)
+    session = Session(settings, device, streams, passes, ranks, initial=initial, begun=begun)
     enter(session, 0)
     return session
 
@@ -157,8 +163,14 @@ def enter(session: Session, number: int) -> None:
     owners = dict(zip(specs, division.owners, strict=True))
     session.learners = [
         Learner(
-            spec, settings.train, session.streams[spec.hook].source.d_in, settings.n_steps, session.device, together
-        )
+            spec,
+            settings.train,
+            session.streams[spec.hook].source.d_in,
+            settings.n_steps,
+            session.device,
+            together,
+            session.begun,
+        )  # fmt: skip
         for spec, owner in owners.items()
         if division.together or owner == ranks.rank
     ]
@@ -175,7 +187,13 @@ def begin(session: Session) -> None:
     """
     samples = {hook: stream.begin() for hook, stream in session.streams.items()}
     for learner in session.learners:
-        learner.initialise(samples[learner.spec.hook])
+        stream = session.of(learner)
+        if session.initial:
+            learner.inherit(session.initial.sae, stream.scale, stream.mean)
+        else:
+            learner.initialise(samples[learner.spec.hook])
+    if session.initial:
+        session.initial.forget()
     session.whole = True
 
 

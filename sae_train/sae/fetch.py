@@ -31,10 +31,11 @@ def fetch(repo: str, folder: str | None, names: Sequence[str], revision: str | N
 
     prefix = f"{folder.strip('/')}/" if folder else ""
     patterns = [glob.escape(prefix) + name for name in names] + ["config.json"]
-    with hub_errors(f"no SAE {repo!r} is in a folder here, and it cannot be had from the hub"), quiet_client():
+    named = f"{repo}/{prefix}".removesuffix("/")
+    with hub_errors(f"no SAE {named!r} is in a folder here, and it cannot be had from the hub"), quiet_client():
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
         fetched = [name for name in names if (root / prefix / name).is_file()]
-        if not set(fetched) - {"config.json"}:
+        if not [name for name in fetched if not name.endswith(".json")]:
             raise UserError(_no_sae_there(repo, folder, names, revision))
     return root / prefix
 
@@ -92,10 +93,13 @@ def _no_sae_there(repo: str, folder: str | None, names: Sequence[str], revision:
     from huggingface_hub import HfApi
 
     files = HfApi().list_repo_files(repo, revision=revision)
-    weights = set(names) - {"cfg.json", "config.json"}
-    saes = sorted({str(Path(file).parent) for file in files if Path(file).name in weights} - {"."})
+    weights = [f"/{name}" for name in names if not name.endswith(".json")]
+    saes = sorted({file.removesuffix(name) for file in files for name in weights if file.endswith(name)})
     where = f"its folder {folder!r}" if folder else "its top folder"
     hint = f"name one of {some(saes)}" if saes else "nor has another of its folders"
+    layers = [file for file in files if file.endswith(".sae.pt")]
+    if layers:
+        hint = f"name one of its files, such as {layers[0]}, with allow_pickle=True, or --allow-pickle"
     if any(Path(file).name == "ae.pt" for file in files) and "ae.pt" not in names:
         hint = "its SAEs are pickled (ae.pt), which are read only with allow_pickle=True, or --allow-pickle"
     return f"{repo} has no readable SAE in {where}: {hint}."

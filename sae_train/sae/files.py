@@ -17,6 +17,7 @@ from sae_train.sae.fetch import fetch
 from sae_train.sae.forms import FORMS
 from sae_train.sae.layouts import PROVENANCE, WEIGHTS, files_of_layouts, read_sae
 from sae_train.sae.model import SAE, SAEConfig
+from sae_train.sae.qwen_scope import FILE as QWEN_FILE
 from sae_train.sae.tensor_files import read_tensors, write_tensors
 
 SAE_LENS_VERSION = "6.54.12"
@@ -41,20 +42,30 @@ def load_sae(
 ) -> SAE:
     """Read an SAE from a local folder or from a repo on the hub ("you/name") and a folder in it.
 
-    Layouts: ours, SAELens', sparsify's, Gemma Scope's; with allow_pickle dictionary_learning's, from whose pickle
-    tensors alone are taken. Of a repo only the SAE's own files are fetched, at `revision` (a branch, tag or commit).
+    Layouts: ours, SAELens', sparsify's, Gemma Scope's, Llama Scope's; with allow_pickle dictionary_learning's and
+    Qwen-Scope's (whose `folder` is a file, layer20.sae.pt), from whose pickles tensors alone are taken. Of a repo only
+    the SAE's own files are fetched, at `revision` (a branch, tag or commit).
     UserError says in one sentence what is missing, damaged or not read.
     """
-    if not isinstance(path, str | PathLike):
-        raise UserError(f"an SAE is named by a folder or a repo on the hub, not by a {type(path).__name__}.")
     with explaining(
         lambda error: f"device {device!r} cannot be used: {first_line(error)}", RuntimeError, AssertionError
     ):
         torch.empty(0, device=device)
+    return read_sae(find_sae(path, folder, revision, allow_pickle), device, allow_pickle)
+
+
+def find_sae(
+    path: str | Path, folder: str | None = None, revision: str | None = None, allow_pickle: bool = False
+) -> Path:
+    """Return where an SAE is on this disk, fetched from the hub where it was not here."""
+    if not isinstance(path, str | PathLike):
+        raise UserError(f"an SAE is named by a folder or a repo on the hub, not by a {type(path).__name__}.")
     here = Path(path).expanduser()
-    if not here.exists() and re.fullmatch(REPO_ID, str(path)):
-        return read_sae(fetch(str(path), folder, files_of_layouts(allow_pickle), revision), device, allow_pickle)
-    return read_sae(here / folder if folder else here, device, allow_pickle)
+    if here.exists() or not re.fullmatch(REPO_ID, str(path)):
+        return here / folder if folder else here
+    if folder and QWEN_FILE.fullmatch(folder) and allow_pickle:
+        return fetch(str(path), None, [folder], revision) / folder
+    return fetch(str(path), folder, files_of_layouts(allow_pickle), revision)
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:

@@ -218,6 +218,53 @@ class GemmaScopeFile(SettingsFile):
         return found
 
 
+class AverageNorms(SettingsFile):
+    """The mean norm of what goes into a module of Llama Scope's and of what comes out."""
+
+    into: Annotated[Number, Field(gt=0, alias="in")]
+    out: Annotated[Number, Field(gt=0)]
+
+
+class LlamaScopeFile(SettingsFile):
+    """hyperparams.json of Llama Scope, as OpenMOSS's lm-saes wrote it then."""
+
+    d_model: Size
+    d_sae: Size
+    hook_point_in: str
+    hook_point_out: str
+    act_fn: str
+    jump_relu_threshold: Number
+    norm_activation: str
+    dataset_average_activation_norm: AverageNorms | None = None
+    use_decoder_bias: bool = True
+    apply_decoder_bias_to_pre_encoder: bool = False
+    sparsity_include_decoder_norm: bool = True
+    use_glu_encoder: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor that activations were multiplied by in training, to a mean norm of √d_model."""
+        norms = self.dataset_average_activation_norm
+        return self.d_model**0.5 / norms.into if norms and self.norm_activation == "dataset-wise" else 1.0
+
+    def refused(self) -> list[str]:
+        """What makes it another thing than a JumpReLU autoencoder of activations as they are."""
+        found, norms = [], self.dataset_average_activation_norm
+        if self.hook_point_out != self.hook_point_in:
+            found.append(f"hook_point_out {self.hook_point_out!r}: transcoders are not read")
+        if self.act_fn.lower() != "jumprelu":
+            found.append(f"act_fn {self.act_fn!r} is not read; of Llama Scope jumprelu is")
+        if self.norm_activation not in ("dataset-wise", "inference"):
+            found.append(f"norm_activation {self.norm_activation!r}: SAEs of inputs of equal norms are not read")
+        elif self.norm_activation == "dataset-wise" and not norms:
+            found.append("norm_activation 'dataset-wise' needs dataset_average_activation_norm, which is missing")
+        elif norms and norms.into != norms.out:
+            found.append("dataset_average_activation_norm differs between in and out: transcoders are not read")
+        if self.use_glu_encoder:
+            found.append("use_glu_encoder: encoders with a second gate are not read")
+        return found
+
+
 def checked(model: type[Checked], content: Any, path: Path) -> Checked:
     """Return a file's settings by their types; UserError names those that are of another, or that are refused."""
     settings = check_types(model, content, path)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_train.errors import UserError, explaining
 from sae_train.sae.foreign_settings import GemmaScopeFile
-from sae_train.sae.parts import Parts, drop_ones, read_settings, rename
+from sae_train.sae.parts import Parts, drop_ones, read_settings, rename, repository_of
 from sae_train.sae.tensor_files import read_tensors
 
 GEMMA_HOOKS = {
@@ -61,10 +61,9 @@ def _place_in_repository(folder: Path) -> tuple[str, list[str]]:
 
     In the hub's cache, or as deep as the folder's own name says; folders above are the user's own.
     """
+    if cached := repository_of(folder):
+        return cached
     parts = folder.absolute().parts
-    for at, name in enumerate(parts):
-        if name == "snapshots" and parts[at - 1].startswith("models--"):
-            return parts[at - 1].split("--")[-1], list(parts[at + 2 :])
     below = {"layer_": 2, "width_": 2, "average_l0_": 3, "canonical": 3}
     depth = next((depth for start, depth in below.items() if parts[-1].startswith(start)), 0)
     if not depth or len(parts) <= depth:

@@ -1,6 +1,7 @@
 """Readers of SAEs' folders, one a layout: each gives one of our SAEs for raw activations.
 
-Layouts are SAELens' (ours), sparsify's, Gemma Scope's and, where the caller allows its pickle, dictionary_learning's.
+Layouts are SAELens' (ours), sparsify's, Gemma Scope's, Llama Scope's and, where the caller allows their pickles,
+dictionary_learning's and Qwen-Scope's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_train.errors import UserError, explaining
+from sae_train.errors import UserError
 from sae_train.sae.foreign_settings import (
     Buffer,
     DictionaryFile,
@@ -25,12 +26,21 @@ from sae_train.sae.foreign_settings import (
 )
 from sae_train.sae.forms import FORMS
 from sae_train.sae.gemma_scope import read_gemma_scope
+from sae_train.sae.llama_scope import SETTINGS, read_llama_scope
 from sae_train.sae.model import SAE, SAEConfig, fold_decoder_norm
 from sae_train.sae.parts import Parts, drop_ones, read_json, read_settings, rename
-from sae_train.sae.tensor_files import read_tensors
+from sae_train.sae.qwen_scope import FILE as QWEN_FILE
+from sae_train.sae.qwen_scope import read_qwen_scope
+from sae_train.sae.tensor_files import read_pickled, read_tensors
 
 FROM_SAE_LENS = {form.sae_lens: ours for ours, form in FORMS.items()}
+SETTINGS_FILES = ("cfg.json", "config.json", SETTINGS)
 PROVENANCE = ("model_name", "hook_name", "context_size", "prepend_bos", "dataset_path", "l0")
+# TransformerLens' short names in SAELens' list of published SAEs: by how they begin, and the others.
+OWNERS = {"pythia-": "EleutherAI", "gemma-": "google"}
+SHORT_NAMES = {"gpt2-small": "gpt2", "mistral-7b": "mistralai/Mistral-7B-v0.1"} | {
+    f"qwen3-{size}": f"Qwen/Qwen3-{size.upper()}" for size in ("0.6b", "1.7b", "4b", "8b", "14b")
+}
 # dictionary_learning's classes: our form, and whether b_dec is taken from the input.
 DICTIONARIES = {
     "AutoEncoder": ("relu", True),
@@ -45,15 +55,19 @@ DICTIONARIES = {
 
 def read_sae(folder: Path, device: str | torch.device, allow_pickle: bool = False) -> SAE:
     """Read the SAE in a folder; UserError says what is missing, damaged or of a kind that is not read."""
-    weights = next((name for name in LAYOUTS if (folder / name).is_file()), None)
-    if weights is None:
+    path = find_weights(folder)
+    if path is None:
         raise UserError(_say_what_is_missing(folder))
-    if weights == PICKLED and not allow_pickle:
+    if path.suffix == ".pt" and not allow_pickle:
         raise UserError(
-            f"{folder} holds a pickled SAE ({PICKLED}), which is read only where that is allowed: "
+            f"{path.parent} holds a pickled SAE ({path.name}), which is read only where that is allowed: "
             "load_sae(…, allow_pickle=True), or --allow-pickle; tensors alone are taken from it, no code."
         )
-    parts = LAYOUTS[weights](folder, weights)
+    if path == folder:
+        folder, parts = path.parent, read_qwen_scope(path.parent, path.name)
+    else:
+        weights = path.relative_to(folder).as_posix()
+        parts = LAYOUTS[weights](folder, weights)
     sae = _build(parts, folder, device)
     if "threshold" in sae.form.vectors:
         # There relu comes before the jump, so a negative threshold acts as 0.
@@ -61,16 +75,31 @@ def read_sae(folder: Path, device: str | torch.device, allow_pickle: bool = Fals
     return fold_decoder_norm(sae) if parts.rescaled else sae
 
 
+def find_weights(folder: Path) -> Path | None:
+    """The file that holds an SAE's weights: one in its folder, or, of Qwen-Scope, what was named is the file itself."""
+    if QWEN_FILE.fullmatch(folder.name) and folder.is_file():
+        return folder
+    return next((folder / name for name in LAYOUTS if (folder / name).is_file()), None)
+
+
 def _say_what_is_missing(folder: Path) -> str:
     if (folder / "cfg.json").is_file():
         return f"{folder / WEIGHTS} does not exist: the checkpoint is incomplete; copy or save it again."
+    if (folder / SETTINGS).is_file():
+        return f"{folder / LLAMA_SCOPE} does not exist: the checkpoint is incomplete; copy it again."
     inside = sorted(str(p.parent) for p in folder.glob("saes/*/cfg.json"))
+    inside += sorted(str(p) for p in folder.glob("*.sae.pt") if QWEN_FILE.fullmatch(p.name))
     hint = f"choose one of {', '.join(inside)}" if inside else "give a folder with cfg.json and its weights"
     return f"{folder} is no SAE checkpoint: {hint}."
 
 
 def _sae_lens(folder: Path, weights: str) -> Parts:
     """SAELens; its configurations from before version 6 keep all at the top and name topk by the activation."""
+    if (folder / "config.json").is_file() and "hook_point_in" in read_json(folder / "config.json"):
+        raise UserError(
+            f"{folder} is in the later layout of OpenMOSS (config.json with hook_point_in), which is not read: let "
+            "SAELens load it and save it in its own."
+        )
     cfg = read_settings(folder / "cfg.json", SAELensFile)
     activation = cfg.activation_fn_str or cfg.activation_fn or "relu"
     theirs = "topk" if activation == "topk" else cfg.architecture
@@ -82,6 +111,7 @@ def _sae_lens(folder: Path, weights: str) -> Parts:
     origin = cfg.metadata or cfg
     known = {name: getattr(origin, name) for name in PROVENANCE}
     known = {name: getattr(cfg, name) if value is None else value for name, value in known.items()}
+    known["model_name"] = hub_id(known["model_name"])
     known["metadata"] = cfg.metadata.model_dump(exclude=set(PROVENANCE), exclude_unset=True) if cfg.metadata else {}
     known["apply_b_dec_to_input"] = cfg.apply_b_dec_to_input
     if theirs == "topk":
@@ -123,7 +153,7 @@ def _dictionary_learning(folder: Path, weights: str) -> Parts:
         known = ", ".join(DICTIONARIES)
         raise UserError(f"{folder}: class {trainer.dict_class!r} is not read; readable are {known}.")
     architecture, apply_b_dec = DICTIONARIES[trainer.dict_class]
-    tensors = rename(_unpickle(folder / weights))
+    tensors = rename(read_pickled(folder / weights))
     if architecture == "jumprelu" and "threshold" in tensors and tensors["threshold"].numel() == 1:
         tensors["threshold"] = tensors["threshold"].expand(len(tensors.get("W_dec", ()))).contiguous()
     dropped = {"k", "group_sizes"} | ({"threshold"} if architecture == "topk" else set())
@@ -139,33 +169,27 @@ def _dictionary_learning(folder: Path, weights: str) -> Parts:
     return Parts(architecture, {name: t for name, t in tensors.items() if name not in dropped}, known, sizes=sizes)
 
 
+def hub_id(name: str | None) -> str | None:
+    """The hub's id of a model that SAELens calls by TransformerLens' old short names; any other name as it is."""
+    owner = next((owner for start, owner in OWNERS.items() if (name or "").startswith(start)), None)
+    return f"{owner}/{name}" if owner else SHORT_NAMES.get(name, name)
+
+
 READ_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WEIGHTS, PICKLED = "sae_weights.safetensors", "ae.pt"
+WEIGHTS, PICKLED, LLAMA_SCOPE = "sae_weights.safetensors", "ae.pt", "checkpoints/final.safetensors"
 LAYOUTS: dict[str, Callable[[Path, str], Parts]] = {
     WEIGHTS: _sae_lens,
     "sae.safetensors": _sparsify,
     "params.safetensors": read_gemma_scope,
     "params.npz": read_gemma_scope,
+    LLAMA_SCOPE: read_llama_scope,
     PICKLED: _dictionary_learning,
 }
 
 
 def files_of_layouts(allow_pickle: bool) -> list[str]:
     """Names of all files that a reader may want of a folder."""
-    return ["cfg.json", "config.json", *(name for name in LAYOUTS if allow_pickle or name != PICKLED)]
-
-
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a state dict; torch's restricted reader runs none of the file's code and refuses anything else."""
-    import pickle
-
-    refused = f"{path} is damaged or holds something beside tensors: it is not read."
-    bad = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError)
-    with explaining(lambda _: refused, *bad):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise UserError(refused)
-    return content
+    return [*SETTINGS_FILES, *(name for name in LAYOUTS if allow_pickle or name != PICKLED)]
 
 
 def _build(parts: Parts, folder: Path, device: str | torch.device) -> SAE:

@@ -60,3 +60,19 @@ def drop_ones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if factor is None or not torch.equal(factor, torch.ones_like(factor)):
         return tensors
     return {name: t for name, t in tensors.items() if name != "scaling_factor"}
+
+
+def repository_of(folder: Path) -> tuple[str, list[str]] | None:
+    """The name of the repo that a folder of the hub's cache is of, and the folders from there down to it."""
+    parts = folder.absolute().parts
+    for at, name in enumerate(parts):
+        if name == "snapshots" and parts[at - 1].startswith("models--"):
+            return parts[at - 1].split("--")[-1], list(parts[at + 2 :])
+    return None
+
+
+def revision_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache is at."""
+    parts = folder.absolute().parts
+    at = parts.index("snapshots") if "snapshots" in parts else len(parts)
+    return parts[at + 1] if repository_of(folder) and at + 1 < len(parts) else None

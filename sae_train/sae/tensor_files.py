@@ -1,9 +1,10 @@
-"""Files of tensors, in safetensors, written whole."""
+"""Files of tensors: safetensors, written whole, and other libraries' pickles, of which tensors alone are read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sae_train.errors import UserError, explaining
@@ -20,6 +21,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     damaged = f"{path} is truncated or no safetensors file"
     with explaining(lambda error: f"{damaged} ({error}): copy or save it again.", SafetensorError, OSError, ValueError):
         return load_file(path)
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """Tensors of a state dict; torch's restricted reader runs none of the file's code and refuses anything else."""
+    import pickle
+
+    refused = f"{path} is damaged or holds something beside tensors: it is not read."
+    bad = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError)
+    with explaining(lambda _: refused, *bad):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise UserError(refused)
+    return content
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

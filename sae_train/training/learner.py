@@ -19,7 +19,7 @@ from sae_train.training.l0 import L0Controller, LevelController
 from sae_train.training.precision import matmul_precision, takes_bfloat16
 from sae_train.training.ranks import Ranks
 from sae_train.training.recording import Late, Recorder, Room
-from sae_train.training.start import default_lr, geometric_median, lr_factor, new_adam, new_sae
+from sae_train.training.start import as_trained, geometric_median, lr_factor, lr_of, new_adam, new_sae
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,14 +51,16 @@ class Learner:
         n_steps: int,
         device: str | torch.device = "cpu",
         ranks: Ranks | None = None,
+        begun: int = 0,
     ):
+        """`begun` is the step from which a finished run goes on: the learning rate then rises and falls once more."""
         self.ranks = ranks or Ranks()
-        self.spec, self.name, self.settings, self.n_steps = spec, spec.name, settings, n_steps
+        self.spec, self.name, self.settings, self.n_steps, self.begun = spec, spec.name, settings, n_steps, begun
         self.d_in, self.device = d_in, torch.device(device)
         self.sae = new_sae(spec, d_in, device)
         self.arch = TRAINED[spec.arch](self.sae, spec, settings, self.ranks)
         self.generator = torch.Generator().manual_seed(spec.seed)
-        self.lr = settings.lr or default_lr(spec, n_steps)
+        self.lr = lr_of(spec, settings, n_steps)
         share = math.ceil(DEAD_SHARE * settings.tokens)
         self.bfloat16 = takes_bfloat16(settings, self.device)
         self.dead_tokens = settings.dead_tokens or min(MAX_DEAD_TOKENS, share)
@@ -69,7 +71,7 @@ class Learner:
         self.optimiser = new_adam(self.trained, self.arch.lr_factors, self.lr)
         self.control = None
         if self.arch.first_coefficient is not None:
-            first = round(settings.lr_warm_up * n_steps)
+            first = begun or round(settings.lr_warm_up * n_steps)
             kind = LevelController if self.arch.moves_levels else L0Controller
             self.control = kind(spec.l0, self.arch.first_coefficient, first, device)
         self.step_count = 0
@@ -95,6 +97,14 @@ class Learner:
         sae.W_enc.copy_(sae.W_dec.t())
         sae.b_dec.copy_(geometric_median(sample))
         self.arch.start(sample)
+
+    @torch.no_grad()
+    def inherit(self, source: SAE, scale: float, mean: Float[Tensor, " d_in"] | None = None) -> None:
+        """Start from a finished SAE for raw activations instead, where this one sees scale · (raw − mean)."""
+        sae = as_trained(source, scale, mean, self.generator)
+        for name, p in self.sae.named_parameters():
+            p.copy_(getattr(sae, name))
+        self.arch.inherit()
 
     def step(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Tensor]:
         """Take one optimiser step; the returned tensors stay on the device.
@@ -233,8 +243,8 @@ class Learner:
         self.room, self.unsettled = Room(), None
 
     def _set_lr(self) -> None:
-        s = self.settings
-        self.lr_now = self.lr * lr_factor(self.step_count, self.n_steps, s.lr_warm_up, s.lr_decay)
+        s, done, n_steps = self.settings, self.step_count - self.begun, self.n_steps - self.begun
+        self.lr_now = self.lr * lr_factor(done, n_steps, s.lr_warm_up, s.lr_decay)
         for group in self.optimiser.param_groups:
             lr = self.lr_now * group["factor"]
             group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr

@@ -109,6 +109,10 @@ class Architecture(ABC):
     def start(self, sample: Float[Tensor, "n d_in"]) -> None:
         """Set the levels before the first step; W_enc, W_dec and b_dec are set already."""
 
+    def inherit(self) -> None:  # noqa: B027
+        """Take over, in the place of `start`, the levels of `sae`, which holds another SAE's weights already; nothing
+        to do where the leaves are the SAE's own."""
+
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Forward:
         """Run the training forward pass."""

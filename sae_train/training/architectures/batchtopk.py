@@ -34,6 +34,10 @@ class BatchSelection(Architecture):
         self.state["threshold"] = start_level(self.sae, sample, self.spec.l0)
         self.settle()
 
+    def inherit(self):
+        """Until the first step the SAE keeps its thresholds, which may differ by latent; from then on it has one."""
+        self.state["threshold"] = self.sae.threshold.mean()
+
     def forward(self, x):
         sae, count, threshold = self.sae, max(1, round(self.spec.l0 * len(x))), self.state["threshold"]
         weights = sae.W_enc, sae.b_enc, sae.b_dec

@@ -28,6 +28,8 @@ THRESHOLD_FACTOR = 15.0
 # No threshold is lowered below this to win more latents, where pre-activations are of order 1: the window of its
 # gradient is a share of it.
 LOWEST = 1e-3
+# What stands for a threshold of 0, which has no logarithm.
+NO_THRESHOLD = 1e-12
 
 
 class JumpReLU(Architecture):
@@ -46,6 +48,10 @@ class JumpReLU(Architecture):
     def start(self, sample):
         level = start_level(self.sae, sample, START_L0 * self.spec.l0)
         self.leaves["log_threshold"].copy_((level * fit_scale(self.sae, sample, level)).log())
+        self.settle()
+
+    def inherit(self):
+        self.leaves["log_threshold"].copy_(self.sae.threshold.clamp_min(NO_THRESHOLD).log())
         self.settle()
 
     def forward(self, x):
