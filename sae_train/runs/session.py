@@ -170,7 +170,7 @@ def enter(session: Session, number: int) -> None:
             session.device,
             together,
             session.begun,
-        )  # fmt: skip
+        )
         for spec, owner in owners.items()
         if division.together or owner == ranks.rank
     ]
