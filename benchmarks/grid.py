@@ -127,10 +127,10 @@ def floor(args: argparse.Namespace) -> tuple[float, float, float]:
     opened = _open(args)
     session.begin(opened)
     n_steps = opened.settings.n_steps
-    buffer = opened.data
+    buffer = opened.first.data
     buffer.buffer_tokens = FLOOR_STEPS * buffer.batch_tokens
     start = time.perf_counter()
-    batches = [next(buffer) * opened.scale for _ in range(FLOOR_STEPS)]
+    batches = [next(buffer) * opened.first.scale for _ in range(FLOOR_STEPS)]
     model = (time.perf_counter() - start) / FLOOR_STEPS * n_steps
     print(f"floor, language model: {model:.1f} s")
     total = model
@@ -155,17 +155,18 @@ def _saelens(args: argparse.Namespace, as_shipped: bool) -> tuple[float, float, 
     settings = opened.settings
     kept, rows = 0, []
     while kept < settings.train.tokens + 2**16:
-        rows.append(next(opened.source.stream))
+        rows.append(next(opened.first.source.stream))
         kept += rows[-1].numel() // 2  # special and dropped tokens do not count
     with tempfile.TemporaryDirectory() as folder:
         import torch
 
         job = {
-            "model": args.model, "hook": opened.source.hook_name, "d_in": opened.source.d_in,
-            "context": opened.language.context, "tokens": settings.n_steps // PEER_SHARE * settings.train.batch_tokens,
+            "model": args.model, "hook": opened.first.source.hook_name, "d_in": opened.first.source.d_in,
+            "context": opened.first.language.context,
+            "tokens": settings.n_steps // PEER_SHARE * settings.train.batch_tokens,
             "batch": settings.train.batch_tokens, "rows": f"{folder}/rows.safetensors", "threads": args.threads,
             "buffer": settings.data.buffer_tokens, "lr": opened.learners[-1].lr, "out": folder,
-            "drop": sorted({*opened.language.lm.special_ids, *opened.language.drop_ids}),
+            "drop": sorted({*opened.first.language.lm.special_ids, *opened.first.language.drop_ids}),
             "widths": sorted({spec.width for spec in settings.specs}), "as_shipped": as_shipped,
         }  # fmt: skip
         if args.model == "speller":

@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 
 from sae_train.config import resolve
-from sae_train.data.buffer import LM_BATCH_TOKENS, ActivationBuffer
+from sae_train.data.buffer import ActivationBuffer
+from sae_train.data.harvest import LM_BATCH_TOKENS
 from sae_train.data.language_model import LanguageModel
 from sae_train.data.sources import kind_of
 from sae_train.data.tokens import open_tokens

@@ -107,10 +107,10 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
              "tokens": job["tokens"], "device": job["device"], "absorption": False, "dataset": job["dataset"],
              "hook": job["hook"], "dtype": job["dtype"]}  # fmt: skip
     session = open_session(resolve(given))
-    learner, lm = session.learners[0], session.language.lm
+    learner, lm = session.learners[0], session.first.language.lm
     now = clock(job)
     parts = Parts(now)
-    parts.watch(session.source.lm, "activations", "language model")
+    parts.watch(session.first.source.lm, "activations", "language model")
     for name, part in (("active_topk", "encode"), ("decode_error", "decode")):
         parts.watch(ops, name, part)
     parts.watch(torch.Tensor, "backward", "backward")
@@ -122,7 +122,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         begin(session)
     for _ in range(session.settings.n_steps):
         with parts.part("text and buffer"):
-            x = next(batches)
+            x = next(batches)[""]
         with parts.part("losses and metrics"):
             learner.step(x)
     learner.check()  # on a GPU: until the last step is done
@@ -132,7 +132,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         "context": session.settings.context(lm.context), "bos": lm.bos_id is not None,
         "versions": f"torch {torch.__version__}",
     }  # fmt: skip
-    return done | (evaluate(job, session.export(learner), lm, Parts(now)) if job["evaluate"] else {})
+    return done | (evaluate(job, session.first.export(learner), lm, Parts(now)) if job["evaluate"] else {})
 
 
 def evaluate(job: dict[str, Any], sae: Any, lm: Any, parts: Parts) -> dict[str, Any]:

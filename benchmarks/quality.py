@@ -165,16 +165,16 @@ def job_for(args: argparse.Namespace, opened: Any, folder: Path) -> dict[str, An
     settings, batches, held_out = opened.settings, folder / "batches.npy", folder / "held_out.npy"
     steps = settings.n_steps
     if not batches.is_file():
-        shape = (steps, settings.train.batch_tokens, opened.source.d_in)
+        shape = (steps, settings.train.batch_tokens, opened.first.source.d_in)
         with whole(batches) as new:
             file = np.lib.format.open_memmap(new, "w+", np.float32, shape)
             for step in range(steps):
-                file[step] = next(opened.data).numpy()
+                file[step] = next(opened.first.data).numpy()
             file.flush()
-            np.save(held_out, opened.held_out.numpy())
+            np.save(held_out, opened.first.held_out.numpy())
     return {
-        "batches": str(batches), "held_out": str(held_out), "out": str(folder / "peer"), "d_in": opened.source.d_in,
-        "width": settings.specs[0].width, "threads": args.threads,
+        "batches": str(batches), "held_out": str(held_out), "out": str(folder / "peer"),
+        "d_in": opened.first.source.d_in, "width": settings.specs[0].width, "threads": args.threads,
         "warm_up": round(settings.train.lr_warm_up * steps), "decay": round(settings.train.lr_decay * steps),
         "window": _last(steps) - 1,  # its latents are dead after more steps than that: then sae-train's are, too
     }  # fmt: skip
@@ -193,7 +193,7 @@ def _measure(opened: Any, batches: str) -> Any:
     from sae_train.evals import fidelity
     from sae_train.training.metrics import held_out_metrics
 
-    language = opened.language
+    language = opened.first.language
     data = fidelity.FidelityData.build(language.lm, language.rows[:LOSS_ROWS], language.drop_ids)
     stored = np.load(batches, mmap_mode="r")
     last = torch.from_numpy(np.array(stored[-_last(len(stored)) :])).flatten(0, 1)
@@ -205,8 +205,8 @@ def _measure(opened: Any, batches: str) -> Any:
         sae = load_sae(folder)
         if (folder / "checked.npy").is_file():
             theirs = torch.from_numpy(np.load(folder / "checked.npy"))
-            torch.testing.assert_close(sae(opened.held_out[: len(theirs)]), theirs, rtol=1e-4, atol=1e-4)
-        metrics = held_out_metrics(sae, opened.held_out)
+            torch.testing.assert_close(sae(opened.first.held_out[: len(theirs)]), theirs, rtol=1e-4, atol=1e-4)
+        metrics = held_out_metrics(sae, opened.first.held_out)
         figures = {
             "l0": metrics["metrics/l0"], "ev": metrics["metrics/explained_variance"],
             "loss_recovered": fidelity.loss_recovered(language.lm, sae, data)["metrics/ce_loss_score"],

@@ -91,14 +91,14 @@ def _measure(opened: Any) -> Any:
     from sae_train.evals.truth import truth
     from sae_train.training.metrics import held_out_metrics
 
-    sample = held_out_sample(opened.source.toy, opened.settings.data.held_out_tokens)
+    sample = held_out_sample(opened.first.source.toy, opened.settings.data.held_out_tokens)
 
     def measure(folder: Path) -> dict[str, float]:
         kept = folder / "figures.json"
         if not kept.is_file():
             sae = load_sae(folder)
             metrics = held_out_metrics(sae, sample.x)
-            known = truth(sae, opened.source.toy, sample)
+            known = truth(sae, opened.first.source.toy, sample)
             figures = {"l0": metrics["metrics/l0"], "ev": metrics["metrics/explained_variance"]}
             write_json(kept, figures | {name: known[name] for name in ("mcc", "recovered", "f1")})
         return json.loads(kept.read_text())

@@ -8,14 +8,8 @@ import torch
 from test_tokens import sentences, write
 from tiny_models import save_tiny_model
 
-from sae_train.data.buffer import (
-    ActivationBuffer,
-    check_activations,
-    dropped,
-    estimate_scale,
-    held_out_activations,
-    kept_activations,
-)
+from sae_train.data.buffer import ActivationBuffer, check_activations, estimate_scale, held_out_activations
+from sae_train.data.harvest import dropped, kept_activations
 from sae_train.data.language_model import LanguageModel, load_language_model
 from sae_train.data.tokens import TokenStream, open_tokens
 from sae_train.errors import UserError

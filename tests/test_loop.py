@@ -46,7 +46,7 @@ class Work:
         self.rows = []
 
     def batches(self):
-        return iter(self._batches)
+        return ({"": x} for x in self._batches)
 
     def calibrate(self, learner):
         pass

@@ -16,7 +16,7 @@ from sae_train.data import outliers
 from sae_train.data.language_model import LanguageModel
 from sae_train.data.outliers import WithoutOutliers, is_kept, norm_limit
 from sae_train.errors import UserError
-from sae_train.runs import session
+from sae_train.runs import stream
 
 D, N = 16, 6000
 EVERY = 16  # rows of which the first is a sink
@@ -60,7 +60,7 @@ class Stream:
 def make(tmp_path: Path, name: str, times: float | None, monkeypatch, **more):
     """A run on the stream with sinks, or without any."""
     x, apart = planted(), planted(1500, seed=1)
-    monkeypatch.setattr(session, "SAMPLE_TOKENS", 1500 if times is None else 1600)  # the same sample without the sinks
+    monkeypatch.setattr(stream, "SAMPLE_TOKENS", 1500 if times is None else 1600)  # the same sample without the sinks
     if times is not None:
         x, apart = with_sinks(x, times), with_sinks(apart, times)
     return train(activations=Stream(x, apart), out=str(tmp_path), name=name, **(SMALL | more))
@@ -104,7 +104,7 @@ def test_an_interrupted_run_goes_on_with_the_same_limit_mean_and_rows(times, tmp
     more = SMALL | {"center": True, "arch": "topk,gated"}
     with pytest.raises(KeyboardInterrupt):
         train(activations=Stream(x, apart), callbacks=[stop], out=str(tmp_path), name="cut", **more)
-    monkeypatch.setattr(session, "norm_limit", None)  # the limit is not estimated anew
+    monkeypatch.setattr(stream, "norm_limit", None)  # the limit is not estimated anew
     resumed = resume(tmp_path / "cut", activations=Stream(x, apart))
     for name, sae in whole.saes.items():
         assert all(map(torch.equal, sae.state_dict().values(), resumed.saes[name].state_dict().values()))

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_train.config import resolve
-from sae_train.data.buffer import dropped, is_seen
+from sae_train.data.harvest import dropped, is_seen
 from sae_train.data.language_model import load_language_model
 from sae_train.data.pretrained import tokenizer_of
 from sae_train.data.text_source import open_text
@@ -99,8 +99,9 @@ def test_no_activation_of_a_special_token_is_trained_on_or_counted(model, text, 
     monkeypatch.setattr(type(lm), "activations", lambda self, tokens: ids_as_activations(tokens))
     session = open_session(settings)
     begin(session)
-    assert torch.tensor(session.scale).isfinite() and session.scale > 0
-    parts = [session.held_out, session.calibration, *(next(session.data) for _ in range(8))]
+    seen = session.first
+    assert torch.tensor(seen.scale).isfinite() and seen.scale > 0
+    parts = [seen.held_out, seen.calibration, *(next(seen.data) for _ in range(8))]
     found = {int(token) for part in parts for token in part[:, 0].round()}
     assert plain in found and not found & lm.special_ids
 

@@ -198,8 +198,8 @@ def test_an_interrupted_toy_run_resumes_to_the_unbroken_one(tmp_path):
     opened = session.open_session(settings)
     session.begin(opened)
     for x, _ in zip(opened.batches(), range(40), strict=False):
-        opened.learners[0].step(x)
-    opened.data.load_state_dict({"batches": {"batch": 40}, "used": 0, "left_out": 0})
+        opened.learners[0].step(x[""])
+    opened.first.data.load_state_dict({"batches": {"batch": 40}, "used": 0, "left_out": 0})
     folder = tmp_path / "cut"
     folder.mkdir()
     opened.step = 40

@@ -10,8 +10,9 @@ PLACES = {
     "merge": ("flat", "groups", "leaves", "read_yaml", "resolve"),
     "settings": (
         "CONFIGS", "DEFAULT_HUB_DATASET", "LEAST_HELD_OUT", "LOCAL_NAMES", "PRESETS", "EvalSettings", "LMSettings",
-        "SAESpec", "Settings", "TrainSettings",
+        "Settings", "TrainSettings",
     ),
+    "spec": ("SAESpec",),
     "units": ("EACH", "EVAL_PRESETS", "l0_label", "parse_contexts", "width_label"),
 }  # fmt: skip
 PLACE_OF = {name: module for module, names in PLACES.items() for name in names}

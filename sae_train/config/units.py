@@ -84,6 +84,11 @@ def parse_l0(value: object) -> float:
     return number
 
 
+def parse_hook(value: object) -> str:
+    """Read hook names and patterns, as text with commas or as a list; return them with commas, without repeats."""
+    return ",".join(listed(lambda item: str(item).strip())(value))
+
+
 def parse_arch(value: object) -> str:
     return choose(value, ARCHITECTURES, "an architecture")
 

@@ -1,4 +1,4 @@
-"""In: a LanguageModel and a TokenStream.
+"""In: a LanguageModel and a TokenStream, or a hook's reader of a Harvest.
 Out: an endless iterator of shuffled activation batches that resumes bit-exactly; held-out activations.
 
 The activations of the stream's kept tokens, in order, are cut into blocks of `buffer_tokens`; each block is
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae_train.config import LEAST_HELD_OUT
+from sae_train.data.harvest import LM_BATCH_TOKENS, Harvest, Reader, dropped, kept_activations
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from sae_train.data.activation_cache import ActivationCache
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from sae_train.protocols import Source
 
 MAX_EMPTY_BATCHES = 100
-LM_BATCH_TOKENS = 4096  # that go through the language model at a time
 
 
 class ActivationBuffer:
@@ -44,19 +44,21 @@ class ActivationBuffer:
         skip_first: bool = False,
         seed: int = 0,
         cache: ActivationCache | None = None,
+        reader: Reader | None = None,
     ) -> None:
         """Special ids and `drop_ids` are left out, with `skip_first` the first position of each row as well;
         `buffer_tokens` is rounded up to whole batches.
 
-        Blocks that `cache` has are read, and the others are written to it.
+        Blocks that `cache` has are read, and the others are written to it. `reader` is that of this hook where several
+        share their passes.
         """
         self.lm = lm
         self.tokens = tokens
+        self.reader = reader or Harvest([lm], tokens, drop_ids, skip_first).readers[0]
         self.batch_tokens = batch_tokens
         self.buffer_tokens = max(1, -(-buffer_tokens // batch_tokens)) * batch_tokens
-        self._drop, self._skip_first = dropped(lm, drop_ids), skip_first
         self._seed, self._cache = seed, cache
-        self.load_state_dict({"tokens": tokens.state_dict(), "skip": 0, "block": 0, "offset": 0})
+        self.load_state_dict({"tokens": self.reader.state, "skip": 0, "block": 0, "offset": 0})
 
     def __iter__(self) -> ActivationBuffer:
         return self
@@ -75,17 +77,14 @@ class ActivationBuffer:
     @property
     def epoch(self) -> int:
         """How often the data began anew, up to the end of the current block."""
-        return self._end["epoch"] if self._end else self.tokens.epoch
+        return self._end["epoch"] if self._end else self.reader.epoch
 
     def peek(self, n: int) -> Float[Tensor, "n d_in"]:
         """Return activations of the next n tokens of the text, in order, and stay where it is.
 
         They are kept for the block that comes next.
         """
-        start = self.tokens.state_dict()
-        self._ahead = [self._next_kept() for _ in range(-(-n // LM_BATCH_TOKENS))]
-        self.tokens.load_state_dict(start)
-        x = torch.cat(self._ahead)[:n]
+        x = torch.cat(self.reader.peek(-(-n // LM_BATCH_TOKENS)))[:n]
         if not len(x):
             raise UserError(self._nothing())
         return x
@@ -100,15 +99,13 @@ class ActivationBuffer:
         self._offset = state["offset"]
         self._block: Tensor | None = None
         self._end: dict[str, Any] = {}
-        self._move()
+        self._go_to(self._start)
 
-    def _move(self) -> None:
-        """Bring the tokens to where the block at the position starts."""
-        self.tokens.load_state_dict(self._start["tokens"])
-        self._ahead: list[Tensor] = []
+    def _go_to(self, start: dict[str, Any]) -> None:
+        """Bring the reader to where a block starts."""
+        self.reader.load_state_dict(start["tokens"])
         self._rest: Tensor | None = None
-        self._used = self._start["skip"]
-        self._behind = False
+        self._used = start["skip"]
 
     def _fill(self) -> None:
         """Read or compute the block at the position, check it, and draw its permutation."""
@@ -116,10 +113,10 @@ class ActivationBuffer:
         found = self._cache.read(number, self.lm.device) if self._cache else None
         if found is not None:
             block, self._end = found
-            self._behind, self._ahead = True, []
+            self._go_to(self._end)
         else:
             block = self._compute()
-            self._end = {"tokens": self._batch_start, "skip": self._used, "epoch": self.tokens.epoch}
+            self._end = {"tokens": self._batch_start, "skip": self._used, "epoch": self.reader.epoch}
             if self._cache:
                 self._cache.write(number, block, self._end)
         check_activations(block, self.lm)
@@ -128,9 +125,7 @@ class ActivationBuffer:
         self._block = block
 
     def _compute(self) -> Float[Tensor, "buffer_tokens d_in"]:
-        """Compute the block at the position; the tokens may have stayed behind while blocks were read."""
-        if self._behind:
-            self._move()
+        """Compute the block at the position."""
         block = torch.zeros(self.buffer_tokens, self.lm.d_in, device=self.lm.device)
         filled = 0
         while filled < self.buffer_tokens:
@@ -147,19 +142,14 @@ class ActivationBuffer:
         """Compute the next tokens' kept activations; after a resume some of them are used up."""
         skip = self._used if self._rest is None else 0
         for _ in range(MAX_EMPTY_BATCHES):
-            self._batch_start = self.tokens.state_dict()
-            kept = self._next_kept()
+            self._batch_start = self.reader.state
+            kept = next(self.reader)
             self._used = min(skip, len(kept))
             self._rest = kept[self._used :]
             if len(self._rest):
                 return
             skip = 0
         raise UserError(self._nothing())
-
-    def _next_kept(self) -> Float[Tensor, "tokens d_in"]:
-        """Return the kept activations of the next batch of tokens, which `peek` may have computed."""
-        tokens = next(self.tokens)
-        return self._ahead.pop(0) if self._ahead else kept_activations(self.lm, tokens, self._drop, self._skip_first)
 
     def _nothing(self) -> str:
         return f"all tokens of {self.tokens.name} are special or dropped: there is nothing to train on."
@@ -194,29 +184,6 @@ def held_out_activations(
     x = torch.cat(kept)[:n_tokens]
     check_activations(x, lm)
     return x
-
-
-def kept_activations(
-    lm: LanguageModel, tokens: Int[Tensor, "batch position"], drop: Int[Tensor, " ids"], skip_first: bool = False
-) -> Float[Tensor, "tokens d_in"]:
-    """Return the activations of the tokens that `is_seen` tells, in reading order."""
-    tokens = tokens.to(lm.device)
-    return lm.activations(tokens)[is_seen(tokens, drop, skip_first)]
-
-
-def is_seen(
-    tokens: Int[Tensor, "batch position"], drop: Int[Tensor, " ids"], skip_first: bool
-) -> Bool[Tensor, "batch position"]:
-    """Say which tokens SAEs are trained on: those not in `drop`, with `skip_first` but for the first of each row."""
-    seen = ~torch.isin(tokens, drop)
-    if skip_first:
-        seen[:, 0] = False
-    return seen
-
-
-def dropped(lm: LanguageModel, drop_ids: Collection[int] = ()) -> Int[Tensor, " ids"]:
-    """Return the ids that SAEs never see: the tokenizer's special ones and `drop_ids`."""
-    return torch.tensor(sorted({*lm.special_ids, *drop_ids}), dtype=torch.long, device=lm.device)
 
 
 def estimate_scale(x: Float[Tensor, "tokens d_in"]) -> float:

@@ -161,9 +161,14 @@ class Given:
         """What is asked of it and cannot be: it has no text."""
         asked = text_settings_asked(settings, but=("hook",))
         means = "means" if len(asked) == 1 else "mean"
-        return [f"{', '.join(asked)} {means} nothing with activations of your own, which have no text"] if asked else []
+        problems = (
+            [f"{', '.join(asked)} {means} nothing with activations of your own, which have no text"] if asked else []
+        )
+        if settings.lm.hooks:
+            problems.append(f"activations of your own are those of one hook, not of {settings.lm.hook}: name that one")
+        return problems
 
-    def describe(self, settings: Settings, device: torch.device) -> Facts:
+    def describe(self, settings: Settings, device: torch.device) -> dict[str, Facts]:
         """Sizes for the plan; UserError where there are no activations to be had."""
         array, batch = self.array, settings.train.batch_tokens
         if array is None:
@@ -178,14 +183,14 @@ class Given:
             passes = settings.n_steps * batch / (n - held_out)
             if passes > 1:
                 notes.append(f"the run goes over its {n - held_out:,} rows {passes:.1f} times")
-        return Facts(d_in, self.hook, (f"{line}, on {device}",), tuple(notes))
+        return {"": Facts(d_in, self.hook, (f"{line}, on {device}",), tuple(notes))}
 
-    def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:
+    def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> dict[str, Opened]:
         """Take the activations as they are; each process takes all of them."""
         array = self.array
         if array is None:
-            return Opened(self.activations)
-        return Opened(Rows(array, self.label, self.hook, device, settings.data.held_out_tokens))
+            return {"": Opened(self.activations)}
+        return {"": Opened(Rows(array, self.label, self.hook, device, settings.data.held_out_tokens))}
 
     def language_model(self, settings: Settings, device: torch.device) -> Any:
         """There is none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,14 @@ class LanguageModel:
         ranks.fill(x.split(n), lambda i: self._activations(parts[i]))
         return x
 
+    def activations_at(
+        self, hooked: Sequence[LanguageModel], tokens: Int[Tensor, "batch position"]
+    ) -> list[Float[Tensor, "batch position d_in"]]:
+        """Return what `activations` of each of `hooked`, this model seen from other hooks, returns: in one pass."""
+        n = max(1, CPU_TOKENS // tokens.shape[1]) if self.device.type == "cpu" else len(tokens)
+        parts = [self._catch(hooked, part) for part in tokens.split(n)]
+        return [torch.cat(of_hook).float() for of_hook in zip(*parts, strict=True)]
+
     @torch.no_grad()
     def activations_after(
         self, prefix: Int[Tensor, " before"], tokens: Int[Tensor, "batch position"]
@@ -151,15 +159,25 @@ class LanguageModel:
         return shared
 
     def _activations(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        caught: list[Tensor] = []
+        return self._catch([self], tokens, cache)[0]
 
-        def catch(x: Tensor) -> Tensor:
-            caught.append(x.reshape(*tokens.shape, -1))  # OPT flattens (batch, position) inside its blocks
-            raise _Stop
+    def _catch(self, hooked: Sequence[LanguageModel], tokens: Tensor, cache: Cache | None = None) -> list[Tensor]:
+        """The activations at the hooks of `hooked`, all this model, in one pass that ends at the last of them."""
+        caught: dict[int, Tensor] = {}
 
-        with torch.no_grad(), changed(self._module, self._side, catch), suppress(_Stop):
-            self._forward(tokens, cache)
-        return caught[0]
+        def catch(i: int, x: Tensor) -> Tensor:
+            caught[i] = x.reshape(*tokens.shape, -1)  # OPT flattens (batch, position) inside its blocks
+            if len(caught) == len(hooked):
+                raise _Stop
+            caught[i] = caught[i].clone()  # what comes behind may write into it
+            return x
+
+        with torch.no_grad(), ExitStack() as changes:
+            for i, lm in enumerate(hooked):
+                changes.enter_context(changed(lm._module, lm._side, partial(catch, i)))
+            with suppress(_Stop):
+                self._forward(tokens, cache)
+        return [caught[i] for i in range(len(hooked))]
 
     def start(self, tokens: Int[Tensor, "batch position"]) -> Tensor | None:
         """Return the hidden states that `logits` can start from: no edit changes them, and what comes before them need

@@ -7,8 +7,10 @@ block: where a model has one list of equal blocks, these are what enters a block
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -49,6 +51,36 @@ def resolve_hook(model: nn.Module, hook: str | None, name: str) -> HookPoint:
         hook = f"blocks.{(n_layers - 1) // 2}.hook_resid_post"
     point = residual_point(model, blocks, hook) if blocks else None
     return point or choose_hook(hook_points(model, name) if points is None else points, hook, name)
+
+
+def match_hooks(model: nn.Module, asked: Sequence[str | None], name: str) -> list[HookPoint]:
+    """Return the points that names and patterns (blocks.*.hook_resid_post) ask for, in their order, each once.
+
+    None is the default hook; the weights may be on "meta". UserError for a name that the model has not, and for a
+    pattern that none of its hooks fits.
+    """
+    found: dict[str, HookPoint] = {}
+    for pattern in asked:
+        names = [pattern]
+        if pattern is not None and "*" in pattern:
+            names = [hook for hook in _all_hooks(model, pattern, name) if fnmatchcase(hook, pattern)]
+        if not names:
+            raise UserError(
+                f"no hook of {name} fits the pattern {pattern!r}: take one such as blocks.*.hook_resid_post, with one "
+                f"of {', '.join(KINDS)}"
+            )
+        found |= {point.name: point for point in (resolve_hook(model, hook, name) for hook in names)}
+    return list(found.values())
+
+
+def _all_hooks(model: nn.Module, pattern: str, name: str) -> list[str]:
+    """Return the names in a model; those of the residual stream alone where the pattern asks for no others."""
+    blocks = find_blocks(model)
+    n_blocks = len(model.get_submodule(blocks)) if blocks else 0
+    residual = [f"blocks.{i}.hook_resid_{side}" for i in range(n_blocks) for side in ("pre", "post")]
+    if blocks and re.search(r"\.hook_resid_(pre|post)$", pattern):
+        return residual
+    return list(hook_points(model, name))
 
 
 def find_blocks(model: nn.Module) -> str | None:

@@ -14,11 +14,13 @@ import torch
 from sae_train.data import gguf_files
 from sae_train.data.dtypes import DTYPES, choose_dtype
 from sae_train.data.hooked_model import LanguageModel
-from sae_train.data.hooks import resolve_hook, width_at
+from sae_train.data.hooks import HookPoint, match_hooks, resolve_hook, width_at
 from sae_train.data.pretrained import describe_weights, load_config, load_errors, load_tokenizer, locate, quiet
 from sae_train.errors import UserError, explaining, first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
 DEFAULT_CONTEXT = 2048
@@ -53,6 +55,17 @@ def load_language_model(
     after its middle block; `dtype` may be "auto" (see dtypes). An unknown model or hook, or a hub id without network,
     is a UserError.
     """
+    return load_at_hooks(model, (hook,), device, dtype, trust_remote_code)[0]
+
+
+def load_at_hooks(
+    model: str | Path,
+    hooks: Sequence[str | None],
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> list[LanguageModel]:
+    """Load a language model once and return it as seen from each hook; as `load_language_model` otherwise."""
     dtype = DTYPES[choose_dtype(dtype, torch.device(device))]
     quiet()
     source, options = locate(str(model))
@@ -60,7 +73,7 @@ def load_language_model(
     from transformers import AutoModelForCausalLM
 
     empty = _without_weights(str(model), source, options)
-    config, point = empty.config, resolve_hook(empty, hook, str(model))
+    config, points = empty.config, [resolve_hook(empty, hook, str(model)) for hook in hooks]
     with load_errors(str(model)):
         tokenizer = load_tokenizer(source, options)
         # The default attention is sdpa wherever the architecture supports it; sdpa has no soft cap (Gemma 2).
@@ -72,22 +85,33 @@ def load_language_model(
     if found["missing_keys"]:  # transformers would fill them with random numbers
         raise UserError(f"the weights of {model} lack {min(found['missing_keys'])}: the files are incomplete.")
     with explaining(lambda error: f"{model} cannot run: {first_line(error)}"):
-        loaded = LanguageModel(str(model), lm.to(device), tokenizer, point, _context(config))
-        _check_passes(loaded, width_at(empty, point))
-    loaded.weights = describe_weights(str(model), source, options)
+        lm = lm.to(device)
+        loaded = [LanguageModel(str(model), lm, tokenizer, point, _context(config)) for point in points]
+        for each, point in zip(loaded, points, strict=True):
+            _check_passes(each, width_at(empty, point))
+    weights = describe_weights(str(model), source, options)
+    for each in loaded:
+        each.weights = weights
     return loaded
 
 
 def describe_language_model(model: str, hook: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
-    """Return size and hook of a model from its configuration alone; an unknown model or hook is a UserError.
+    """Return size and hook of a model from its configuration alone; an unknown model or hook is a UserError."""
+    return describe_at_hooks(model, (hook,), trust_remote_code)[0]
 
-    Counted to the hook: the blocks up to the hooked one, whose share of a forward pass harvesting pays for.
-    """
+
+def describe_at_hooks(model: str, hooks: Sequence[str | None], trust_remote_code: bool = False) -> list[ModelFacts]:
+    """Return size and hook of a model for each hook that names and patterns ask for; as `describe_language_model`."""
     quiet()
     source, options = locate(model)
     options["trust_remote_code"] = trust_remote_code
     empty = _without_weights(model, source, options)
-    point = resolve_hook(empty, hook, model)
+    points = match_hooks(empty, hooks, model)
+    return [_describe(empty, point, "gguf_file" in options) for point in points]
+
+
+def _describe(empty: nn.Module, point: HookPoint, is_quantised: bool) -> ModelFacts:
+    """Counted to the hook: the blocks up to the hooked one, whose share of a forward pass harvesting pays for."""
     text = empty.config.get_text_config()
     n_layers = text.num_hidden_layers
     blocks = empty.get_submodule(re.sub(r"\.\d+(\..*)?$", "", point.module))
@@ -101,7 +125,7 @@ def describe_language_model(model: str, hook: str | None = None, trust_remote_co
         hook_name=point.name,
         n_parameters=sum(p.numel() for p in empty.parameters()),
         n_parameters_to_hook=per_block * (1 + int(point.name.split(".")[1])),
-        is_quantised="gguf_file" in options,
+        is_quantised=is_quantised,
     )
 
 

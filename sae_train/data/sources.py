@@ -74,7 +74,7 @@ class Language:
 
 @dataclass(frozen=True)
 class Opened:
-    """An opened source with what else it has."""
+    """An opened source, at one hook, with what else it has."""
 
     source: Source
     language: Language | None = None
@@ -91,11 +91,14 @@ class Kind(Protocol):
     def problems(self, settings: Settings) -> list[str]:
         """Return a sentence for each setting that it cannot do."""
 
-    def describe(self, settings: Settings, device: torch.device) -> Facts:
-        """Return its sizes without loading it; UserError for what is not there."""
+    def describe(self, settings: Settings, device: torch.device) -> dict[str, Facts]:
+        """Return its sizes by hook, by "" where there is one, without loading it; UserError for what is not there."""
 
-    def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:
-        """Load it; `folder` is where a run may keep activations, None where nothing needs them twice."""
+    def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> dict[str, Opened]:
+        """Load it and open it at each hook, as `describe` has them.
+
+        `folder` is where a run may keep activations, None where nothing needs them twice.
+        """
 
     def language_model(self, settings: Settings, device: torch.device) -> Any:
         """Load the language model alone; UserError where there is none."""

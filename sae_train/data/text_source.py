@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from sae_train.config import LEAST_HELD_OUT
 from sae_train.data.activation_cache import ActivationCache, files_of, key_of
-from sae_train.data.buffer import LM_BATCH_TOKENS, ActivationBuffer, held_out_activations
+from sae_train.data.buffer import ActivationBuffer, held_out_activations
 from sae_train.data.documents import find_documents
 from sae_train.data.dtypes import choose_dtype
-from sae_train.data.language_model import LanguageModel, describe_language_model, load_language_model
+from sae_train.data.harvest import LM_BATCH_TOKENS, Harvest, Reader, waiting_room
+from sae_train.data.language_model import LanguageModel, describe_at_hooks, load_at_hooks, load_language_model
 from sae_train.data.origin import describe_text
 from sae_train.data.pretrained import tokenizer_of
 from sae_train.data.sources import Facts, Language, Opened
@@ -22,6 +23,8 @@ from sae_train.evals.hierarchy import get_hierarchy
 from sae_train.evals.prompts import with_template
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from jaxtyping import Float
     from torch import Tensor
@@ -47,6 +50,8 @@ class HookedText:
             "weights": lm.weights, "packages": stream.packages, "text": describe_text(settings.dataset, stream),
         }  # fmt: skip
         self.cache: ActivationCache | None = None
+        self.reader: Reader | None = None
+        """of this hook, where several share their passes over the text"""
         self._held_out: Tensor | None = None
         self._asked = 0
 
@@ -70,6 +75,7 @@ class HookedText:
             skip_first=self.skip_first,
             seed=0,
             cache=self.cache,
+            reader=self.reader,
         )
 
 
@@ -80,39 +86,44 @@ class TextSource:
         """Whatever is wrong with the model or its text shows when they are described or opened."""
         return []
 
-    def describe(self, settings: Settings, device: torch.device) -> Facts:
+    def describe(self, settings: Settings, device: torch.device) -> dict[str, Facts]:
         """Sizes from the model's configuration alone; UserError for an unknown model, hook, text or prompt."""
         s, lm = settings, settings.lm
         dtype = choose_dtype(lm.dtype, device)
-        model = describe_language_model(lm.model, lm.hook, lm.trust_remote_code)
+        models = describe_at_hooks(lm.model, lm.hooks or (lm.hook,), lm.trust_remote_code)
         notes = check_text(settings)
         _check_drop(settings)
         evals = f"{s.eval.absorption_evals} evaluations, preset {s.eval.preset}" if s.eval.absorption else "off"
-        lines = (
-            f"model      {lm.model}: {model.architecture}, {model.n_layers} blocks, d_model {model.d_model}, "
-            f"{model.n_parameters / 1e6:,.1f} M weights, {dtype} on {device}",
-            f"hook       {model.hook_name} (d_in {model.d_in})",
-            f"text       {s.dataset}, sequences of {s.context(model.context)} tokens, "
-            f"{s.data.held_out_tokens:,} activations held out",
-            f"absorption {evals}",
-        )
-        notes += () if lm.hook else (f"no hook was named: {model.hook_name} was taken",)
-        return Facts(
-            model.d_in, model.hook_name, lines, notes, model.n_parameters, model.n_parameters_to_hook,
-            dtype=dtype, is_quantised=model.is_quantised, context=model.context,
-            tokenizer=partial(tokenizer_of, lm.model, lm.trust_remote_code),
-            kept_bytes=model.d_in * (4 if dtype == "float32" else 2),
-        )  # fmt: skip
+        facts = {}
+        for model in models:
+            lines = (
+                f"model      {lm.model}: {model.architecture}, {model.n_layers} blocks, d_model {model.d_model}, "
+                f"{model.n_parameters / 1e6:,.1f} M weights, {dtype} on {device}",
+                f"hook       {model.hook_name} (d_in {model.d_in})",
+                f"text       {s.dataset}, sequences of {s.context(model.context)} tokens, "
+                f"{s.data.held_out_tokens:,} activations held out",
+                f"absorption {evals}",
+            )
+            chosen = () if lm.hook else (f"no hook was named: {model.hook_name} was taken",)
+            facts[model.hook_name if len(models) > 1 else ""] = Facts(
+                model.d_in, model.hook_name, lines, notes + chosen, model.n_parameters, model.n_parameters_to_hook,
+                dtype=dtype, is_quantised=model.is_quantised, context=model.context,
+                tokenizer=partial(tokenizer_of, lm.model, lm.trust_remote_code),
+                kept_bytes=model.d_in * (4 if dtype == "float32" else 2),
+            )  # fmt: skip
+        return facts
 
-    def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:
+    def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> dict[str, Opened]:
         """Load the model and open the text; UserError for whatever cannot work."""
-        lm = self.language_model(settings, device)
-        source = open_text(lm, settings, ranks)
-        asked = settings.data.activation_cache
-        if asked or folder:
-            source.cache = open_cache(source, Path(asked).expanduser() if asked else folder, ranks)
-        language = Language(lm, source.stream.held_out, source.drop_ids, source.skip_first)
-        return Opened(source, language, cache=source.cache)
+        lm, asked = settings.lm, settings.data.activation_cache
+        lms = load_at_hooks(lm.model, lm.hooks or (lm.hook,), device, lm.dtype, lm.trust_remote_code)
+        opened = []
+        for lm, source in zip(lms, open_texts(lms, settings, ranks), strict=True):
+            if asked or folder:
+                source.cache = open_cache(source, Path(asked).expanduser() if asked else folder, ranks)
+            language = Language(lm, source.stream.held_out, source.drop_ids, source.skip_first)
+            opened.append(Opened(source, language, cache=source.cache))
+        return dict(zip(settings.lm.hooks or ("",), opened, strict=True))
 
     def language_model(self, settings: Settings, device: torch.device) -> LanguageModel:
         """Load the language model that the settings name."""
@@ -122,6 +133,12 @@ class TextSource:
 
 def open_text(lm: LanguageModel, settings: Settings, ranks: Ranks) -> HookedText:
     """Open the text that the settings name for a loaded model; UserError for one that cannot be read."""
+    return open_texts([lm], settings, ranks)[0]
+
+
+def open_texts(lms: Sequence[LanguageModel], settings: Settings, ranks: Ranks) -> list[HookedText]:
+    """Open the text that the settings name once, for a loaded model as seen from each hook."""
+    lm = lms[0]
     context = settings.context(lm.context)
     stream = open_tokens(
         settings.dataset,
@@ -133,7 +150,12 @@ def open_text(lm: LanguageModel, settings: Settings, ranks: Ranks) -> HookedText
         held_out_tokens=settings.data.held_out_tokens,
     )
     drop = drop_ids(lm.tokenizer, lm.name, settings.data.drop)
-    return HookedText(lm.shared_by(ranks), stream, drop, settings)
+    sources = [HookedText(lm.shared_by(ranks), stream, drop, settings) for lm in lms]
+    if len(lms) > 1:
+        harvest = Harvest(lms, stream, drop, sources[0].skip_first, waiting_room(settings.data.buffer_tokens))
+        for source, reader in zip(sources, harvest.readers, strict=True):
+            source.reader = reader
+    return sources
 
 
 def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCache:

@@ -69,20 +69,20 @@ class ToySource:
             problems.append(f"dataset {settings.dataset!r} is none of the toy's: choose from {', '.join(PLANTED)}")
         return problems
 
-    def describe(self, settings: Settings, device: torch.device) -> Facts:
+    def describe(self, settings: Settings, device: torch.device) -> dict[str, Facts]:
         """Sizes of the planted dictionary."""
         toy, s = open_toy(settings.dataset), settings
         held_out = f"{s.data.held_out_tokens:,} activations held out"
         looks = f"{s.eval.absorption_evals} evaluations" if s.eval.absorption else "off"
         lines = (f"toy        {s.dataset} (d_in {toy.d_in}) on {device}, {held_out}", f"truth      {looks}")
         n = toy.directions.numel()
-        return Facts(toy.d_in, toy.hook_name, lines, n_parameters=n)
+        return {"": Facts(toy.d_in, toy.hook_name, lines, n_parameters=n)}
 
-    def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> Opened:
+    def open(self, settings: Settings, device: torch.device, ranks: Ranks, folder: Path | None) -> dict[str, Opened]:
         """Plant it; each process makes all samples."""
         toy = open_toy(settings.dataset, device)
         asked = (compare_with_truth(toy, settings.data.held_out_tokens),) if settings.eval.absorption else ()
-        return Opened(PlantedActivations(toy), callbacks=asked)
+        return {"": Opened(PlantedActivations(toy), callbacks=asked)}
 
     def language_model(self, settings: Settings, device: torch.device) -> Any:
         """There is none."""

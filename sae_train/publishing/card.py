@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sae_train.config.record import at_hook
 from sae_train.files import write_text
 from sae_train.publishing.hub import Origin, front_matter
 from sae_train.report.text import leaves_out, left_out, number
@@ -63,7 +64,8 @@ def _opening(origin: Origin, saes: list[dict[str, Any]]) -> str:
     info = origin.info
     noun = "A sparse autoencoder" if len(saes) == 1 else f"{len(saes)} sparse autoencoders"
     model = f"`{origin.model}`" if origin.model else "a model that its configuration does not name"
-    where = f"`{info['hook_name']}` of {model}" if info.get("hook_name") else model
+    hooks = " and ".join(f"`{hook}`" for hook in (info.get("hook_name") or "").split(",") if hook)
+    where = f"{hooks} of {model}" if hooks else model
     trained = f", trained by sae-train on {info['tokens']:,} tokens of `{origin.dataset}`" if info.get("tokens") else ""
     takes = f"{'It' if len(saes) == 1 else 'Each'} takes raw activations."
     sentences = started_sentence(info), weights_sentence(info.get("weights")), outliers_sentence(info)
@@ -71,7 +73,7 @@ def _opening(origin: Origin, saes: list[dict[str, Any]]) -> str:
 
 
 def _loading(origin: Origin, saes: list[dict[str, Any]]) -> str:
-    name, d_in = saes[0]["name"], origin.info["d_in"]
+    name, d_in = saes[0]["name"], at_hook(origin.info, saes[0].get("hook_name"))["d_in"]
     return (
         "```python\nfrom sae_train import load_sae\n\n"
         f'sae = load_sae("{origin.repo}", "{name}")\nlatents = sae.encode(x)  # x: activations (n, {d_in})\n```\n\n'

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sae_train.config import flat, leaves, resolve
-from sae_train.config.record import EvalFile, MetricsRow, PublishedRun, fits, read_run
+from sae_train.config.record import EvalFile, MetricsRow, PublishedRun, at_hook, fits, read_run
 from sae_train.config.settings import LOCAL_NAMES
 from sae_train.errors import UserError
 from sae_train.files import check_types, read_json, read_metrics, write_json, write_text
@@ -127,7 +127,9 @@ def find(checkpoint: Path) -> Source:
     sae, run = load_sae(folder), folder.parent.parent
     info = read_run(run, PublishedRun) if (run / "run.json").is_file() else {}
     entry = next((entry for entry in info.get("saes", ()) if entry["name"] == folder.name), None)
-    return Source(info, run, [_candidate(folder, entry)]) if entry else _lone_source(folder, sae.cfg)
+    if not entry:
+        return _lone_source(folder, sae.cfg)
+    return Source(at_hook(info, entry.get("hook_name")), run, [_candidate(folder, entry)])
 
 
 def _lone_source(folder: Path, cfg: SAEConfig) -> Source:
@@ -201,7 +203,9 @@ def _stage(staged: Path, source: Source, origin: Origin) -> None:
         print(f"not in the release: {', '.join(lacking)}; sae-train eval writes them into an SAE's folder")
     entries = [candidate.entry for candidate in source.candidates]
     about = {"model": origin.model, "dataset": origin.dataset, "command": origin.command}
-    write_json(staged / "results.json", about | {key: source.info.get(key) for key in KEPT} | {"saes": entries})
+    kept = {key: source.info.get(key) for key in KEPT}
+    hooks = {"hooks": source.info["hooks"]} if source.info.get("hooks") else {}
+    write_json(staged / "results.json", about | kept | hooks | {"saes": entries})
     names = {entry["name"] for entry in entries}
     logged = read_metrics(source.run) if source.run else []
     rows = [row for row in logged if fits(MetricsRow, row) and row["sae"] in names]

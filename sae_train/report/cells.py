@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import width_label
+from sae_train.config.record import at_hook
 from sae_train.report.data import Run, TrainedSAE
 from sae_train.report.text import ABSENT, number, short
 
@@ -28,7 +29,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.arch}, {width_label(self.width)}, L0 {self.l0:g}"
+        return f"{self.arch}, {width_label(self.width)}, L0 {self.l0:g}{self.at}"
+
+    @property
+    def at(self) -> str:
+        """The hook, after a comma, where their run has several."""
+        return f", {self.saes[0].hook}" if self.saes[0].hook else ""
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
@@ -86,9 +92,11 @@ def cells(runs: list[Run]) -> list[Cell]:
     """All cells with a label that counts in every seed, in the order of setting, architecture, width and L0."""
     grouped: dict[tuple, dict[int, TrainedSAE]] = {}
     for run in runs:
-        assets = (run.facts.get("eval_assets") or {}).get("hash")
-        setting = (*(str(run.setting(name)) for name in SETTINGS), str(assets))
+        shared = {name: str(run.setting(name)) for name in SETTINGS}
         for sae in run.saes:
+            assets = (at_hook(run.facts, sae.hook).get("eval_assets") or {}).get("hash")
+            own = {"hook": sae.hook} if sae.hook else {}
+            setting = (*(shared | own).values(), str(assets))
             usable = not sae.failed and not sae.invalid and _values(sae, SCORES[0])
             if usable and sae.width and sae.l0 and sae.seed is not None:
                 grouped.setdefault((setting, sae.arch, sae.width, sae.l0), {}).setdefault(sae.seed, sae)

@@ -29,6 +29,8 @@ class TrainedSAE:
     width: int | None
     l0: float | None
     seed: int | None
+    hook: str
+    """where its run has several; empty where it has one"""
     failed: str | None
     invalid: str | None
     final: dict[str, Any]
@@ -43,6 +45,11 @@ class TrainedSAE:
     noun: str = "letter"
     """what one label of the hierarchy is called"""
     preset: str | None = None
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The run and the hook."""
+        return self.run, self.hook
 
     def get(self, metric: str) -> float | None:
         return number(self.final.get(metric))
@@ -151,6 +158,12 @@ def outcomes_of(row: dict[str, Any]) -> list[float] | None:
     return None if None in lost else [max(0.0, 1 - sum(lost)), *lost]  # type: ignore[arg-type,list-item]
 
 
+def place_name(place: tuple[str, str], several_runs: bool) -> str:
+    """What is written before a name to tell runs and hooks apart; nothing where there is one of each."""
+    run, hook = place
+    return "".join(f"{part} · " for part in (run if several_runs else "", hook) if part)
+
+
 def saes_in(rows: list[dict[str, Any]]) -> list[TrainedSAE]:
     """SAEs known by nothing but their rows of metrics.jsonl."""
     own = {name: [row for row in rows if row["sae"] == name] for name in dict.fromkeys(row["sae"] for row in rows)}
@@ -218,6 +231,7 @@ def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> T
         width=None if width is None else int(width),
         l0=number(entry.get("l0")),
         seed=None if seed is None else int(seed),
+        hook=str(entry.get("hook_name") or ""),
         failed=entry.get("failed"),
         invalid=_invalid(entry, final),
         final=final,

@@ -12,6 +12,7 @@ from sae_train.files import whole
 from sae_train.report.absorbing import density, event_charts
 from sae_train.report.data import Run, TrainedSAE, load_runs
 from sae_train.report.figures import curves, letter_maps, styles, width_maps
+from sae_train.report.layers import by_layer
 from sae_train.report.letters import letter_charts, recall_bars
 from sae_train.report.pareto import pareto
 from sae_train.report.plates import picture
@@ -85,6 +86,7 @@ def gallery(runs: list[Run]) -> list[tuple[str, Chart]]:
     charts: list[tuple[str, Chart]] = [("training", chart) for chart in curves(saes, styles(saes)[0])]
     charts += [("width-and-l0", chart) for maps in width_maps(saes).values() for _, chart in maps]
     charts += [("width-and-l0", chart) for chart in pareto(saes)]
+    charts += [("layers", chart) for chart in by_layer(saes)]
     charts += [("saes", chart) for chart in recall_bars(saes)]
     for sae in saes:
         own = [*density(sae), *letter_maps(sae), *event_charts(sae), *letter_charts(sae)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from sae_train.config import width_label
-from sae_train.report.data import TrainedSAE
+from sae_train.report.data import TrainedSAE, place_name
 from sae_train.report.findings import MEASURES
 from sae_train.report.shapes import Curves, HeatMap, Line
 from sae_train.report.tables import own_names
@@ -13,7 +13,7 @@ from sae_train.report.text import nouns, number, tick
 
 COLOURS, DASHES, STRENGTHS = 8, 4, 4
 OWN_COLOUR = 6  # up to so many SAEs each has a colour of its own
-TRAITS = {"architecture": "arch", "run": "run", "width": "width", "L0": "l0", "seed": "seed"}
+TRAITS = {"architecture": "arch", "run": "run", "hook": "hook", "width": "width", "L0": "l0", "seed": "seed"}
 CURVES = (  # key, title, note, metric, logarithmic, from zero
     ("loss", "Loss", "training loss, log scale", "losses/loss", True, False),
     ("l0", "L0", "active latents per token, log scale; dashed: target", "metrics/l0", True, False),
@@ -113,9 +113,9 @@ def width_maps(saes: list[TrainedSAE]) -> dict[str, list[tuple[str, HeatMap]]]:
             continue
         heads = ([width_label(width) for width in widths], [f"L0 {target:g}" for target in targets])
         cells = {}
-        for run, arch in sorted({(sae.run, sae.arch) for sae in known if sae.get(metric) is not None}):
-            own = [sae for sae in known if (sae.run, sae.arch) == (run, arch)]
-            cells[f"{run} · {arch}" if several else arch] = _means(own, metric, widths, targets)
+        for place, arch in sorted({(sae.place, sae.arch) for sae in known if sae.get(metric) is not None}):
+            own = [sae for sae in known if (sae.place, sae.arch) == (place, arch)]
+            cells[place_name(place, several) + arch] = _means(own, metric, widths, targets)
         values = [value for rows in cells.values() for row in rows for value in row if value is not None]
         for name, rows in cells.items():
             names = (f"{metric.split('/')[1]}-{re.sub(' · |/', '-', name)}", f"{title}, {name}", "width, L0")

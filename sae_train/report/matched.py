@@ -45,7 +45,7 @@ def comparisons(cells: list[Cell]) -> list[Comparison]:
     made = [_at_one_l0(a, b, cells) for a, b in _pairs(cells, "arch") + _pairs(cells, "width")]
     made += [pair for a, b in _pairs(cells, "arch") if (pair := _at_one_ev(a, b, cells))]
     return made + [
-        _compare(f"{a.arch}, {width_label(a.width)}: L0 {b.l0:g} − {a.l0:g}", "two L0", a, b)
+        _compare(f"{a.arch}, {width_label(a.width)}: L0 {b.l0:g} − {a.l0:g}{a.at}", "two L0", a, b)
         for a, b in _pairs(cells, "l0")
     ]
 
@@ -65,7 +65,7 @@ def _pairs(cells: list[Cell], trait: str) -> list[tuple[Cell, Cell]]:
 def _at_one_l0(a: Cell, b: Cell, cells: list[Cell]) -> Comparison:
     differs = f"{b.arch} − {a.arch}, {width_label(a.width)}" if a.arch != b.arch else ""
     differs = differs or f"{a.arch}: {width_label(b.width)} − {width_label(a.width)}"
-    name = f"{differs}, L0 {a.l0:g}"
+    name = f"{differs}, L0 {a.l0:g}{a.at}"
     matched, how = match_l0((a, b), cells)
     return _compare(name, how, *matched) if matched else Comparison(name, (len(a.saes), len(b.saes)), how, {})
 
@@ -88,7 +88,7 @@ def _at_one_ev(a: Cell, b: Cell, cells: list[Cell]) -> Comparison | None:
     along = [c for c in series(b, cells) if c.ev is not None]
     if a.ev is None or not along or not min(c.ev for c in along) <= a.ev <= max(c.ev for c in along):
         return None
-    name = f"{b.arch} − {a.arch}, {width_label(a.width)}, EV {a.ev:.3f}"
+    name = f"{b.arch} − {a.arch}, {width_label(a.width)}, EV {a.ev:.3f}{a.at}"
     return _compare(f"{name} ({a.arch} at L0 {a.l0:g})", "EV interpolated", a, Side(b, along, lambda c: c.ev, a.ev))
 
 

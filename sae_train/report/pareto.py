@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import groupby
 
 from sae_train.config import width_label
-from sae_train.report.data import TrainedSAE
+from sae_train.report.data import TrainedSAE, place_name
 from sae_train.report.figures import COLOURS, DASHES
 from sae_train.report.shapes import Chart, Point, Scatter
 
@@ -53,17 +53,18 @@ def _has_value(sae: TrainedSAE, metric: str, positive: bool) -> bool:
 
 
 def _series(saes: list[TrainedSAE], x: str, y: str) -> list[tuple[str, str, list[Point]]]:
-    runs, archs, widths = (sorted({getattr(sae, trait) for sae in saes}) for trait in ("run", "arch", "width"))
-    kinds = [(run, arch, width) for run in runs for arch in archs for width in widths]
-    own_series = {kind: [s for s in saes if (s.run, s.arch, s.width) == kind] for kind in kinds}
+    places, archs, widths = (sorted({getattr(sae, trait) for sae in saes}) for trait in ("place", "arch", "width"))
+    several = len({run for run, _ in places}) > 1
+    kinds = [(place, arch, width) for place in places for arch in archs for width in widths]
+    own_series = {kind: [s for s in saes if (s.place, s.arch, s.width) == kind] for kind in kinds}
     own_series = {kind: own for kind, own in own_series.items() if own}
     series = []
     for i, (kind, own) in enumerate(own_series.items()):
-        run, arch, width = kind
+        place, arch, width = kind
         css = f"c{i % COLOURS} d0 o0"
         if len(own_series) > MOST_NAMED:
-            css = f"c{archs.index(arch) % COLOURS} d{widths.index(width) % DASHES} o{min(runs.index(run), 3)}"
-        name = f"{f'{run} · ' if len(runs) > 1 else ''}{arch} {width_label(width)}"
+            css = f"c{archs.index(arch) % COLOURS} d{widths.index(width) % DASHES} o{min(places.index(place), 3)}"
+        name = f"{place_name(place, several)}{arch} {width_label(width)}"
         by_l0 = groupby(sorted(own, key=lambda sae: sae.l0 or 0), key=lambda sae: sae.l0 or 0)
         points = [_point(list(seeds), x, y) for _, seeds in by_l0]
         series.append((name, css, sorted(points, key=lambda point: point.x)))
@@ -71,8 +72,13 @@ def _series(saes: list[TrainedSAE], x: str, y: str) -> list[tuple[str, str, list
 
 
 def _point(seeds: list[TrainedSAE], x: str, y: str) -> Point:
+    return average(seeds, sum(sae.get(x) or 0 for sae in seeds) / len(seeds), y)
+
+
+def average(seeds: list[TrainedSAE], at: float, y: str) -> Point:
+    """The mean of a metric over training seeds as a point; the interval of a single SAE."""
     first, n = seeds[0], len(seeds)
-    at, value = (sum(sae.get(metric) or 0 for sae in seeds) / n for metric in (x, y))
+    value = sum(sae.get(y) or 0 for sae in seeds) / n
     if n > 1:
         return Point(f"{first.label.split('-seed_')[0]}, mean of {n} seeds", at, value)
     return Point(first.label, at, value, first.get(f"{y}_low"), first.get(f"{y}_high"))

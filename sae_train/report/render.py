@@ -9,12 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from sae_train.report import absorbing, claims, data, drawing, figures, findings, letters, matched, pareto, tables, text
+from sae_train.report import (
+    absorbing,
+    claims,
+    data,
+    drawing,
+    figures,
+    findings,
+    layers,
+    letters,
+    matched,
+    pareto,
+    tables,
+    text,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-OPEN = (absorbing, claims, data, drawing, figures, findings, letters, matched, pareto, tables, text)  # to the templates
+OPEN = (  # to the templates
+    absorbing, claims, data, drawing, figures, findings, layers, letters, matched, pareto, tables, text,
+)  # fmt: skip
 
 
 def render(template: str, **values: object) -> str:

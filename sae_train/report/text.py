@@ -84,7 +84,7 @@ def duration(seconds: object) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{finite:.3g} s"
 
 
-def left_out(facts: dict[str, Any]) -> str:
+def _left_out_at(facts: dict[str, Any]) -> str:
     """Say, from what run.json holds, which activations were outliers; empty where none was to be left out."""
     outliers, norm = facts.get("outliers"), number((facts.get("settings") or {}).get("outlier_norm"))
     if not outliers:
@@ -99,10 +99,17 @@ def left_out(facts: dict[str, Any]) -> str:
     )
 
 
+def left_out(facts: dict[str, Any]) -> str:
+    """What a run left out as outliers, hook by hook where it has several."""
+    if not facts.get("hooks"):
+        return _left_out_at(facts)
+    return "; ".join(f"{hook}: {_left_out_at(facts | own) or 'nothing'}" for hook, own in facts["hooks"].items())
+
+
 def leaves_out(facts: dict[str, Any]) -> bool:
     """Whether a run left anything out as an outlier."""
-    outliers = facts.get("outliers") or {}
-    return any(outliers.get(name) for name in ("trained", "held_out", "first_position"))
+    places = [own.get("outliers") or {} for own in (facts.get("hooks") or {"": facts}).values()]
+    return any(outliers.get(name) for outliers in places for name in ("trained", "held_out", "first_position"))
 
 
 def listed(items: list[str], most: int = 6) -> Markup:

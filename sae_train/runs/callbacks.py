@@ -33,13 +33,18 @@ if TYPE_CHECKING:
     from sae_train.evals.contexts import Progress
     from sae_train.protocols import SAE, Callback, LanguageModel
     from sae_train.training.learner import Learner
-    from sae_train.training.loop import Clock
+    from sae_train.training.loop import Clock, Look
 
 Pairs = Iterable[tuple[str, Any]]
 Export = Callable[["Learner"], "SAE"]
 """makes a learner's SAE for raw activations"""
 DEAD = "sparsity/dead_features"
 FAR_FROM_L0 = 0.1  # of the L0 asked for: an SAE that is further off has no score
+
+
+def only_at(hook: str, look: Look) -> Look:
+    """Let a look see the SAEs of one hook alone."""
+    return lambda learner, step: look(learner, step) if learner.spec.hook == hook else ()
 
 
 class TrainingFigures:
@@ -157,7 +162,9 @@ class Absorption:
         self.results.pop(learner.name, None)
         result = self.result_of(learner, step)
         table = result.table(learner.name, step, with_words=step == self.last_step)
-        self.keep(table, trace(result).assign(sae=learner.name, step=step))
+        tables = table, trace(result).assign(sae=learner.name, step=step)
+        hook = learner.spec.hook
+        self.keep(*(each.assign(hook_name=hook) for each in tables) if hook else tables)
         yield from result.metrics().items()
         yield "absorption/seconds", time.perf_counter() - start
 

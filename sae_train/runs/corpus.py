@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import LOCAL_NAMES, Settings, flat, resolve
-from sae_train.config.record import RunRecord, read_run
+from sae_train.config.record import RunRecord, at_hook, read_run
 from sae_train.data.outliers import is_kept, norm_limit
 from sae_train.data.text_source import check_text, open_text
 from sae_train.errors import UserError, first_line
 from sae_train.runs.folder import restore_settings, run_of
-from sae_train.runs.session import split_held_out
+from sae_train.runs.stream import split_held_out
 from sae_train.training.ranks import current
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def _find_text(
         return resolve({"model": settings.lm.model} | fresh), None
     begun, _ = restore_settings(run, info, None)
     of_text = resolve(flat(begun) | {"dataset": begun.dataset} | fresh)
-    return of_text, None if given.get("model") or given.get("hook") else norm_limit_of(info, of_text)
+    own = at_hook(info, sae.cfg.hook_name)
+    return of_text, None if given.get("model") or given.get("hook") else norm_limit_of(own, of_text)
 
 
 def norm_limit_of(info: dict[str, Any], settings: Settings) -> float | None:

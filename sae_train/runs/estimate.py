@@ -40,6 +40,21 @@ FIDELITY = 2 * FIDELITY_TOKENS  # tokens that go through the whole language mode
 END = 4.0  # seconds: files and report
 
 
+def seconds_at_hooks(
+    settings: Settings, facts: dict[str, Facts], specs: list[SAESpec], device: str, n_processes: int, together: bool,
+    after_another: bool,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds by part of a run that trains `specs`: its passes over the text go to the deepest hook, once for all."""
+    deepest = max(facts, key=lambda hook: facts[hook].n_parameters_to_hook)
+    total: dict[str, float] = {}
+    for hook, each in facts.items():
+        own = [spec for spec in specs if spec.hook == hook]
+        alone = Estimate(settings.at(hook), each, own, device, n_processes, together)
+        for part, seconds in alone.parts(after_another, beside=hook != deepest).items():
+            total[part] = total.get(part, 0.0) + seconds
+    return total
+
+
 class Estimate:
     """Seconds of a process that trains `specs`, of `n_processes` that share the language model's work.
 
@@ -57,21 +72,24 @@ class Estimate:
         if facts.dtype != "float32":
             self.lm_rate = matrix_rate(device, DTYPES[facts.dtype]) * LM_EFFICIENCY
 
-    def parts(self, after_another: bool = False) -> dict[str, float]:
-        """Seconds by part; `after_another` run that left activations and set-up in its caches."""
+    def parts(self, after_another: bool = False, beside: bool = False) -> dict[str, float]:
+        """Seconds by part; `after_another` run that left activations and set-up in its caches, or `beside` a deeper
+        hook of the same run, which has the start, the passes over the text and the end.
+        """
         facts, n_looks = self.facts, self.settings.eval.absorption_evals
-        training = self.training(reads=after_another)
-        start = START + facts.is_quantised * facts.n_parameters / QUANTISED_WEIGHTS
+        training = self.training(reads=after_another or beside)
+        start = 0.0 if beside else START + facts.is_quantised * facts.n_parameters / QUANTISED_WEIGHTS
+        end = 0.0 if beside else END
         if facts.tokenizer is None or not self.settings.eval.absorption:
             looks = n_looks * len(self.specs) * facts.look_seconds
-            return {"start": start, "training": training, "looks": looks, "end": END}
+            return {"start": start, "training": training, "looks": looks, "end": end}
         tokenizer = facts.tokenizer()
         n_words = self.count_words(tokenizer)
         looks = [self.look(spec, n_words) for spec in self.specs]
         keeps = asset_cache.cache_folder(self.settings.eval.eval_cache) is not None
         is_kept = (after_another and keeps) or self.is_set_up(tokenizer)
         set_up = KEPT if is_kept else self.reading(n_words) + self.probe(n_words)
-        end = END + sum(BASELINES * look + self.probe(n_words) for look in looks)
+        end += sum(BASELINES * look + self.probe(n_words) for look in looks)
         fidelity = FIDELITY * 2.0 * facts.n_parameters / self.lm_rate
         return {
             "start": start, "set-up of the eval": set_up, "training": training,

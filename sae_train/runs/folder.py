@@ -36,6 +36,7 @@ def default_name(settings: Settings) -> str:
     sae, model = settings.sae, settings.lm.model
     preset = read_yaml(CONFIGS / f"{model}.yaml") if model in PRESETS else {}
     hook = f"-{settings.lm.hook}" if settings.lm.hook not in (None, preset.get("hook")) else ""
+    hook = f"-{len(settings.lm.hooks)}_hooks" if settings.lm.hooks else hook
     stem = re.sub(r"[^\w.+-]+", "_", f"{Path(model).name}{hook}")
     widths = "+".join(width_label(width) for width in sae.width)
     targets = "+".join(map(l0_label, sae.l0))
@@ -138,7 +139,8 @@ def describe_saes(
     return [
         {
             "name": spec.name,
-            **spec.model_dump(),
+            **spec.model_dump(exclude={"hook"}),
+            **({"hook_name": spec.hook} if spec.hook else {}),
             "failed": failed.get(spec.name),
             "final": finals.get(spec.name, {}),
             "written": spec.name in written,

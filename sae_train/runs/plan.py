@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_train.config import width_label
+from sae_train.data.harvest import waiting_room
 from sae_train.data.outliers import LOOK_AHEAD
 from sae_train.errors import UserError
 from sae_train.evals.asset_cache import cache_folder
@@ -38,7 +40,8 @@ class Plan:
     """
 
     settings: Settings
-    facts: Facts
+    facts: dict[str, Facts]
+    """by hook, as `Kind.describe` has them"""
     device: str
     memory: dict[str, float]
     available: float
@@ -56,12 +59,11 @@ class Plan:
 
         `after_another`: a run before it left its activations and the eval's set-up in the same caches.
         """
-        from sae_train.runs.estimate import Estimate
+        from sae_train.runs.estimate import seconds_at_hooks
 
         together = bool(self.division and self.division.together)
-        return Estimate(self.settings, self.facts, self.trained, self.device, self.ranks.size, together).parts(
-            after_another
-        )
+        how = self.device, self.ranks.size, together, after_another
+        return seconds_at_hooks(self.settings, self.facts, self.trained, *how)
 
     def check(self) -> None:
         """Raise UserError if the memory needed is not there, or the room on disk."""
@@ -84,14 +86,14 @@ class Plan:
 
     def text(self) -> str:
         """The plan as lines for a person."""
-        s, facts = self.settings, self.facts
+        s = self.settings
         lines = [
-            *facts.lines,
+            *dict.fromkeys(chain(*zip(*(each.lines for each in self.facts.values()), strict=True))),
             f"training   {s.n_steps:,} steps × {s.train.batch_tokens:,} tokens = "
             f"{s.n_steps * s.train.batch_tokens:,} tokens for each SAE",
             *(
                 f"SAE        {spec.name}: {spec.width:,} latents ({width_label(spec.width)}), L0 {spec.l0:g}, "
-                f"{weights_of(spec, facts.d_in) / 1e6:,.1f} M weights"
+                f"{weights_of(spec, self.facts[spec.hook].d_in) / 1e6:,.1f} M weights"
                 for spec in s.specs
             ),
             *self._passes(),
@@ -120,7 +122,8 @@ class Plan:
         s = self.settings
         if len(self.passes) == 1 and not s.data.activation_cache:
             return 0.0
-        return float(s.n_steps * s.train.batch_tokens * self.facts.kept_bytes)
+        kept_bytes = sum(facts.kept_bytes for facts in self.facts.values())
+        return float(s.n_steps * s.train.batch_tokens * kept_bytes)
 
     def _disk(self) -> tuple[Path, int]:
         """The folder that activations are kept under, and the bytes that are free there or theirs already."""
@@ -175,11 +178,13 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
     if problems:
         raise UserError("\n".join(problems))
     takes_bfloat16(settings.train, device)
-    facts = kind.describe(settings, device)
-    initial = initial_of(settings)
-    if initial:
-        initial.check(settings, facts)
     ranks = current()
+    check_alone(settings, ranks)
+    facts, initial = kind.describe(settings, device), initial_of(settings)
+    for each in facts.values() if initial else ():
+        initial.check(settings, each)
+    if settings.lm.hooks:  # patterns give way to names
+        settings = settings.at(",".join(each.hook_name for each in facts.values()))
     division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
     trained = busiest = busiest_process(settings, division, ranks)
     available = _available(device) / (ranks.on_machine if device.type == "cpu" else 1)
@@ -204,6 +209,15 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
     )
 
 
+def check_alone(settings: Settings, ranks: Ranks) -> None:
+    """UserError for several hooks in several processes."""
+    if settings.lm.hooks and ranks.size > 1:
+        raise UserError(
+            f"several hooks ({settings.lm.hook}) are trained by one process, and {ranks.size} were started: name one "
+            "hook, or start one process"
+        )
+
+
 def busiest_process(settings: Settings, division: Division, ranks: Ranks) -> list[SAESpec]:
     """The SAEs of the process that trains the most: all of them where all train together."""
     if division.together:
@@ -220,19 +234,20 @@ def weights_of(spec: SAESpec, d_in: int) -> int:
     return spec.width * (2 * d_in + len(vectors)) + d_in
 
 
-def memory_of(settings: Settings, facts: Facts, specs: list[SAESpec]) -> dict[str, float]:
-    """Bytes by part at the peak of a process that trains `specs`."""
-    s, d = settings, facts.d_in
+def memory_of(settings: Settings, facts: dict[str, Facts], specs: list[SAESpec]) -> dict[str, float]:
+    """Bytes by part at the peak of a process that trains `specs`; activations of all hooks are there in any case."""
+    s, lm = settings, next(iter(facts.values()))
     # Controlled architectures start at twice their target; batchtopk looks at up to four times as many candidates.
     step = SLAB_BYTES + ENTRY_BYTES * 2 * s.train.batch_tokens * max(spec.l0 for spec in specs)
-    step += max(TRAINED[spec.arch].step_bytes(s.train, d) for spec in specs)
-    weights = sum(weights_of(spec, d) for spec in specs)
+    step += max(TRAINED[spec.arch].step_bytes(s.train, facts[spec.hook].d_in) for spec in specs)
+    weights = [weights_of(spec, facts[spec.hook].d_in) for spec in specs]
     batches = 3 + (2 * LOOK_AHEAD if s.outlier_norm else 0)
     held = s.data.buffer_tokens + s.data.held_out_tokens * 2 + batches * s.train.batch_tokens
+    held += waiting_room(s.data.buffer_tokens) * (len(facts) > 1)
     return {
-        "language model": facts.n_parameters * (4 if facts.dtype == "float32" else 2) * 1.2,
-        "activation buffer": 4.0 * d * held,
-        "SAEs with optimiser": weights * TRAINING_BYTES + 4.0 * max(weights_of(spec, d) for spec in specs) * 2,
+        "language model": lm.n_parameters * (4 if lm.dtype == "float32" else 2) * 1.2,
+        "activation buffer": 4.0 * sum(each.d_in for each in facts.values()) * held,
+        "SAEs with optimiser": sum(weights) * TRAINING_BYTES + 4.0 * max(weights) * 2,
         "training step": step,
     }
 
@@ -245,11 +260,12 @@ def _available(device) -> float:
     return float(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
-def _notes(settings: Settings, facts: Facts, passes: Passes) -> list[str]:
-    too_many = [f"{l0:g}" for l0 in settings.sae.l0 if l0 > facts.d_in]
-    notes = list(facts.notes)
+def _notes(settings: Settings, facts: dict[str, Facts], passes: Passes) -> list[str]:
+    d_in = min(each.d_in for each in facts.values())
+    too_many = [f"{l0:g}" for l0 in settings.sae.l0 if l0 > d_in]
+    notes = list(dict.fromkeys(note for each in facts.values() for note in each.notes))
     if too_many:
-        notes.append(f"L0 {', '.join(too_many)} is above d_in {facts.d_in}: such a code is not sparse")
+        notes.append(f"L0 {', '.join(too_many)} is above d_in {d_in}: such a code is not sparse")
     dead, tokens = settings.train.dead_tokens or 0, settings.n_steps * settings.train.batch_tokens
     if dead > tokens:
         notes.append(

@@ -121,6 +121,7 @@ def start(
 
             plan, ranks = make_plan(settings, given), current()
             ranks.first(plan.check)
+            settings = plan.settings
             about = {
                 "notes": ([settings.run.note] if settings.run.note else []) + plan.notes,
                 "command": command,
@@ -168,14 +169,18 @@ def _display() -> Display:
     return Display(quiet=int(os.environ.get("RANK", "0")) > 0)
 
 
-def _assets(opened: Session, display: Display) -> tuple[Assets | None, list[str]]:
-    """What the eval needs of the model, made by one process for all."""
+def _assets(opened: Session, display: Display) -> tuple[dict[str, Assets], list[str]]:
+    """What the eval needs of the model at each hook where it can run, made by one process for all."""
     from sae_train.runs.callbacks import build_assets
 
-    def build() -> tuple[Assets | None, list[str]]:
-        display("setting up the absorption eval")
-        built, notes = build_assets(opened.language and opened.language.lm, opened.settings.eval, display)
-        return built.to("cpu") if built else None, notes
+    def build() -> tuple[dict[str, Assets], list[str]]:
+        assets, said = {}, []
+        for hook, stream in opened.streams.items():
+            display("setting up the absorption eval" + (f" at {hook}" if hook else ""))
+            built, notes = build_assets(stream.language and stream.language.lm, opened.settings.eval, display)
+            assets |= {hook: built.to("cpu")} if built else {}
+            said += [f"{hook}: {note}" if hook else note for note in notes]
+        return assets, said
 
     return opened.ranks.first(build)
 
@@ -222,7 +227,7 @@ def resume(
         display(f"loading {settings.lm.model} and its data")
         passes, initial = find_passes(settings.specs, info["passes"]), initial_of(settings, info.get("init_from"))
         opened = session.open_session(settings, passes, folder, given, initial, begun_at(info, settings))
-        check_unchanged(info, getattr(opened.source, "made_from", {}))
+        check_unchanged(info, getattr(opened.first.source, "made_from", {}))
         saved = session.newest_state(folder)
         if saved:
             _load_state(opened, saved)

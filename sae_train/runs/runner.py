@@ -5,22 +5,21 @@ Of several processes the first alone writes and speaks for all, but for the SAEs
 
 from __future__ import annotations
 
-import functools
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import flat
+from sae_train.config.record import at_hook
 from sae_train.errors import first_line
-from sae_train.evals import fidelity
-from sae_train.evals.presets import get_preset
 from sae_train.publishing.card import write_card
 from sae_train.report import write_report
-from sae_train.runs import callbacks, session
+from sae_train.runs import session
 from sae_train.runs.display import Display
 from sae_train.runs.finisher import Finisher
 from sae_train.runs.folder import describe_saes
 from sae_train.runs.log import RunLog, final_figures, provenance
+from sae_train.runs.looks import Looks
 from sae_train.runs.summary import epochs_note, measured_line, summary_lines
 from sae_train.runs.wandb_mirror import open_mirror
 from sae_train.training import loop
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from sae_train.runs.session import Session
     from sae_train.training.learner import Learner
 
-N_LOGGED = 100
 N_SAVED = 10
 
 
@@ -43,14 +41,14 @@ class Runner:
     """Lives as long as one process works on a run."""
 
     def __init__(
-        self, opened: Session, folder: Path, assets: Assets | None, about: dict[str, Any], display: Display,
+        self, opened: Session, folder: Path, assets: dict[str, Assets], about: dict[str, Any], display: Display,
         own: Sequence[Callback] = (),
     ):  # fmt: skip
         """`about` is what run.json says at the start: notes, the command, and, where the run was interrupted, its SAEs.
 
-        `own` are evals of a user's own.
+        `assets` are those of the hooks where the absorption eval is run; `own` are evals of a user's own.
         """
-        known, self.own = about.get("saes") or [], [*opened.opened.callbacks, *map(callbacks.check_callback, own)]
+        known = about.get("saes") or []
         self.session, self.folder, self.settings, self.notes = opened, folder, opened.settings, about["notes"]
         self.ranks = opened.ranks
         wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
@@ -59,9 +57,9 @@ class Runner:
         self.info: dict[str, Any] = {
             "settings": flat(self.settings),
             "dataset": self.settings.dataset,
-            "weights": getattr(opened.source, "weights", None),
-            "text_packages": getattr(opened.source, "packages", None),
-            "made_from": getattr(opened.source, "made_from", {}),
+            "weights": getattr(opened.first.source, "weights", None),
+            "text_packages": getattr(opened.first.source, "packages", None),
+            "made_from": getattr(opened.first.source, "made_from", {}),
             "command": about["command"],
             "working_folder": about.get("working_folder"),
             "activations": about.get("activations"),
@@ -73,9 +71,8 @@ class Runner:
         self.failed = {sae["name"]: sae.get("failed") for sae in known}
         # The baselines of the SAEs that are written: those are not measured and written again.
         self.written = {sae["name"]: sae.get("baseline") or {} for sae in known if sae.get("written")}
-        self.finisher = Finisher(opened, folder)
-        self.assets = assets
-        self.absorption: callbacks.Absorption | None = None
+        self.finishers = {hook: Finisher(stream, folder) for hook, stream in opened.streams.items()}
+        self.assets, self.looks = assets, Looks(opened, assets, own, self._keep_absorption, display)
         self.rows: list[dict[str, Any]] = []
         self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
 
@@ -111,14 +108,16 @@ class Runner:
         self.display.begin(targets, n_steps, self.settings.train.batch_tokens)
         opened.save = self._save
         opened.save_steps = loop.every(self.settings.run.save_every or -(-n_steps // N_SAVED), n_steps)
-        loop.fit(opened, self._callbacks(), self)
+        loop.fit(opened, self.looks.schedule(), self)
         if opened.stop.agreed and opened.step < n_steps:
             raise loop.Stopped
         self.display.end()
         with opened.stop.breaking(self.ranks.size == 1):
             self._write_saes()
-        if opened.opened.cache:
-            self.display.say(f"activations on disk: {opened.opened.cache.said()}")
+        for hook, stream in opened.streams.items():
+            if stream.opened.cache:
+                of_hook = f" of {hook}" if hook else ""
+                self.display.say(f"activations{of_hook} on disk: {stream.opened.cache.said()}")
 
     def _save(self) -> None:
         """Write what a resumed run starts from."""
@@ -129,48 +128,6 @@ class Runner:
         """Show what is being done."""
         self.display(what, done, of)
 
-    def _callbacks(self) -> list[loop.Scheduled]:
-        """Training figures often; held-out figures, loss recovered and absorption at the same, fewer steps."""
-        opened, settings, n_steps = self.session, self.settings, self.settings.n_steps
-        looks = loop.spread(settings.eval.absorption_evals, n_steps)
-        often = loop.every(settings.run.log_every or -(-n_steps // N_LOGGED), n_steps)
-        if not opened.owned:
-            return [loop.Scheduled(lambda learner, step: (), often | looks)]
-        figures = callbacks.TrainingFigures(opened.clock, settings.train.batch_tokens, opened.step)
-        held_out = callbacks.HeldOut(opened.normalise(opened.held_out), opened.held_out * opened.scale)
-        made = [
-            loop.Scheduled(figures, often | looks),
-            loop.Scheduled(held_out, looks),
-            *(loop.Scheduled(look, looks) for look in self._evals()),
-        ]
-        if self.assets is not None:
-            self.absorption = callbacks.Absorption(
-                opened.language.lm, self.assets, settings.eval, opened.export, n_steps, self._keep_absorption,
-                held_out.l0_of, self.display,
-            )  # fmt: skip
-            # Where too few letters can be read off the model itself, one look records that; more would say the same.
-            readable = int(self.assets.letters_that_count.sum()) >= self.assets.n_needed(
-                get_preset(settings.eval.preset)
-            )
-            made.append(loop.Scheduled(self.absorption, looks if readable else frozenset({n_steps})))
-        return made
-
-    def _evals(self) -> list[loop.Look]:
-        """Loss recovered where there is a language model, what the source can be asked, and evals of a user's own."""
-        opened = self.session
-        asked: list[loop.Look] = [callbacks.Own(each, opened.export) for each in self.own]
-        if opened.language:
-            lm = opened.language.lm
-            asked.insert(0, callbacks.Fidelity(lm, self._fidelity_data, opened.export, opened.own_learners))
-        return asked
-
-    @functools.cached_property
-    def _fidelity_data(self) -> fidelity.FidelityData:
-        """The passes of the language model that all SAEs share."""
-        language = self.session.language
-        rows = language.rows[: max(1, fidelity.FIDELITY_TOKENS // language.context)]
-        return fidelity.FidelityData.build(language.lm, rows, language.drop_ids)
-
     def log(self, learner: Learner, step: int, values: dict[str, Any]) -> None:
         tokens = step * self.settings.train.batch_tokens
         row = {
@@ -178,6 +135,7 @@ class Runner:
             "step": step,
             "tokens": tokens,
             "seconds": self.session.clock.training,
+            **({"hook_name": learner.spec.hook} if learner.spec.hook else {}),
         } | values
         self.rows.append(row)
         if self.ranks.size == 1:
@@ -218,26 +176,42 @@ class Runner:
         self.failed = failed
         if not self.ranks.is_first:
             return
-        finals = final_figures(self.folder)
+        finals, language = final_figures(self.folder), opened.first.language
         self.info |= {
             "status": status,
             "ended_by": ended_by,
             "notes": self.notes,
-            "model": opened.source.name,
-            "hook_name": opened.source.hook_name,
-            "d_in": opened.source.d_in,
-            "context": opened.language.context if opened.language else None,
-            "dtype": str(opened.language.lm.dtype).removeprefix("torch.") if opened.language else None,
-            "scale": opened.scale,
-            "outliers": opened.outliers,
+            "model": opened.first.source.name,
+            "context": language.context if language else None,
+            "dtype": str(language.lm.dtype).removeprefix("torch.") if language else None,
+            **self._describe_hooks(),
             "tokens": opened.step * self.settings.train.batch_tokens,
-            "epochs": opened.data.epoch,
+            "epochs": self._epochs,
             "seconds": opened.clock.training,
             "eval_seconds": opened.clock.paused_for,
-            "eval_assets": {} if self.assets is None else {"hash": self.assets.hash, **self.assets.settings},
             "saes": describe_saes(self.settings.specs, failed, finals, beside),
         }
         self.files.write_run(self.info)
+
+    @property
+    def _epochs(self) -> int:
+        """How often the data began anew, at the hook that needed the most of it."""
+        return max(stream.data.epoch for stream in self.session.streams.values())
+
+    def _describe_hooks(self) -> dict[str, Any]:
+        """What run.json says of the hook; of several each by its name in `hooks`, and the first in its place."""
+        described = {}
+        for hook, stream in self.session.streams.items():
+            assets = self.assets.get(hook)
+            described[stream.source.hook_name] = {
+                "hook_name": stream.source.hook_name,
+                "d_in": stream.source.d_in,
+                "scale": stream.scale,
+                "outliers": stream.outliers,
+                "eval_assets": {} if assets is None else {"hash": assets.hash, **assets.settings},
+            }
+        first = next(iter(described.values()))
+        return first if len(described) == 1 else {**first, "hook_name": ",".join(described), "hooks": described}
 
     def _break_off(self, error: BaseException) -> None:
         """Save what there is and say how to go on, whatever ended the run.
@@ -271,7 +245,8 @@ class Runner:
         for i in range(max(self.ranks.gather(len(to_write)))):
             for learner in to_write[i : i + 1]:
                 self.display(f"writing {learner.name}")
-                self.written[learner.name] = self.finisher.write(learner, finals[learner.name], self.absorption)
+                finisher, absorption = self.finishers[learner.spec.hook], self.looks.absorption.get(learner.spec.hook)
+                self.written[learner.name] = finisher.write(learner, finals[learner.name], absorption)
             self._write_run("running")
 
     def _finish(self) -> Path:
@@ -280,7 +255,7 @@ class Runner:
         A finished run without a report was ended while it wrote one: it can be resumed.
         """
         self.ranks.first(lambda: (self.folder / "report.html").unlink(missing_ok=True))
-        epochs = self.session.data.epoch
+        epochs = self._epochs
         if epochs and epochs_note(epochs) not in self.notes:
             self.notes = [*self.notes, epochs_note(epochs)]
             self.display.say(epochs_note(epochs))
@@ -295,7 +270,8 @@ class Runner:
             if described["failed"] is None:
                 hierarchy = self.info["settings"]["hierarchy"]
                 measured = measured_line(described["final"], described["baseline"].get("random"), hierarchy)
-                write_card(self.folder / "saes" / described["name"], described, self.info, measured)
+                info = at_hook(self.info, described.get("hook_name"))
+                write_card(self.folder / "saes" / described["name"], described, info, measured)
         self.display("writing the report")
         report = write_report(self.folder)
         self.files.mirror.show()

@@ -152,8 +152,8 @@ class Work(Protocol):
     stop: StopRequest
     save_steps: Collection[int]
 
-    def batches(self) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """Return scaled training batches without end."""
+    def batches(self) -> Iterator[dict[str, Float[Tensor, "batch d_in"]]]:
+        """Return scaled training batches without end: for each step one of every hook, as its SAEs' specs name it."""
 
     def rewinding(self) -> contextlib.AbstractContextManager[None]:
         """Return a context that puts the data back to where it was if what happens inside fails."""
@@ -204,8 +204,8 @@ def fit(work: Work, callbacks: list[Scheduled], log: Log) -> None:
         work.whole = False
         with tf32_products(work.learners):
             for learner in running(work.learners):
-                for x in taken:
-                    learner.last = learner.step(x)
+                for x_at in taken:
+                    learner.last = learner.step(x_at[learner.spec.hook])
         work.step += len(taken)
         for learner in running(work.learners) if work.step == work.n_steps else ():
             log.doing(f"calibrating the L0 of {learner.name}")
