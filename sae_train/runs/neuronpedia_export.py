@@ -19,7 +19,7 @@ import torch
 from sae_train.config.flags import ExportFlags
 from sae_train.config.record import LatentRecord, fits
 from sae_train.config.units import parse_count
-from sae_train.data.buffer import dropped, is_seen
+from sae_train.data.harvest import dropped, is_seen
 from sae_train.data.origin import check_unchanged
 from sae_train.data.outliers import is_kept
 from sae_train.errors import UserError
