@@ -29,8 +29,6 @@ class TrainedSAE:
     width: int | None
     l0: float | None
     seed: int | None
-    hook: str
-    """where its run has several; empty where it has one"""
     failed: str | None
     invalid: str | None
     final: dict[str, Any]
@@ -45,6 +43,8 @@ class TrainedSAE:
     noun: str = "letter"
     """what one label of the hierarchy is called"""
     preset: str | None = None
+    hook: str = ""
+    """where its run has several; empty where it has one"""
 
     @property
     def place(self) -> tuple[str, str]:
