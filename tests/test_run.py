@@ -67,6 +67,8 @@ def test_a_run_leaves_everything_that_the_design_names(finished):
         assert {path.name for path in (finished / "saes" / name).iterdir()} == {
             "cfg.json",
             "sae_weights.safetensors",
+            "sparsity.safetensors",
+            "absorption.json",
             "README.md",
         }
     assert not list(finished.rglob("*.tmp"))

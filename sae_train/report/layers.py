@@ -14,7 +14,7 @@ from sae_train.report.figures import COLOURS, DASHES
 from sae_train.report.pareto import AXES, average
 from sae_train.report.shapes import Point, Scatter
 
-METRICS = ("absorption/mean_full", "absorption/mean_fraction", "metrics/explained_variance", "metrics/ce_loss_score")
+SCORES_BY_LAYER = ("absorption/mean_full", "absorption/mean_fraction", "metrics/explained_variance", "metrics/ce_loss_score")
 HOOK = re.compile(r"blocks\.(\d{1,4})\.(.+)")
 Kind = tuple[tuple[str, str], str, int, float]
 
@@ -23,7 +23,7 @@ def by_layer(saes: list[TrainedSAE]) -> list[Scatter]:
     """A chart for each score that was measured at two hooks or more; none of runs at one hook each."""
     usable = [sae for sae in saes if HOOK.fullmatch(sae.hook) and sae.width and sae.l0 and not sae.failed]
     charts = []
-    for metric in METRICS:
+    for metric in SCORES_BY_LAYER:
         known = [sae for sae in usable if sae.usable(metric) is not None]
         if len({sae.place for sae in known}) < 2:
             continue

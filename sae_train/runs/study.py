@@ -36,7 +36,7 @@ def plan_study(file: Path, out: Path) -> str:
     first, n_saes = plans[_shape(parts[0])], sum(len(part.specs) for part in parts)
     lines = [
         f"study      {n_saes} SAEs in {len(parts)} parts, each a run in {out}",
-        *first.facts.lines,
+        *next(iter(first.facts.values())).lines,  # a study is of one hook
         f"disk       {first.cache_bytes() / GIB:6.2f} GiB of activations in {parts[0].data.activation_cache}, kept",
     ]
     for part in parts:
