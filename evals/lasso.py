@@ -181,7 +181,7 @@ class _Problem:
     ) -> Float[Tensor, "m m+1"]:
         """Xᵀ·diag(curvature)·[1, X] of some latents X.
 
-        Sparse times sparse where few of them fire on the same row, else sparse times dense.
+        Sparse times sparse where few of them fire on the same row, else sparse times dense, as where torch has no MKL.
         """
         counts, m = self.column_counts[columns], len(columns)
         column, end = torch.repeat_interleave(counts), counts.cumsum(0)
@@ -191,11 +191,10 @@ class _Problem:
         weighted = values * curvature.index_select(0, rows)
         transposed = _sparse(pad(end, (1, 0)), rows, values, (m, self.n))
         per_row = torch.bincount(rows, minlength=self.n)
-        if per_row.square().sum() < _PAIRS * m * self.n:
+        can_sparse = values.is_cuda or torch.backends.mkl.is_available()
+        if can_sparse and per_row.square().sum() < _PAIRS * m * self.n:
             order, ptr = rows.argsort(stable=True), pad(per_row.cumsum(0), (1, 0))
-            other = _sparse(ptr, column[order], weighted[order], (self.n, m))
-            # Into a dense block: a sparse product of two sparse matrices is slower, and its memory is never freed.
-            products = torch.addmm(values.new_zeros(m, m), transposed, other, beta=0)
+            products = _dense_product(transposed, _sparse(ptr, column[order], weighted[order], (self.n, m)))
         else:
             dense = values.new_zeros(self.n, m)
             dense.view(-1).scatter_(0, (rows.long() * m).add_(column), weighted)
@@ -254,6 +253,17 @@ def _csr_of_transpose(latents: Latents) -> Tensor:
     counts = torch.bincount(latents.columns, minlength=latents.d_sae)
     ptr, rows = pad(counts.cumsum(0), (1, 0)), latents.row_of_entry[order]
     return _sparse(ptr, rows, latents.values[order].double(), (latents.d_sae, latents.n_rows))
+
+
+def _dense_product(a: Tensor, b: Tensor) -> Float[Tensor, "n m"]:
+    """a·b of two sparse matrices.
+
+    On a CPU straight into a dense block: a sparse result takes longer there, and torch (2.13) never frees its memory.
+    On a GPU only sparse results exist.
+    """
+    if a.is_cuda:
+        return (a @ b).to_dense()
+    return torch.addmm(a.values().new_zeros(a.shape[0], b.shape[1]), a, b, beta=0)
 
 
 def _sparse(ptr: Tensor, inner: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -239,8 +239,17 @@ def test_numbers_too_small_for_float32_are_0_inside_and_as_they_were_after(befor
         torch.set_flush_denormal(False)
 
 
+def test_without_mkl_the_solution_is_the_same(monkeypatch):
+    x, labels = _data(n=500, d=80, share=0.02)
+    found = lasso.fit(from_dense(x), labels, 26, l1=0.002, l2=26e-6, tolerance=1e-6)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setattr(lasso, "_dense_product", lambda *_: pytest.fail("torch multiplies sparse matrices by MKL"))
+    without = lasso.fit(from_dense(x), labels, 26, l1=0.002, l2=26e-6, tolerance=1e-6)
+    assert torch.allclose(found.weight, without.weight, atol=1e-6)
+
+
 def test_memory_stays_flat_over_looks_at_the_ranking():
-    """torch never frees what a sparse product of two sparse matrices holds."""
+    """On a CPU torch never frees what a sparse product of two sparse matrices holds."""
     x, labels = _data(n=2000, d=600, share=0.02)
     latents, process = from_dense(x), psutil.Process()
     held = []

@@ -14,7 +14,12 @@ from sae_train.report.figures import COLOURS, DASHES
 from sae_train.report.pareto import AXES, average
 from sae_train.report.shapes import Point, Scatter
 
-SCORES_BY_LAYER = ("absorption/mean_full", "absorption/mean_fraction", "metrics/explained_variance", "metrics/ce_loss_score")
+SCORES_BY_LAYER = (
+    "absorption/mean_full",
+    "absorption/mean_fraction",
+    "metrics/explained_variance",
+    "metrics/ce_loss_score",
+)
 HOOK = re.compile(r"blocks\.(\d{1,4})\.(.+)")
 Kind = tuple[tuple[str, str], str, int, float]
 
