@@ -170,7 +170,8 @@ def jumprelu_active(
     pre: Tensor, pattern: Pattern, threshold: Tensor, bandwidth: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """Return pre·1[pre > θ] at the entries and the number of entries above, both differentiable in θ."""
-    theta = threshold[pattern.latents]
+    # index_select, since several threads add up the gradient of threshold[…] in any order.
+    theta = threshold.index_select(0, pattern.latents)
     bandwidth = bandwidth[pattern.latents] if isinstance(bandwidth, Tensor) else bandwidth
     return JumpReLU.apply(pre, theta, bandwidth), Step.apply(pre, theta, bandwidth).sum()
 

@@ -39,8 +39,10 @@ class Gated(Architecture):
         # Where the gate is shut neither latents nor relu(π) have a gradient, so open entries are all that is needed.
         zero = torch.zeros_like(sae.b_gate)
         s, pattern = ops.active_above(x, sae.W_enc, zero, sae.b_dec, -sae.b_gate.detach(), crossover=self.crossover)
-        gate = s + sae.b_gate[pattern.latents]
-        values = (sae.r_mag.exp()[pattern.latents] * s + sae.b_mag[pattern.latents]).relu()
+        # index_select, since several threads add up the gradient of b_gate[…] in any order.
+        b_gate, r_mag, b_mag = (p.index_select(0, pattern.latents) for p in (sae.b_gate, sae.r_mag.exp(), sae.b_mag))
+        gate = s + b_gate
+        values = (r_mag * s + b_mag).relu()
         recon = ops.decode_active(values, pattern, sae.W_dec, sae.b_dec)
         frozen = ops.decode_active(gate, pattern, sae.W_dec.detach(), sae.b_dec.detach())
         return Forward(
