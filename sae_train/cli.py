@@ -92,14 +92,11 @@ def _show_plan(settings: Settings) -> None:
 
     What is looked up meanwhile is shown on stderr, so that the plan can be piped.
     """
-    from rich.console import Console
-
-    from sae_train.runs.display import Display
+    from sae_train.runs.display import aside
     from sae_train.runs.folder import check_free
 
     check_free(settings)
-    with Display(Console(stderr=True, highlight=False, quiet=_rank() > 0)) as display:
-        display.interrupted = "nothing was begun"
+    with aside() as display:
         display("looking at the model and its text")
         from sae_train.runs.plan import make_plan
 

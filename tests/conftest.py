@@ -60,3 +60,15 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def no_progress_after_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the lines that say what takes long out of what tests read: on a slow machine everything takes long.
+
+    Tests of these lines set the times themselves, and commands in processes of their own have them.
+    """
+    from sae_train.runs import display
+
+    monkeypatch.setattr(display, "FIRST_LINE", 600.0)
+    monkeypatch.setattr(display, "LONGEST_SILENCE", 600.0)

@@ -19,6 +19,11 @@ from sae_train.runs.activity import Activity
 from sae_train.runs.display import Display
 
 
+@pytest.fixture(autouse=True)
+def no_progress_after_seconds() -> None:
+    """Leave the times as users have them, which other tests do not."""
+
+
 def show(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
     monkeypatch.setattr(display_module, "FIRST_LINE", 0.05)
     monkeypatch.setattr(display_module, "LONGEST_SILENCE", 0.1)

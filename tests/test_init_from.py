@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sae_train.config import SAESpec, TrainSettings
 from sae_train.data.language_model import load_language_model
 from sae_train.errors import UserError
 from sae_train.publishing.card import started_sentence
+from sae_train.runs import display
 from sae_train.runs.initial import InitialSAE
 from sae_train.sae.files import save_sae
 from sae_train.sae.model import SAE, SAEConfig
@@ -241,3 +243,21 @@ def test_of_the_hub_a_folder_and_a_revision_can_be_named_and_the_commit_is_kept(
     save_file(tensors | {"b_dec": tensors["b_dec"] + 1}, commit / "deep" / "topk" / "sae_weights.safetensors")
     with pytest.raises(UserError, match="changed since the run began"):
         _ = InitialSAE("you/name/deep/topk", before=record).sae
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_reading_an_sae_that_takes_long_is_said_and_what_is_wrong_with_it_still_is(
+    ours, dry_run, tmp_path, monkeypatch, capsys
+):
+    known = InitialSAE.defaults
+
+    def slowly(self):
+        time.sleep(0.5)
+        return known(self)
+
+    monkeypatch.setattr(InitialSAE, "defaults", slowly)
+    monkeypatch.setattr(display, "FIRST_LINE", 0.05)
+    flags = ["--width", "64", "--out", str(tmp_path), "--no-absorption", *(["--dry-run"] if dry_run else [])]
+    assert main(["--init-from", str(ours / "topk"), *flags]) == 2
+    said = capsys.readouterr().err
+    assert f"reading the SAE {ours / 'topk'}" in said and "leave --width out" in said

@@ -23,6 +23,7 @@ from sae_train.errors import UserError
 from sae_train.publishing.publish import publish
 from sae_train.report.data import load_runs
 from sae_train.report.export import gallery
+from sae_train.runs import estimate
 from sae_train.runs.plan import GIB, check_alone, make_plan
 from sae_train.training import loop
 from sae_train.training.ranks import Ranks
@@ -232,7 +233,8 @@ def test_buffers_that_share_passes_are_bit_equal_to_one_alone_from_any_position(
             assert torch.equal(next(shared[k]), expected[k][i + step])
 
 
-def test_a_pattern_names_hooks_in_the_plan_with_memory_and_time_for_all():
+def test_a_pattern_names_hooks_in_the_plan_with_memory_and_time_for_all(monkeypatch):
+    monkeypatch.setattr(estimate, "matrix_rate", lambda *_: 1e11)
     plan = make_plan(resolve({"hook": "blocks.*.hook_resid_post", "width": 64, "l0": 4}))
     names = [f"blocks.{i}.hook_resid_post" for i in range(4)]
     assert plan.settings.lm.hook == ",".join(names) and [spec.hook for spec in plan.settings.specs] == names
@@ -277,3 +279,14 @@ def test_several_hooks_are_refused_where_they_are_not_done(tmp_path):
     )
     with pytest.raises(UserError, match="a study is of one"):
         read_design(design, tmp_path)
+
+
+def test_a_plan_looks_up_words_and_times_the_machine_once_for_all_hooks(monkeypatch):
+    calls = []
+    for module, name in ((estimate, "matrix_rate"), (estimate.vocab, "entries")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, real=real: calls.append(name) or real(*args))
+    seconds = make_plan(
+        resolve({"hook": "blocks.*.hook_resid_post", "width": 64, "l0": 4, "dtype": "float32"})
+    ).seconds()
+    assert sorted(calls) == ["entries", "matrix_rate"] and seconds["set-up of the eval"] > 0

@@ -11,6 +11,8 @@ from fractions import Fraction
 from numbers import Real
 from typing import Any
 
+from sae_train.errors import UserError
+
 ARCHITECTURES = {  # what --arch takes, and the class that trains it: a new one is a file and a line here
     name: f"sae_train.training.architectures.{name}:{cls}"
     for name, cls in {
@@ -72,6 +74,14 @@ def parse_count(value: object) -> int:
     if number < 1 or number != int(number):
         raise ValueError(f"{value!r} is not a count: give a positive whole number such as 4096, 300k, 1.5M or 2B")
     return int(number)
+
+
+def read_count(what: str, value: object) -> int:
+    """Read a number of tokens that is no setting; UserError, which begins with `what`, for anything else."""
+    try:
+        return parse_count(value)
+    except ValueError as error:
+        raise UserError(f"{what} {error}") from None
 
 
 def parse_l0(value: object) -> float:

@@ -6,6 +6,7 @@ with the figures, and one on what is being done whenever nothing was said for a 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import Any
@@ -155,3 +156,15 @@ class Display:
             most = max(LONGEST_SILENCE, SILENT_SHARE * (now - self._started)) if self._said_anything else FIRST_LINE
             if now - self._last_said >= most:
                 self.say(self.activity.sentence())
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks, of several; before they know each other."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def aside() -> Display:
+    """A display on standard error of what is looked up before a run or a plan, which stays alone on standard output."""
+    display = Display(Console(stderr=True, highlight=False, quiet=not is_first()))
+    display.interrupted = "nothing was begun"
+    return display

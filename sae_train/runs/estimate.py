@@ -5,6 +5,7 @@ The shares below were measured on two cores of a Xeon with AMX; benchmarks/estim
 
 from __future__ import annotations
 
+import functools
 import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from sae_train.evals.hierarchy import get_hierarchy
 from sae_train.evals.presets import get_preset
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sae_train.config import SAESpec, Settings
     from sae_train.data.sources import Facts
 
@@ -46,13 +49,33 @@ def seconds_at_hooks(
 ) -> dict[str, float]:  # fmt: skip
     """Seconds by part of a run that trains `specs`: its passes over the text go to the deepest hook, once for all."""
     deepest = max(facts, key=lambda hook: facts[hook].n_parameters_to_hook)
+    rate = functools.cache(functools.partial(matrix_rate, device))
+    words = Words(settings, facts[deepest].tokenizer)
     total: dict[str, float] = {}
     for hook, each in facts.items():
         own = [spec for spec in specs if spec.hook == hook]
-        alone = Estimate(settings.at(hook), each, own, device, n_processes, together)
+        alone = Estimate(settings.at(hook), each, own, rate, words, n_processes, together)
         for part, seconds in alone.parts(after_another, beside=hook != deepest).items():
             total[part] = total.get(part, 0.0) + seconds
     return total
+
+
+class Words:
+    """What the eval asks about, looked up once for all hooks; `tokenizer` is None without a language model."""
+
+    def __init__(self, settings: Settings, tokenizer: Callable[[], Any] | None):
+        self.how, self.has_any = settings.eval, tokenizer is not None and settings.eval.absorption
+        self._load = tokenizer
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return self._load()
+
+    @functools.cached_property
+    def number(self) -> int:
+        """Tokenizer entries that the eval asks about, before those are left out that a prompt splits."""
+        found, _ = vocab.entries(self.tokenizer, special_ids(self.tokenizer), get_hierarchy(self.how.hierarchy))
+        return min(len(found), self.how.eval_words or len(found))
 
 
 class Estimate:
@@ -62,15 +85,14 @@ class Estimate:
     """
 
     def __init__(
-        self, settings: Settings, facts: Facts, specs: list[SAESpec], device: str, n_processes: int = 1,
-        together: bool = False,
+        self, settings: Settings, facts: Facts, specs: list[SAESpec],
+        rate: Callable[[torch.dtype], float], words: Words, n_processes: int = 1, together: bool = False,
     ):  # fmt: skip
-        self.settings, self.facts, self.specs = settings, facts, specs
+        """`rate` is FLOP/s of a matrix product in a number format."""
+        self.settings, self.facts, self.specs, self.words = settings, facts, specs, words
         self.n_processes, self.together = n_processes, together
-        rate = matrix_rate(device, torch.float32)
-        self.step_rate, self.lm_rate = rate * STEP_EFFICIENCY, rate * LM_EFFICIENCY
-        if facts.dtype != "float32":
-            self.lm_rate = matrix_rate(device, DTYPES[facts.dtype]) * LM_EFFICIENCY
+        self.step_rate = rate(torch.float32) * STEP_EFFICIENCY
+        self.lm_rate = rate(DTYPES[facts.dtype]) * LM_EFFICIENCY
 
     def parts(self, after_another: bool = False, beside: bool = False) -> dict[str, float]:
         """Seconds by part; `after_another` run that left activations and set-up in its caches, or `beside` a deeper
@@ -80,14 +102,13 @@ class Estimate:
         training = self.training(reads=after_another or beside)
         start = 0.0 if beside else START + facts.is_quantised * facts.n_parameters / QUANTISED_WEIGHTS
         end = 0.0 if beside else END
-        if facts.tokenizer is None or not self.settings.eval.absorption:
+        if not self.words.has_any:
             looks = n_looks * len(self.specs) * facts.look_seconds
             return {"start": start, "training": training, "looks": looks, "end": end}
-        tokenizer = facts.tokenizer()
-        n_words = self.count_words(tokenizer)
+        n_words = self.words.number
         looks = [self.look(spec, n_words) for spec in self.specs]
         keeps = asset_cache.cache_folder(self.settings.eval.eval_cache) is not None
-        is_kept = (after_another and keeps) or self.is_set_up(tokenizer)
+        is_kept = (after_another and keeps) or self.is_set_up()
         set_up = KEPT if is_kept else self.reading(n_words) + self.probe(n_words)
         end += sum(BASELINES * look + self.probe(n_words) for look in looks)
         fidelity = FIDELITY * 2.0 * facts.n_parameters / self.lm_rate
@@ -96,9 +117,9 @@ class Estimate:
             "looks": n_looks * (sum(looks) + fidelity * len(looks)), "end": end,
         }  # fmt: skip
 
-    def is_set_up(self, tokenizer: Any) -> bool:
+    def is_set_up(self) -> bool:
         """Whether an earlier run left the eval's set-up in the cache."""
-        how, facts = self.settings.eval, self.facts
+        how, facts, tokenizer = self.settings.eval, self.facts, self.words.tokenizer
         folder = asset_cache.cache_folder(how.eval_cache)
         known = SimpleNamespace(
             name=self.settings.lm.model, hook_name=facts.hook_name, tokenizer=tokenizer, dtype=facts.dtype,
@@ -107,12 +128,6 @@ class Estimate:
         return folder is not None and assets.is_kept(
             known, folder, how.hierarchy, how.template, how.eval_seed, how.preset, how.eval_words, how.eval_contexts
         )
-
-    def count_words(self, tokenizer: Any) -> int:
-        """Tokenizer entries that the eval asks about, before those are left out that a prompt splits."""
-        how = self.settings.eval
-        found, _ = vocab.entries(tokenizer, special_ids(tokenizer), get_hierarchy(how.hierarchy))
-        return min(len(found), how.eval_words or len(found))
 
     def training(self, reads: bool = False) -> float:
         """The SAEs' steps, and the language model up to the hook unless a cache is read (`reads`)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_train.config.units import parse_count
+from sae_train.config.units import read_count
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,10 +24,7 @@ def extend(folder: Path, info: dict[str, Any], tokens: Any) -> dict[str, Any]:
     """
     from sae_train.runs.session import newest_state
 
-    try:
-        asked = parse_count(tokens)
-    except ValueError as error:
-        raise UserError(f"tokens: {error}") from None
+    asked = read_count("tokens:", tokens)
     where, done = f"the run {str(folder)!r}", info.get("tokens") or 0
     if info.get("status") != "finished":
         raise UserError(

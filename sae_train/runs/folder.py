@@ -31,6 +31,16 @@ TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 PATHS = ("model", "dataset", "hierarchy", "activation_cache", "eval_cache", "init_from")
 
 
+def trusting(folder: Path, info: dict[str, Any], trust_remote_code: bool, command: str) -> dict[str, Any]:
+    """Return run.json with the user's own word on code from the hub; UserError where the run ran some and it is no."""
+    if info["settings"].get("trust_remote_code") and not trust_remote_code:
+        raise UserError(
+            f"the run {str(folder)!r} was begun with --trust-remote-code, which runs code from the hub: if you trust "
+            f"it, say so again by {command} --trust-remote-code"
+        )
+    return info | {"settings": info["settings"] | {"trust_remote_code": trust_remote_code}}
+
+
 def default_name(settings: Settings) -> str:
     """Name a run by model, hook where one was asked for, architectures, widths and targets."""
     sae, model = settings.sae, settings.lm.model

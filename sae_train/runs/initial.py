@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sae_train.config import LOCAL_NAMES, read_yaml
 from sae_train.config.units import ARCHITECTURES
 from sae_train.errors import UserError
+from sae_train.runs.display import aside
 from sae_train.runs.folder import find_model
 
 if TYPE_CHECKING:
@@ -159,7 +160,9 @@ def with_initial(given: dict[str, Any], file: str | Path | None = None, of_text:
     if not asked.get("init_from"):
         return given
     initial = InitialSAE(str(asked["init_from"]), asked.get("allow_pickle") is True)
-    known = initial.defaults()
+    with aside() as display:
+        display(f"reading the SAE {initial.name}")
+        known = initial.defaults()
     if "l0" not in known and "l0" not in asked:
         raise UserError(f"the SAE {initial.name!r} does not say what L0 it has: give --l0")
     if not of_text or asked.get("model", known.get("model")) in LOCAL_NAMES - {"speller", "smollm2"}:

@@ -18,7 +18,7 @@ import torch
 
 from sae_train.config.flags import ExportFlags
 from sae_train.config.record import LatentRecord, fits
-from sae_train.config.units import parse_count
+from sae_train.config.units import read_count
 from sae_train.data.harvest import dropped, is_seen
 from sae_train.data.origin import check_unchanged
 from sae_train.data.outliers import is_kept
@@ -30,7 +30,7 @@ from sae_train.publishing.neuronpedia import Names, NeuronpediaSource, check_mod
 from sae_train.publishing.publish import find, public_name
 from sae_train.runs.corpus import norm_limit_of
 from sae_train.runs.display import Display
-from sae_train.runs.folder import alone_in, restore_settings
+from sae_train.runs.folder import alone_in, restore_settings, trusting
 from sae_train.runs.process import prepare_process
 from sae_train.sae.files import load_sae, sae_lens_cfg
 from sae_train.sae.layouts import WEIGHTS
@@ -88,7 +88,7 @@ def export_neuronpedia(
     prepare_process()
     found = find(checkpoint)
     settings = _settings(found.run, found.info, checkpoint, trust_remote_code)
-    n_tokens = _count(asked.tokens)
+    n_tokens = read_count("--tokens", asked.tokens)
     names = _names(found.info, found.run, asked)
     out = out or found.run / "neuronpedia"
     finished = [each for each in found.candidates if (each.folder / "cfg.json").is_file()]
@@ -117,22 +117,10 @@ def _settings(run: Path | None, info: dict[str, Any], checkpoint: Path, trust_re
         raise UserError(f"{checkpoint} lies in no run's folder, so nothing says which text to read: give a run's.")
     if info.get("activations") or info["model"] == "toy" or not info.get("settings"):
         raise UserError(f"the run {str(run)!r} has no language model that reads text: Neuronpedia shows nothing else.")
-    if info["settings"].get("trust_remote_code") and not trust_remote_code:
-        raise UserError(
-            f"the run {str(run)!r} was made with --trust-remote-code, which runs code from the hub: if you trust it, "
-            "say so again by --trust-remote-code"
-        )
+    info = trusting(run, info, trust_remote_code, f"sae-train export-neuronpedia {checkpoint}")
     if current().size > 1:
         raise UserError("sae-train export-neuronpedia is the work of one process: start it without torchrun")
-    info = info | {"settings": info["settings"] | {"trust_remote_code": trust_remote_code}}
     return restore_settings(run, info, None)[0]
-
-
-def _count(tokens: str) -> int:
-    try:
-        return parse_count(tokens)
-    except ValueError as error:
-        raise UserError(f"--tokens {error}") from None
 
 
 def _names(info: dict[str, Any], run: Path | None, asked: ExportFlags) -> Names:

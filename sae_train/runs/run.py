@@ -6,7 +6,6 @@ A `Run` is what Python users hold of one: the folder with its metrics, absorptio
 from __future__ import annotations
 
 import functools
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from sae_train.errors import UserError, first_line
 from sae_train.files import read_json, read_metrics
 from sae_train.publishing.reproduce import python_call
 from sae_train.runs.extend import begun_at, extend
-from sae_train.runs.folder import alone_in, check_free, removed_on_failure, reserve, restore_settings
+from sae_train.runs.folder import alone_in, check_free, removed_on_failure, reserve, restore_settings, trusting
 from sae_train.runs.initial import initial_of, with_initial
 
 if TYPE_CHECKING:
@@ -164,9 +163,9 @@ def _finished(folder: Path) -> Run:
 
 def _display() -> Display:
     """What a person sees; of several processes the first alone speaks."""
-    from sae_train.runs.display import Display
+    from sae_train.runs.display import Display, is_first
 
-    return Display(quiet=int(os.environ.get("RANK", "0")) > 0)
+    return Display(quiet=not is_first())
 
 
 def _assets(opened: Session, display: Display) -> tuple[dict[str, Assets], list[str]]:
@@ -211,12 +210,7 @@ def resume(
         )
     if info.get("passes") is None:
         raise UserError(f"the run {str(folder)!r} was begun by an earlier version of sae-train: start it again")
-    if info["settings"].get("trust_remote_code") and not trust_remote_code:
-        raise UserError(
-            f"the run {str(folder)!r} was begun with --trust-remote-code, which runs code from the hub: if you trust "
-            f"it, say so again by sae-train resume {folder} --trust-remote-code"
-        )
-    info["settings"]["trust_remote_code"] = trust_remote_code
+    info = trusting(folder, info, trust_remote_code, f"sae-train resume {folder}")
     if tokens is not None:
         info = extend(folder, info, tokens)
     settings, given = restore_settings(folder, info, activations)
