@@ -20,6 +20,7 @@ from sae_train.config import SAESpec, TrainSettings
 from sae_train.data.language_model import load_language_model
 from sae_train.errors import UserError
 from sae_train.publishing.card import started_sentence
+from sae_train.publishing.publish import publish
 from sae_train.runs import display
 from sae_train.runs.initial import InitialSAE
 from sae_train.sae.files import save_sae
@@ -261,3 +262,10 @@ def test_reading_an_sae_that_takes_long_is_said_and_what_is_wrong_with_it_still_
     assert main(["--init-from", str(ours / "topk"), *flags]) == 2
     said = capsys.readouterr().err
     assert f"reading the SAE {ours / 'topk'}" in said and "leave --width out" in said
+
+
+def test_a_run_that_began_from_an_sae_is_published_with_its_name_and_without_its_folder(ours, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train(**SMALL, init_from=str(ours / "topk"), out=str(tmp_path), name="continued")
+    card = (Path(publish(run.path, "you/continued", dry_run=True, force=True)) / "README.md").read_text()
+    assert "--init-from topk" in card and str(ours) not in card

@@ -177,7 +177,7 @@ def _origin(info: dict[str, Any], repo: str, license: str, base_model: str | Non
     asked = {name: value for name, value in (info.get("settings") or {}).items() if name in leaves()}
     settings = flat(resolve(asked)) if from_text else {}
     if settings.get("init_from"):
-        settings["init_from"] = _public_name(settings["init_from"])
+        settings["init_from"] = public_name(settings["init_from"])
     return Origin(
         repo=repo, license=license, model=base_model or model, dataset=dataset, info=info,
         base_model=base_model or (model if _on_hub(info["model"]) else None),
