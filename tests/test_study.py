@@ -69,7 +69,6 @@ def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_s
 ):  # fmt: skip
     monkeypatch.setattr(finisher.baselines, "all_scores", lambda *_: {"random": {"mean_full": 0.01}})
     call = ["study", "--config", str(write_design(tmp_path)), "--out", str(tmp_path / "study")]
-    shutil.copytree(studied / PARTS[0], tmp_path / "study" / PARTS[0])  # the first part is finished
     save_sae = finisher.save_sae
     with monkeypatch.context() as patch:
 
@@ -81,14 +80,16 @@ def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_s
         patch.setattr(finisher, "save_sae", save_one)
         with pytest.raises(SystemExit, match="130"):
             main(call)
-    said = capsys.readouterr().out
-    assert f"part 1 of 2, {PARTS[0]}: finished" in said and "go on with: sae-train study --config" in said
-    assert not (tmp_path / "study" / "study.html").exists()
+    assert "go on with: sae-train study --config" in capsys.readouterr().out
+    so_far = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert so_far["left_out"] == [f"{PARTS[1]}: not trained yet"] and {sae["width"] for sae in so_far["saes"]} == {64}
+    assert f"{PARTS[1]}: not trained yet" in (tmp_path / "study" / "study.html").read_text()
 
     trained = []
     monkeypatch.setattr(Learner, "step", lambda *_: trained.append(1))
     assert main(call) == 0
     assert not trained, "all steps were made before the interruption"
+    assert f"part 1 of 2, {PARTS[0]}: finished" in capsys.readouterr().out
     for name in TABLES:
         assert (tmp_path / "study" / name).read_bytes() == (studied / name).read_bytes(), name
     assert main([*call, "--dry-run"]) == 0
@@ -149,12 +150,13 @@ def test_quick_and_a_design_are_not_asked_for_together(capsys):
 
 
 def test_the_shipped_designs_are_those_of_the_documentation():
-    full, quick = read_design(FULL, "out"), read_design(QUICK, "out")
+    speller = CONFIGS / "study_speller.yaml"
+    full, quick, whole = (read_design(file, "out") for file in (FULL, QUICK, speller))
     count = lambda parts: sum(len(part.specs) for part in parts)  # noqa: E731
-    assert (len(full), count(full), len(quick), count(quick)) == (12, 96, 9, 54)
+    assert [(len(parts), count(parts)) for parts in (full, quick, whole)] == [(12, 96), (9, 54), (9, 144)]
     assert {part.train.tokens for part in full} == {2_000_000} and full[0].lm.dtype == "bfloat16"
     assert {part.data.activation_cache for part in full + quick} == {"out/activations"}
-    assert {path.name for path in CONFIGS.glob("study*")} == {FULL.name, QUICK.name}
+    assert {path.name for path in CONFIGS.glob("study*")} == {FULL.name, QUICK.name, speller.name}
 
 
 # --- what is said of planted tables ---

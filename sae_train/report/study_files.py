@@ -25,14 +25,15 @@ BESIDE = {
 }  # fmt: skip
 
 
-def write_study(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
+def write_study(folders: Sequence[Path], out: Path, missing: Sequence[str] = ()) -> tuple[Path, list[str]]:
     """Write study.html, study.json, claims.csv, cells.csv and saes.csv; return the page, and the findings as sentences.
 
-    The same runs give the same files, byte by byte. UserError where no two cells can be compared.
+    `missing` are parts that are not trained yet, which the page names. The same runs give the same files, byte by byte. UserError where no two cells can be compared.
     """
     import pandas as pd
 
     study = read_study([folder for folder in folders if folder.exists()])
+    study.left_out.extend(f"{name}: not trained yet" for name in missing)
     tables = {"claims": _claim_rows(study), "cells": _cell_rows(study), "saes": _sae_rows(study)}
     page = out / "study.html"
     with explaining(lambda error: f"the study cannot be written to {str(out)!r}: {error.strerror}", OSError):

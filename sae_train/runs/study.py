@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ def plan_study(file: Path, out: Path) -> str:
 
 
 def run_study(file: Path, out: Path) -> tuple[Path, list[str], list[str]]:
-    """Train what is left of a design, and write the study's page and tables.
+    """Train what is left of a design, and write the study's page and tables, those so far after every part.
 
     Returns the page, its main claims as sentences, and the names of SAEs that failed. Ctrl-C ends the part at hand with
     its state saved; called again, the study goes on there.
@@ -61,9 +62,19 @@ def run_study(file: Path, out: Path) -> tuple[Path, list[str], list[str]]:
         print(f"part {number} of {len(parts)}, {part.run.name}: {'finished' if ended else 'training'}", flush=True)
         if not ended:
             _train(part, file)
+            _write_so_far(parts, out)
     print("comparing SAEs and writing the page", flush=True)
     page, claims = write_study([_folder(part) for part in parts], out)
     return page, claims, list(_failed(parts))
+
+
+def _write_so_far(parts: Sequence[Settings], out: Path) -> None:
+    """Write the page of the parts that have ended, unless that is all of them or nothing can be compared yet."""
+    missing = [part for part in parts if not _ended(part)]
+    if missing:
+        with suppress(UserError):
+            ended = [_folder(part) for part in parts if part not in missing]
+            write_study(ended, out, missing=[part.run.name for part in missing])
 
 
 def _check(parts: Sequence[Settings], to_plan: Sequence[Settings]) -> dict[tuple, Plan]:
