@@ -28,7 +28,8 @@ BESIDE = {
 def write_study(folders: Sequence[Path], out: Path, missing: Sequence[str] = ()) -> tuple[Path, list[str]]:
     """Write study.html, study.json, claims.csv, cells.csv and saes.csv; return the page, and the findings as sentences.
 
-    `missing` are parts that are not trained yet, which the page names. The same runs give the same files, byte by byte. UserError where no two cells can be compared.
+    `missing` are parts that are not trained yet, which the page names. The same runs give the same files, byte by byte.
+    UserError where no two cells can be compared.
     """
     import pandas as pd
 
