@@ -60,7 +60,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     lm = load_language_model(args.model, args.hook or next(iter(saes.values())).cfg.hook_name)
     rows = []
     for seed in map(int, args.seeds.split(",")):
-        for contexts in DRAWS:
+        for contexts in args.draws.split(","):
+            contexts = contexts if contexts == "each" else int(contexts)
             start = time.process_time()
             built = assets.build(lm, n_words=args.eval_words, seed=seed, contexts=contexts)
             common = {
@@ -134,6 +135,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="of the language model, with --set-up")
     parser.add_argument("--eval-words", type=int)
     parser.add_argument("--seeds", default="0,1,2", help="eval seeds")
+    parser.add_argument("--draws", default=",".join(map(str, DRAWS)), help="values of --eval-contexts")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--set-up", action="store_true", help="time the set-up alone")
     parser.add_argument("--out", type=Path, default=RESULTS)

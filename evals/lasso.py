@@ -181,7 +181,7 @@ class _Problem:
     ) -> Float[Tensor, "m m+1"]:
         """Xᵀ·diag(curvature)·[1, X] of some latents X.
 
-        Sparse times sparse where few of them fire on the same row, else sparse times dense, as where torch has no MKL.
+        Sparse times sparse where few of them fire on the same row, else dense times dense, as where torch has no MKL.
         """
         counts, m = self.column_counts[columns], len(columns)
         column, end = torch.repeat_interleave(counts), counts.cumsum(0)
@@ -189,16 +189,16 @@ class _Problem:
         entries = begin.index_select(0, column).add_(torch.arange(len(column), device=column.device))
         rows, values = self.column_rows.index_select(0, entries), self.column_values.index_select(0, entries)
         weighted = values * curvature.index_select(0, rows)
-        transposed = _sparse(pad(end, (1, 0)), rows, values, (m, self.n))
         per_row = torch.bincount(rows, minlength=self.n)
         can_sparse = values.is_cuda or torch.backends.mkl.is_available()
         if can_sparse and per_row.square().sum() < _PAIRS * m * self.n:
             order, ptr = rows.argsort(stable=True), pad(per_row.cumsum(0), (1, 0))
+            transposed = _sparse(pad(end, (1, 0)), rows, values, (m, self.n))
             products = _dense_product(transposed, _sparse(ptr, column[order], weighted[order], (self.n, m)))
         else:
-            dense = values.new_zeros(self.n, m)
-            dense.view(-1).scatter_(0, (rows.long() * m).add_(column), weighted)
-            products = transposed @ dense
+            dense = values.new_zeros(m, self.n)
+            dense.view(-1).scatter_(0, (column * self.n).add_(rows), values)
+            products = dense @ (dense * curvature).T
         return torch.cat([values.new_zeros(m).index_add_(0, column, weighted)[:, None], products], 1)
 
     def line_search(self, slope: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:
