@@ -156,8 +156,9 @@ def evaluate(
     from sae_train.runs.evaluation import evaluate_checkpoint
     from sae_train.runs.suite import find_suite
 
-    found = find_suite(suite or SuiteFlags())
-    evaluate_checkpoint(checkpoint, vars(flags or EvalFlags()), out, folder, allow_pickle, found)
+    given = vars(flags or EvalFlags())
+    found = find_suite(suite or SuiteFlags(), bool(given["trust_remote_code"]))
+    evaluate_checkpoint(checkpoint, given, out, folder, allow_pickle, found)
 
 
 @app.command

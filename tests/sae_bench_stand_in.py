@@ -45,6 +45,11 @@ class SAE:
         note(sae=sae.cfg.__dict__, files=sorted(os.listdir(path)), device=device)
         return sae
 """
+DATASETS = """
+from stand_in_notes import note
+def load_dataset(name, **options):
+    note(loaded=name, **options)
+"""
 TRANSFORMER_LENS = """
 from types import SimpleNamespace
 from stand_in_notes import note
@@ -75,6 +80,7 @@ def retry_with_exponential_backoff(retries=5, **options):
 CORE = """
 import logging
 from dataclasses import dataclass
+from datasets import load_dataset
 from transformer_lens import HookedTransformer
 from stand_in_notes import fails, note, write
 from sae_bench.sae_bench_utils import general_utils
@@ -88,6 +94,7 @@ def multiple_evals(selected_saes, n_eval_reconstruction_batches, n_eval_sparsity
     [(release, sae)] = given.pop("selected_saes")
     import os, sys
     note(eval="core", release=release, texts=sorted(os.listdir(dataset)) if os.path.isdir(dataset) else None, **given)
+    load_dataset(dataset, split="train", trust_remote_code=True)
     if os.path.isdir(dataset):
         from shutil import copyfile
         copyfile(os.path.join(dataset, "train.parquet"), os.environ["STAND_IN_NOTES"] + ".parquet")
@@ -166,6 +173,7 @@ class {name}:
 """
 FILES = {
     "stand_in_notes.py": NOTE,
+    "datasets.py": DATASETS,
     "sae_lens/__init__.py": SAE_LENS,
     "sae_lens/training/activations_store.py": "def validate_pretokenized_dataset_tokenizer(*_, **__): pass",
     "transformer_lens/__init__.py": TRANSFORMER_LENS,

@@ -27,6 +27,7 @@ from sae_train.evals.fidelity import FidelityData, loss_recovered
 from sae_train.report.suite import suite_tables
 from sae_train.runs import suite as suites
 from sae_train.runs import suite_text
+from sae_train.runs.corpus import corpus_rows
 from sae_train.runs.display import Display
 from sae_train.runs.suite import find_suite, identity_of, run_suite
 from sae_train.sae.files import load_sae, save_sae
@@ -47,10 +48,27 @@ def speller():
     return load_language_model("speller", "blocks.1.hook_resid_post")
 
 
+@pytest.fixture(scope="module")
+def embedded_rows(speller):
+    """The embedded text, opened once for the tests that read it."""
+    given = {"dataset": "generated"}
+    return corpus_rows(speller, SAE(SAEConfig("relu", 4, 8)), Path("no run"), resolve(given), given)
+
+
+@pytest.fixture(autouse=True)
+def opened_once(monkeypatch, request):
+    def find(lm, sae, checkpoint, settings, given):
+        if given == {"dataset": "generated"}:
+            return request.getfixturevalue("embedded_rows")
+        return corpus_rows(lm, sae, checkpoint, settings, given)
+
+    monkeypatch.setattr(suites, "corpus_rows", find)
+
+
 def ask(peer: StandIn, evals: str = ALL, **settings) -> suites.Suite:
     config = peer.python.with_name("suite.yaml")
     config.write_text(yaml.safe_dump(settings))
-    return find_suite(SuiteFlags(evals, peer.python, config))
+    return find_suite(SuiteFlags(evals, peer.python, config), trust_remote_code=True)
 
 
 def run(peer: StandIn, lm, folder: Path, evals: str = ALL, given=None, **settings) -> SAE:
@@ -98,6 +116,29 @@ def test_a_missing_sae_bench_is_told_with_the_two_commands_that_install_it(pytho
         find_suite(SuiteFlags("core", python))
     assert "`python -m venv " in str(told.value) and "pip install sae-bench==0.6.0" in str(told.value)
     assert "\n" not in str(told.value) and "--suite-python" in str(told.value)
+
+
+@pytest.mark.parametrize("names", [None, ["fancyzhx/ag_news", "codeparrot/github-code"]])
+def test_a_data_set_that_runs_code_needs_the_flag(names, peer, tmp_path):
+    config = tmp_path / "suite.yaml"
+    config.write_text(yaml.safe_dump({"sparse-probing": {"dataset_names": names} if names else {}}))
+    flags = SuiteFlags("sparse-probing", peer.python, config)
+    with pytest.raises(UserError, match="codeparrot/github-code, which runs code from the hub: give --trust-remote-c"):
+        find_suite(flags)
+    assert find_suite(flags, trust_remote_code=True)
+    config.write_text(yaml.safe_dump({"sparse-probing": {"dataset_names": ["fancyzhx/ag_news"]}}))
+    assert find_suite(flags)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_data_sets_run_code_where_the_flag_allows_it_alone(allowed, peer, speller, tmp_path):
+    folder = write_sae(tmp_path / "sae", "relu", "float32")
+    given = {"dataset": "generated"}
+    with Display() as display:
+        settings = resolve(given | {"trust_remote_code": allowed})
+        run_suite(ask(peer, "core", core=FEW), load_sae(folder), speller, folder, settings, given, folder, display)
+    [note] = peer.notes("loaded")
+    assert note["trust_remote_code"] is allowed
 
 
 def test_settings_are_read_by_eval(peer, tmp_path):
@@ -321,7 +362,7 @@ def test_the_command_line_puts_the_numbers_on_the_page(peer, tmp_path, monkeypat
     folder = write_sae(tmp_path / "sae", "relu", "float32")
     monkeypatch.setattr(baselines, "all_scores", lambda *_, **__: {})
     config = tmp_path / "few.yaml"
-    config.write_text(yaml.safe_dump({"core": FEW}))
+    config.write_text(yaml.safe_dump({"core": FEW, "sparse-probing": {"dataset_names": ["fancyzhx/ag_news"]}}))
     flags = ["eval", str(folder), "--eval-words", "600", "--dataset", "generated"]
     monkeypatch.setenv("SAE_BENCH_PYTHON", str(peer.python))
     peer.fail("hub sparse-probing")

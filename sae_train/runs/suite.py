@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sae_train.runs.display import Display
     from sae_train.sae.model import SAE
 
+WITH_CODE = "codeparrot/github-code"  # of sae-bench's data sets, one that is read by code of its own
 BRIDGE = Path(__file__).with_name("suite_bridge.py")
 LOG = "suite.log"
 PACKAGES = ("sae-bench", "sae-lens", "transformer-lens")
@@ -70,8 +71,9 @@ class Suite:
     versions: dict[str, str]
 
 
-def find_suite(flags: SuiteFlags) -> Suite | None:
-    """Read what was asked for; UserError for what is no eval, and for an interpreter without sae-bench."""
+def find_suite(flags: SuiteFlags, trust_remote_code: bool = False) -> Suite | None:
+    """Read what was asked for; UserError for what is no eval, for an interpreter without sae-bench, and for a data set
+    that runs code unless that is allowed."""
     if flags.suite is None:
         if flags.suite_config:
             raise UserError("--suite-config is read with --suite alone: name the evals, such as --suite core")
@@ -81,8 +83,15 @@ def find_suite(flags: SuiteFlags) -> Suite | None:
         if name not in FOLDERS:
             why = f" ({REFUSED[name]})" if name in REFUSED else ""
             raise UserError(f"--suite cannot run {name!r}{why}: it runs {', '.join(FOLDERS)}")
+    settings = _settings(flags.suite_config)
+    names = settings.get("sparse-probing", {}).get("dataset_names", [WITH_CODE])
+    if "sparse-probing" in evals and WITH_CODE in names and not trust_remote_code:
+        raise UserError(
+            f"sparse-probing reads {WITH_CODE}, which runs code from the hub: give --trust-remote-code, or name other "
+            "data sets by dataset_names in --suite-config"
+        )
     python = _python(flags)
-    return Suite(evals, python, _settings(flags.suite_config), _versions(python))
+    return Suite(evals, python, settings, _versions(python))
 
 
 def _python(flags: SuiteFlags) -> str:

@@ -3,9 +3,10 @@
     PYTHON suite_bridge.py JOB.json
 
 PYTHON is of an environment with sae-bench; nothing of sae-train is imported. Each eval that is done is told by a line
-"@suite done NAME FILE", what goes wrong by the job's answer file. Two things of sae-bench are put aside. It asks
+"@suite done NAME FILE", what goes wrong by the job's answer file. Three things of sae-bench are put aside. It asks
 TransformerLens for a model by name; one that has no name there (a folder, most ids of the hub) is read by
-TransformerLens' bridge to transformers. And what is not at hand it asks for again and again, for minutes.
+TransformerLens' bridge to transformers. Data sets may run code of their own; here, where the user says so. And what is
+not at hand it asks for again and again, for minutes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main(job_file: Path) -> int:
     job = json.loads(job_file.read_text())
     name = "set-up"
     try:
-        with _own_model(job):
+        with _asked_code(job), _own_model(job):
             for name in job["evals"]:
                 print(f"\n@suite begin {name}", flush=True)
                 file = EVALS[name](job, _load_sae(job), dict(job["settings"].get(name) or {}))
@@ -68,6 +69,23 @@ def _kind(error: BaseException | None) -> str:
             return "hub"
         error = error.__cause__ or error.__context__
     return "other"
+
+
+@contextlib.contextmanager
+def _asked_code(job: dict[str, Any]) -> Iterator[None]:
+    """Let data sets run code from the hub only where the job says so."""
+    import datasets
+
+    load = datasets.load_dataset
+
+    @functools.wraps(load)
+    def asked(*args: Any, **options: Any) -> Any:
+        if "trust_remote_code" in options:
+            options["trust_remote_code"] = job["trust_remote_code"]
+        return load(*args, **options)
+
+    with mock.patch.object(datasets, "load_dataset", asked):
+        yield
 
 
 @contextlib.contextmanager
