@@ -84,8 +84,8 @@ def find_suite(flags: SuiteFlags, trust_remote_code: bool = False) -> Suite | No
             why = f" ({REFUSED[name]})" if name in REFUSED else ""
             raise UserError(f"--suite cannot run {name!r}{why}: it runs {', '.join(FOLDERS)}")
     settings = _settings(flags.suite_config)
-    names = settings.get("sparse-probing", {}).get("dataset_names", [WITH_CODE])
-    if "sparse-probing" in evals and WITH_CODE in names and not trust_remote_code:
+    names = settings.get("sparse-probing", {}).get("dataset_names", WITH_CODE)
+    if "sparse-probing" in evals and WITH_CODE in str(names) and not trust_remote_code:
         raise UserError(
             f"sparse-probing reads {WITH_CODE}, which runs code from the hub: give --trust-remote-code, or name other "
             "data sets by dataset_names in --suite-config"
@@ -218,10 +218,8 @@ def _run(suite: Suite, job: Path, out: Path, display: Display) -> Iterator[tuple
     env = {**os.environ, "JAXTYPING_DISABLE": "1", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     doing, log, left = "set-up", job.with_name(LOG), set(read_json(job)["evals"])
     command = [suite.python, str(BRIDGE), str(job)]
-    with (
-        log.open("w", encoding="utf-8") as file,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env) as process,
-    ):
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}  # it may not ask
+    with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, env=env, **pipes) as process:
         try:
             display("sae-bench: starting")
             for line in _lines(process.stdout):
