@@ -35,6 +35,7 @@ from sae_train.sae.model import SAE, SAEConfig
 
 ALL = "core,sparse-probing,scr,tpp"
 LOSSES = ("metrics/ce_loss_score", "metrics/kl_div_with_sae")
+UNKNOWN_TEXT = {"text_column": "text"}
 FEW = {"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1, "batch_size_prompts": 4}
 
 
@@ -60,6 +61,8 @@ def opened_once(monkeypatch, request):
     def find(lm, sae, checkpoint, settings, given):
         if given == {"dataset": "generated"}:
             return request.getfixturevalue("embedded_rows")
+        if given == UNKNOWN_TEXT:
+            return None, "it does not say what text it was trained on"
         return corpus_rows(lm, sae, checkpoint, settings, given)
 
     monkeypatch.setattr(suites, "corpus_rows", find)
@@ -235,7 +238,7 @@ def test_sizes_of_the_core_eval_are_whole_numbers(core, peer, speller, tmp_path)
 
 @pytest.mark.parametrize(
     ("core", "given", "dataset"),
-    [({}, {}, "Skylion007/openwebtext"), ({"dataset": "lighteval/MATH"}, None, "lighteval/MATH")],
+    [({}, UNKNOWN_TEXT, "Skylion007/openwebtext"), ({"dataset": "lighteval/MATH"}, None, "lighteval/MATH")],
 )
 def test_without_a_text_of_the_sae_or_with_a_named_one_sae_bench_reads_it_itself(
     core, given, dataset, peer, speller, tmp_path
