@@ -183,8 +183,8 @@ def _by_config(name: str, module: str, config: str, folder: str, **fixed: Any) -
         own = {"model_name": job["model_name"], **fixed}
         allowed = [field.name for field in fields(kind) if field.name not in own]
         size = LLM_NAME_TO_BATCH_SIZE.get(job["model_name"], LLM_BATCH)
-        asked = {"random_seed": SEED, "llm_batch_size": size, "llm_dtype": job["dtype"], **given}
-        settings = _check(name, kind, asked | own, [*allowed, *own])
+        defaults = {"random_seed": SEED, "llm_batch_size": size, "llm_dtype": job["dtype"]}
+        settings = _check(name, kind, given, allowed, **defaults, **own)
         out = Path(job["out"])
         importlib.import_module(f"sae_bench.evals.{module}.main").run_eval(
             settings, [(job["name"], sae)], job["device"], str(out if module == "scr_and_tpp" else out / folder),
@@ -196,13 +196,13 @@ def _by_config(name: str, module: str, config: str, folder: str, **fixed: Any) -
     return run
 
 
-def _check(name: str, kind: Any, given: dict[str, Any], allowed: list[str]) -> Any:
-    """The settings as sae-bench's own class of them."""
+def _check(name: str, kind: Any, given: dict[str, Any], allowed: list[str], **own: Any) -> Any:
+    """What a user gave, beside our `own`, as sae-bench's class of settings."""
     unknown = sorted(given.keys() - set(allowed))
     if unknown:
         raise Refused(f"{name} has no setting {', '.join(unknown)}: there are {', '.join(sorted(allowed))}")
     try:
-        return kind(**given)
+        return kind(**own | given)
     except ValueError as error:
         raise Refused(f"{name}: {' '.join(str(error).split())}") from None
 
