@@ -16,7 +16,7 @@ import cyclopts
 from cyclopts import App, Group, Parameter
 
 from sae_train.config import Settings, resolve
-from sae_train.config.flags import EvalFlags, ExportFlags, TrainFlags
+from sae_train.config.flags import EvalFlags, ExportFlags, SuiteFlags, TrainFlags
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def evaluate(
     checkpoint: Path,
     *,
     flags: Annotated[EvalFlags | None, FLAT] = None,
+    suite: Annotated[SuiteFlags | None, FLAT] = None,
     out: Path | None = None,
     folder: str | None = None,
     allow_pickle: bool = False,
@@ -139,6 +140,7 @@ def evaluate(
     """Run the absorption eval on a finished SAE (ours, or another library's: docs/loading.md names the layouts).
 
     Writes absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and the page absorption.html.
+    With --suite, sae-bench's own evals follow (docs/sae_bench.md).
 
     Parameters
     ----------
@@ -152,8 +154,11 @@ def evaluate(
         read pickled weights, dictionary_learning's and Qwen-Scope's (tensors alone are taken from them)
     """
     from sae_train.runs.evaluation import evaluate_checkpoint
+    from sae_train.runs.suite import find_suite
 
-    evaluate_checkpoint(checkpoint, vars(flags or EvalFlags()), out, folder, allow_pickle)
+    given = vars(flags or EvalFlags())
+    found = find_suite(suite or SuiteFlags(), bool(given["trust_remote_code"]))
+    evaluate_checkpoint(checkpoint, given, out, folder, allow_pickle, found)
 
 
 @app.command

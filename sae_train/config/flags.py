@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
@@ -78,4 +79,29 @@ class ExportFlags:
     ] = None
     model_id: Annotated[
         str | None, _asked("Neuronpedia's name of the model, such as gpt2-small; default: made from the run's")
+    ] = None
+
+
+@dataclass(frozen=True)
+class SuiteFlags:
+    """Which evals of sae-bench are run beside our own, where, and with what settings of theirs."""
+
+    suite: Annotated[
+        str | None,
+        _asked(
+            "evals of sae-bench to run as well, a comma list of core, sparse-probing, scr, tpp; their results stand "
+            "in eval_results and on the page"
+        ),
+    ] = None
+    suite_python: Annotated[
+        Path | None,
+        Parameter(
+            help="python of an environment with sae-bench; default: this one, where it has sae-bench",
+            group="Parameters",
+            env_var="SAE_BENCH_PYTHON",
+        ),
+    ] = None
+    suite_config: Annotated[
+        Path | None,
+        _asked("YAML file with sae-bench's own settings by eval, such as {core: {n_eval_reconstruction_batches: 4}}"),
     ] = None

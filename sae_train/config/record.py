@@ -250,6 +250,29 @@ class EvalFile(Record):
     eval_result_unstructured: EvalDetails
 
 
+class SuiteEntry(Record):
+    """What is known of one eval of sae-bench beside its own file of results."""
+
+    file: Name
+    sae: str
+    key: str
+    text: str | None
+    ours: Figures
+    versions: dict[str, str]
+
+
+class SuiteRecord(Record):
+    """eval_results/suite.json."""
+
+    evals: dict[str, SuiteEntry]
+
+
+class SuiteResult(Record):
+    """One of sae-bench's files of results, as far as the page shows it."""
+
+    eval_result_metrics: dict[str, dict[str, Number | None]]
+
+
 def read_run(folder: Path, model: type[RunRecord] = RunRecord) -> dict[str, Any]:
     """Read a run's run.json, whose values then have their types; UserError if they have not."""
     path = folder / "run.json"

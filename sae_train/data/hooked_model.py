@@ -21,6 +21,8 @@ from sae_train.data.pretrained import special_ids
 from sae_train.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jaxtyping import Float, Int
     from torch import Tensor, nn
     from transformers import Cache
@@ -236,6 +238,13 @@ class LanguageModel:
         logits = head(self._norm(rows) if self._norm is not None else rows).float()
         logits = logits[:-1] - logits[-1]
         return (logits - logits.mean(1, keepdim=True)).cpu()
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer as a Hugging Face folder; weights of a GGUF file are written whole."""
+        if hasattr(self._model.config, "quantization_config"):
+            del self._model.config.quantization_config
+        self._model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def _forward(self, tokens: Tensor, cache: Cache | None = None) -> Any:
         n = tokens.shape[1] + (cache.get_seq_length() if cache is not None else 0)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sae_train.evals.result import AbsorptionResult
+    from sae_train.report.suite import SuiteTable
 
 
 def write_report(run_folder: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -45,17 +46,18 @@ def export_report(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
 
 def write_eval_page(
     result: AbsorptionResult, baselines: dict[str, dict[str, float]], interventions: pd.DataFrame | None,
-    about: dict[str, str], out: Path,
+    about: dict[str, str], out: Path, suite: Sequence[SuiteTable] = (),
 ) -> Path:  # fmt: skip
     """Write the page of one evaluated SAE.
 
     baselines holds figures such as mean_full by name: random, shuffled_labels, random_directions, probe; about holds
     lines such as SAE, model, hook. interventions has a row a word: letter, word, absorber, clean and the changes of
-    the answer's margin in logits. Raises UserError for a page that cannot be written.
+    the answer's margin in logits; suite holds what sae-bench's own evals found. Raises UserError for a page that cannot
+    be written.
     """
     from sae_train.report.eval_page import eval_page
 
-    return _write(Path(out), eval_page(result, baselines, interventions, about))
+    return _write(Path(out), eval_page(result, baselines, interventions, about, suite))
 
 
 def _write(path: Path, text: str) -> Path:

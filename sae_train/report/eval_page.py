@@ -16,16 +16,19 @@ from sae_train.report.text import duration, noun_of
 from sae_train.report.words import word_columns, word_lists
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
     from sae_train.evals.result import AbsorptionResult
+    from sae_train.report.suite import SuiteTable
 
 RECALL = "absorption/mean_recall_main"
 
 
 def eval_page(
     result: AbsorptionResult, baselines: dict[str, dict[str, float]], interventions: pd.DataFrame | None,
-    about: dict[str, str],
+    about: dict[str, str], suite: Sequence[SuiteTable] = (),
 ) -> str:  # fmt: skip
     """Return the whole page; an invalid result gets its reason and no score."""
     sae = record_of(result, baselines, about)
@@ -45,6 +48,7 @@ def eval_page(
         words=words,
         cut=cut,
         latents=[],
+        suite=suite,
         settings=_settings(result, about),
     )
 

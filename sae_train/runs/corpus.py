@@ -5,12 +5,15 @@ that its own run held out, so that the run and its evaluation have the same rand
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import LOCAL_NAMES, Settings, flat, resolve
 from sae_train.config.record import RunRecord, at_hook, read_run
+from sae_train.data.buffer import held_out_activations
 from sae_train.data.outliers import is_kept, norm_limit
+from sae_train.data.sources import Language
 from sae_train.data.text_source import check_text, open_text
 from sae_train.errors import UserError, first_line
 from sae_train.runs.folder import restore_settings, run_of
@@ -73,6 +76,43 @@ def _find_text(
     return of_text, None if given.get("model") or given.get("hook") else norm_limit_of(own, of_text)
 
 
+def corpus_rows(
+    lm: LanguageModel, sae: SAE, checkpoint: Path, settings: Settings, given: dict[str, Any]
+) -> tuple[Corpus | None, str]:
+    """The held-out text itself, in rows of tokens, with its name; else as `corpus_activations`."""
+    try:
+        of_text, limit = _find_text(sae, checkpoint, settings, given)
+        if of_text.data.dataset is None:
+            return None, _unknown(sae)
+        text = open_text(lm, of_text, current())
+        language = Language(lm, text.stream.held_out, text.drop_ids, text.skip_first)
+        return Corpus(language, of_text.outlier_norm, limit), of_text.dataset
+    except UserError as error:
+        if given.get("dataset"):
+            raise
+        return None, first_line(error)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Rows of held-out text, and what of them a run leaves out."""
+
+    language: Language
+    outlier_norm: float | None
+    limit: float | None
+    """the largest norm that is no outlier's, where it is known"""
+
+    def first(self, n_rows: int, context: int) -> Corpus:
+        """So many rows, each cut to a context."""
+        return replace(self, language=replace(self.language, rows=self.language.rows[:n_rows, :context]))
+
+    def activations(self) -> Tensor:
+        """Those that SAEs are trained on."""
+        lm, text = self.language.lm, self.language
+        x = held_out_activations(lm, text.rows, text.drop_ids, skip_first=text.skip_first).to(lm.device)
+        return _without_outliers(x, self.outlier_norm, self.limit)
+
+
 def norm_limit_of(info: dict[str, Any], settings: Settings) -> float | None:
     """The norm above which the run left activations out."""
     left_out, norm = info.get("outliers"), settings.outlier_norm
@@ -82,9 +122,13 @@ def norm_limit_of(info: dict[str, Any], settings: Settings) -> float | None:
 def _activations(lm: LanguageModel, settings: Settings, limit: float | None) -> Tensor:
     """Those of the held-out text that a run measures its figures on."""
     x = open_text(lm, settings, current()).held_out(settings.data.held_out_tokens).to(lm.device)
-    if settings.outlier_norm is not None:
-        x = x[is_kept(x, norm_limit(x, settings.outlier_norm) if limit is None else limit)]
-    return split_held_out(x)[0]
+    return split_held_out(_without_outliers(x, settings.outlier_norm, limit))[0]
+
+
+def _without_outliers(x: Tensor, outlier_norm: float | None, limit: float | None) -> Tensor:
+    if outlier_norm is None:
+        return x
+    return x[is_kept(x, norm_limit(x, outlier_norm) if limit is None else limit)]
 
 
 def _unknown(sae: SAE) -> str:

@@ -20,18 +20,20 @@ if TYPE_CHECKING:
     from sae_train.evals.absorption import AbsorptionResult
     from sae_train.evals.assets import Assets
     from sae_train.runs.display import Display
+    from sae_train.runs.suite import Suite
     from sae_train.sae.model import SAE
 
 
 def evaluate_checkpoint(
     checkpoint: Path, given: dict[str, Any], out: Path | None = None, folder: str | None = None,
-    allow_pickle: bool = False,
+    allow_pickle: bool = False, suite: Suite | None = None,
 ) -> AbsorptionResult:  # fmt: skip
     """Run the absorption eval on a saved SAE with its baselines and interventions; print and write what it says.
 
     The SAE is a local folder's or, with a repo's name and a `folder` in it, the hub's, which needs `out`.
     `given` holds settings by flag name; the model and the hook default to what the checkpoint says. Written are
-    absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and absorption.html.
+    absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and absorption.html. `suite` names
+    evals of sae-bench that follow.
     """
     from sae_train.runs.display import Display
     from sae_train.runs.process import prepare_process
@@ -47,11 +49,12 @@ def evaluate_checkpoint(
     if current().size > 1:
         raise UserError("sae-train eval is the work of one process: start it without torchrun")
     with Display() as display:
-        return _evaluate(sae, checkpoint, settings, given, Path(out or checkpoint), display)
+        return _evaluate(sae, checkpoint, settings, given, Path(out or checkpoint), display, suite)
 
 
 def _evaluate(
-    sae: SAE, checkpoint: Path, settings: Settings, given: dict[str, Any], out: Path, display: Display
+    sae: SAE, checkpoint: Path, settings: Settings, given: dict[str, Any], out: Path, display: Display,
+    suite: Suite | None,
 ) -> AbsorptionResult:  # fmt: skip
     from sae_train.data.sources import kind_of
     from sae_train.evals import absorption, baselines
@@ -59,6 +62,7 @@ def _evaluate(
     from sae_train.evals.latents import encode
     from sae_train.runs.callbacks import build_assets
     from sae_train.runs.corpus import check_asked, corpus_activations
+    from sae_train.runs.suite import run_suite
     from sae_train.runs.summary import absorption_line
     from sae_train.sae.files import SPARSITY, save_sparsity
     from sae_train.training.ranks import choose_device
@@ -84,9 +88,16 @@ def _evaluate(
         beside = baselines.all_scores(sae, text, built, result, lm, display)
     for line in [*own_notes, *notes, absorption_line(result.metrics(), beside.get("random"), how.hierarchy)]:
         display.say(line)
+    changes = None
     if result.valid:
         display("trying interventions")
-        written = write(beside, interventions(sae, lm, built, result, seed=result.seed))
+        changes = interventions(sae, lm, built, result, seed=result.seed)
+        written = write(beside, changes)
+    if suite:
+        try:
+            run_suite(suite, sae, lm, checkpoint, settings, given, out, display)
+        finally:
+            written = write(beside, changes)  # what was done stands on the page
     display.say(f"written: {', '.join(map(str, written))}")
     return result
 
@@ -116,6 +127,8 @@ def _write_evaluation(
     beside: dict[str, dict], changes: pd.DataFrame | None,
 ) -> list[Path]:  # fmt: skip
     from sae_train.report import write_eval_page
+    from sae_train.report.suite import suite_tables
+    from sae_train.runs.suite import identity_of
 
     out.mkdir(parents=True, exist_ok=True)
     about = {
@@ -129,7 +142,8 @@ def _write_evaluation(
         write_parquet(paths[2], changes)
     else:
         paths[2].unlink(missing_ok=True)
-    paths.append(write_eval_page(result, beside, changes, about, out / "absorption.html"))
+    suite = suite_tables(out, identity_of(sae))
+    paths.append(write_eval_page(result, beside, changes, about, out / "absorption.html", suite))
     return [path for path in paths if path.exists()]
 
 
