@@ -112,19 +112,28 @@ def _set_up(data: pd.DataFrame) -> list[str]:
 
 def _scores(data: pd.DataFrame) -> list[str]:
     lines = [
-        "| model, SAE | score | `each`, mean of n seeds | 64, mean | draws apart, same seed: mean (largest) | "
-        "two seeds of `each` apart: mean (largest) |",
-        "|---|---|---|---|---|---|",
+        "| model, SAE | score | `each`, mean of n seeds | 64, mean | 64 minus `each`, 95 % | draws apart, same seed: "
+        "mean (largest) | two seeds of `each` apart: mean (largest) |",
+        "|---|---|---|---|---|---|---|",
     ]
     for (model, sae), some in data.groupby(["model", "sae"], sort=False):
         for score in ("fraction", "full"):
-            each, shared = (some[some["contexts"] == str(draw)].set_index("seed")[score] for draw in DRAWS)
-            draws = (shared - each).abs().dropna()
+            each, shared = (some[some["contexts"] == str(draw)].set_index("seed")[score].dropna() for draw in DRAWS)
+            shift = (shared - each).dropna()
             seeds = [abs(b - a) for a, b in combinations(each, 2)]
-            apart = f"{draws.mean():.4f} ({draws.max():.4f}) | {mean(seeds):.4f} ({max(seeds):.4f})"
-            means = f"{each.mean():.4f} (n = {len(each)}) | {shared.mean():.4f}"
-            lines.append(f"| {model}, {sae} | {score} | {means} | {apart} |")
+            apart = f"{shift.abs().mean():.4f} ({shift.abs().max():.4f}) | {mean(seeds):.4f} ({max(seeds):.4f})"
+            means = " | ".join(f"{scores.mean():.4f} (n = {len(scores)})" for scores in (each, shared))
+            lines.append(f"| {model}, {sae} | {score} | {means} | {_interval(shift)} | {apart} |")
     return lines
+
+
+def _interval(differences: pd.Series) -> str:
+    """Student's, over eval seeds."""
+    from scipy import stats
+
+    middle, error = differences.mean(), differences.sem()
+    reach = stats.t.ppf(0.975, len(differences) - 1) * error
+    return f"{middle:+.3f} [{middle - reach:+.3f}, {middle + reach:+.3f}]"
 
 
 def _arguments() -> argparse.Namespace:
