@@ -55,7 +55,8 @@ def main(job_file: Path) -> int:
         answer = {"eval": name, "kind": _kind(error), "error": f"{type(error).__name__}: {error}"}
         if isinstance(error, Refused):
             answer["error"] = str(error)
-        Path(job["answer"]).write_text(json.dumps(answer))
+        temporary = Path(job["answer"])  # in the job's folder, which is removed
+        temporary.write_text(json.dumps(answer))
         return 1
     return 0
 
