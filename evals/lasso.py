@@ -196,9 +196,9 @@ class _Problem:
             transposed = _sparse(pad(end, (1, 0)), rows, values, (m, self.n))
             products = _dense_product(transposed, _sparse(ptr, column[order], weighted[order], (self.n, m)))
         else:
-            dense = values.new_zeros(m, self.n)
-            dense.view(-1).scatter_(0, (column * self.n).add_(rows), values)
-            products = dense @ (dense * curvature).T
+            dense, root = values.new_zeros(m, self.n), curvature.sqrt()
+            dense.view(-1).scatter_(0, (column * self.n).add_(rows), values * root.index_select(0, rows))
+            products = dense @ dense.T
         return torch.cat([values.new_zeros(m).index_add_(0, column, weighted)[:, None], products], 1)
 
     def line_search(self, slope: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:

@@ -4,10 +4,11 @@ that its own run held out, so that the run and its evaluation have the same rand
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sae_train.config import LOCAL_NAMES, Settings, flat, resolve
 from sae_train.config.record import RunRecord, at_hook, read_run
@@ -21,11 +22,14 @@ from sae_train.runs.stream import split_held_out
 from sae_train.training.ranks import current
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from sae_train.data.language_model import LanguageModel
     from sae_train.sae.model import SAE
 
+T = TypeVar("T")
 ASKED = ("dataset", "text_column")  # that a user may name
 
 
@@ -43,11 +47,26 @@ def corpus_activations(
     A text that the user named (`given`) comes first, then that of the SAE's run, then one that is here by its name.
     UserError where a named one cannot be read.
     """
+    return _read(sae, checkpoint, settings, given, functools.partial(_activations, lm))
+
+
+def corpus_rows(
+    lm: LanguageModel, sae: SAE, checkpoint: Path, settings: Settings, given: dict[str, Any]
+) -> tuple[Corpus | None, str]:
+    """The held-out text itself, in rows of tokens, with its name; else as `corpus_activations`."""
+    return _read(sae, checkpoint, settings, given, functools.partial(_rows, lm))
+
+
+def _read(
+    sae: SAE, checkpoint: Path, settings: Settings, given: dict[str, Any],
+    read: Callable[[Settings, float | None], T],
+) -> tuple[T | None, str]:  # fmt: skip
+    """What is read of an SAE's text, with its name, or None with the reason."""
     try:
         of_text, limit = _find_text(sae, checkpoint, settings, given)
         if of_text.data.dataset is None:
             return None, _unknown(sae)
-        return _activations(lm, of_text, limit), of_text.dataset
+        return read(of_text, limit), of_text.dataset
     except UserError as error:
         if given.get("dataset"):
             raise
@@ -74,23 +93,6 @@ def _find_text(
     of_text = resolve(flat(begun) | {"dataset": begun.dataset} | fresh)
     own = at_hook(info, sae.cfg.hook_name)
     return of_text, None if given.get("model") or given.get("hook") else norm_limit_of(own, of_text)
-
-
-def corpus_rows(
-    lm: LanguageModel, sae: SAE, checkpoint: Path, settings: Settings, given: dict[str, Any]
-) -> tuple[Corpus | None, str]:
-    """The held-out text itself, in rows of tokens, with its name; else as `corpus_activations`."""
-    try:
-        of_text, limit = _find_text(sae, checkpoint, settings, given)
-        if of_text.data.dataset is None:
-            return None, _unknown(sae)
-        text = open_text(lm, of_text, current())
-        language = Language(lm, text.stream.held_out, text.drop_ids, text.skip_first)
-        return Corpus(language, of_text.outlier_norm, limit), of_text.dataset
-    except UserError as error:
-        if given.get("dataset"):
-            raise
-        return None, first_line(error)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ def _activations(lm: LanguageModel, settings: Settings, limit: float | None) -> 
     """Those of the held-out text that a run measures its figures on."""
     x = open_text(lm, settings, current()).held_out(settings.data.held_out_tokens).to(lm.device)
     return split_held_out(_without_outliers(x, settings.outlier_norm, limit))[0]
+
+
+def _rows(lm: LanguageModel, settings: Settings, limit: float | None) -> Corpus:
+    text = open_text(lm, settings, current())
+    return Corpus(Language(lm, text.stream.held_out, text.drop_ids, text.skip_first), settings.outlier_norm, limit)
 
 
 def _without_outliers(x: Tensor, outlier_norm: float | None, limit: float | None) -> Tensor:

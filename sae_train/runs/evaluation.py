@@ -127,7 +127,7 @@ def _write_evaluation(
     beside: dict[str, dict], changes: pd.DataFrame | None,
 ) -> list[Path]:  # fmt: skip
     from sae_train.report import write_eval_page
-    from sae_train.report.suite import suite_tables
+    from sae_train.report.suite import read_record, suite_tables
     from sae_train.runs.suite import identity_of
 
     out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def _write_evaluation(
         write_parquet(paths[2], changes)
     else:
         paths[2].unlink(missing_ok=True)
-    suite = suite_tables(out, identity_of(sae))
+    suite = suite_tables(out, identity_of(sae)) if read_record(out) else []
     paths.append(write_eval_page(result, beside, changes, about, out / "absorption.html", suite))
     return [path for path in paths if path.exists()]
 

@@ -70,11 +70,13 @@ def run_study(file: Path, out: Path) -> tuple[Path, list[str], list[str]]:
 
 def _write_so_far(parts: Sequence[Settings], out: Path) -> None:
     """Write the page of the parts that have ended, unless that is all of them or nothing can be compared yet."""
-    missing = [part for part in parts if not _ended(part)]
-    if missing:
+    there = [_ended(part) for part in parts]
+    if not all(there):
+        print(f"writing the page of the {sum(there)} parts so far", flush=True)
         with suppress(UserError):
-            ended = [_folder(part) for part in parts if part not in missing]
-            write_study(ended, out, missing=[part.run.name for part in missing])
+            ended = [_folder(part) for part, has_ended in zip(parts, there, strict=True) if has_ended]
+            missing = [part.run.name for part, has_ended in zip(parts, there, strict=True) if not has_ended]
+            write_study(ended, out, missing)
 
 
 def _check(parts: Sequence[Settings], to_plan: Sequence[Settings]) -> dict[tuple, Plan]:
