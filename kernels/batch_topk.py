@@ -36,11 +36,25 @@ def pre_batch_topk(x, W_enc, b_enc, b_dec, count: int, floor: Float[Tensor, ""])
         values, flat = largest(_slabs(centred, W_enc, b_enc), count, floor)
         if values.numel() < count and floor > 0:
             values, flat = largest(_slabs(centred, W_enc, b_enc), count, torch.zeros_like(floor))
-        d_sae = W_enc.shape[1]
-        counts = torch.bincount(flat // d_sae, minlength=x.shape[0])
-        pattern = Pattern(flat % d_sae, nnf.pad(counts.cumsum(0), (1, 0)), d_sae)
+        pattern = _pattern_of(flat, x.shape[0], W_enc.shape[1])
         smallest = values.amin() if values.numel() else torch.zeros_like(floor)
     return _Encode.apply(x, W_enc, b_enc, b_dec, centred, values, pattern), pattern, smallest
+
+
+@torch.no_grad()
+def candidates(x, W_enc, b_enc, b_dec, count: int, floor: Float[Tensor, ""]) -> tuple[Tensor, Pattern]:
+    """Return the `count` largest pre-activations above floor and 0, or all if fewer, flat, and their pattern.
+
+    Ties and order are as in `pre_batch_topk`.
+    """
+    values, flat = largest(_slabs(x - b_dec, W_enc, b_enc), count, floor)
+    return values, _pattern_of(flat, x.shape[0], W_enc.shape[1])
+
+
+def _pattern_of(flat: Int[Tensor, " n"], batch: int, d_sae: int) -> Pattern:
+    """The pattern of ascending positions token·d_sae + latent."""
+    counts = torch.bincount(flat // d_sae, minlength=batch)
+    return Pattern(flat % d_sae, nnf.pad(counts.cumsum(0), (1, 0)), d_sae)
 
 
 def largest(slabs: Iterable[Tensor], count: int, floor: Float[Tensor, ""]) -> tuple[Tensor, Int[Tensor, " n"]]:

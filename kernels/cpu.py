@@ -131,6 +131,13 @@ def pre_topk(x, W_enc, b_enc, b_dec, k: int) -> tuple[Tensor, Pattern]:
     return _Encode.apply(x, W_enc, b_enc, b_dec, centred, pre.view(-1), pattern), pattern
 
 
+def pre_at(x, W_enc, b_enc, b_dec, pre, pattern: Pattern) -> Tensor:
+    """Return the pre-activations at a pattern's entries, which are `pre`, as differentiable ones."""
+    with torch.no_grad():
+        centred = x - b_dec
+    return _Encode.apply(x, W_enc, b_enc, b_dec, centred, pre, pattern)
+
+
 def _above(centred, W_enc, b_enc, floor: Tensor | float, few: bool) -> tuple[Tensor, Pattern]:
     """Return the pre-activations above floor, row after row, and their pattern. NaN is above any floor."""
     pays = few and screen.pays(centred, W_enc.shape[1])

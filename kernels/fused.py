@@ -161,6 +161,13 @@ def pre_topk(x, W_enc, b_enc, b_dec, k: int) -> tuple[Tensor, Pattern]:
     return _Encode.apply(x, W_enc, b_enc, b_dec, centred, values.view(-1), pattern), pattern
 
 
+def pre_at(x, W_enc, b_enc, b_dec, pre, pattern: Pattern) -> Tensor:
+    """Return the pre-activations at a pattern's entries, which are `pre`, as differentiable ones."""
+    with torch.no_grad():
+        centred = _centre(x, W_enc, b_dec)
+    return _Encode.apply(x, W_enc, b_enc, b_dec, centred, pre, pattern)
+
+
 def pre_above(x, W_enc, b_enc, b_dec, floor: Tensor | float, crossover: Crossover | None = None):
     """Return the pre-activations above floor (scalar or (d_sae,)), flat, differentiable, and their pattern."""
     with torch.no_grad():

@@ -17,12 +17,12 @@ from torch import Tensor
 from sae_train.errors import UserError
 from sae_train.kernels import batch_topk, cpu
 from sae_train.kernels.crossover import Crossover
-from sae_train.kernels.patterns import Pattern, kth_largest, row_pattern, sum_at
+from sae_train.kernels.patterns import Pattern, kth_largest, row_pattern, select_entries, sum_at
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["Crossover", "Pattern", "kth_largest", "sum_at"]  # handed through; the rest is below
+__all__ = ["Crossover", "Pattern", "kth_largest", "select_entries", "sum_at"]  # handed through; the rest is below
 IMPLEMENTATIONS = ("triton", "reference")
 
 
@@ -113,6 +113,11 @@ def active_topk(x, W_enc, b_enc, b_dec, k: int, impl: str | None = None) -> tupl
     return _twin(impl, x).pre_topk(x, W_enc, b_enc, b_dec, k)
 
 
+def active_at(x, W_enc, b_enc, b_dec, pre, pattern: Pattern, impl: str | None = None) -> Tensor:
+    """Return pre-activations that were selected before, `pre` at a pattern's entries, as differentiable (training)."""
+    return _twin(impl, x).pre_at(x, W_enc, b_enc, b_dec, pre, pattern)
+
+
 def active_above(
     x, W_enc, b_enc, b_dec, floor, impl: str | None = None, crossover: Crossover | None = None
 ) -> tuple[Tensor, Pattern]:
@@ -184,6 +189,15 @@ def active_batch_topk(x, W_enc, b_enc, b_dec, count: int, floor: Tensor, impl: s
     """
     _plain_only(impl, "active_batch_topk")
     return batch_topk.pre_batch_topk(x, W_enc, b_enc, b_dec, count, floor)
+
+
+def batch_candidates(x, W_enc, b_enc, b_dec, count: int, floor: Tensor, impl: str | None = None):
+    """Return the `count` largest pre-activations above floor and 0, or all if fewer: values, and their pattern.
+
+    What of a batch that is split is among the largest of all of it (training). Nothing is differentiable.
+    """
+    _plain_only(impl, "batch_candidates")
+    return batch_topk.candidates(x, W_enc, b_enc, b_dec, count, floor)
 
 
 def decode_blocks(values, pattern: Pattern, edges: Tensor, W_dec, impl: str | None = None) -> Tensor:

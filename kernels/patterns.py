@@ -231,6 +231,12 @@ def _partitions(rows: Tensor) -> bool:
     return few_threads and rows.dtype in (torch.float32, torch.float64)
 
 
+def select_entries(pattern: Pattern, keep: Bool[Tensor, " n"]) -> Pattern:
+    """Return the pattern of those of its entries that are to be kept."""
+    counts = torch.bincount(pattern.tokens[keep], minlength=pattern.offsets.numel() - 1)
+    return Pattern(pattern.latents[keep], nnf.pad(counts.cumsum(0), (1, 0)), pattern.d_sae)
+
+
 def row_pattern(indices: Int[Tensor, "batch k"], d_sae: int) -> Pattern:
     """Return the Pattern of k latents on every token."""
     batch, k = indices.shape

@@ -17,12 +17,13 @@ from cyclopts import App, Group, Parameter
 
 from sae_train.config import Settings, resolve
 from sae_train.config.flags import EvalFlags, ExportFlags, SuiteFlags, TrainFlags
-from sae_train.errors import UserError
+from sae_train.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from sae_train.runs.run import Run
 
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+LOST = ("DistBackendError", "DistNetworkError", "DistStoreError")  # what torch raises where another process is gone
 SOME_FAILED = 3  # exit code of a grid of which some SAEs are finished and others failed
 OTHERS_WAIT = 10.0  # seconds that other processes leave the first one to say what is wrong
 EPILOGUE = """Examples:
@@ -311,13 +312,35 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _complain(text: str) -> None:
+def _processes() -> int:
+    """How many processes a launcher such as torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _explain_machine(error: Exception) -> str | None:
+    """The sentence for memory that ran out and for other processes that are gone; None for any other error."""
+    kind, text = type(error).__name__, str(error)
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return (
+            f"the memory ran out ({first_line(error)}): make room, or go on with more processes, each of which takes a "
+            "share of every batch (torchrun --nproc-per-node N -m sae_train resume RUN); a lower --batch-tokens, "
+            "--buffer-tokens or --width takes a new run"
+        )
+    if _processes() > 1 and (kind in LOST or "gloo" in text or "Connection closed by peer" in text):
+        return (
+            f"another process of the run is gone ({first_line(error)}): sae-train resume RUN, with as many processes, "
+            "goes on from the last state saved"
+        )
+    return None
+
+
+def _complain(text: str, waits: bool = True) -> None:
     """Print a mistake, each line as a sentence of sae-train's.
 
     Of several processes the first speaks: the launcher then ends the others. If it does not, the mistake was not the
-    first one's too, and is said here.
+    first one's too, and is said here. What all but one know may be said by the first two at once (not `waits`).
     """
-    if _rank() > 0:
+    if _rank() > (0 if waits else 1):
         time.sleep(OTHERS_WAIT)
     for line in text.strip().splitlines():
         print(f"sae-train: {line}", file=sys.stderr)
@@ -342,6 +365,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _complain(f"the disk does not take what is to be written{where}: {error.strerror}")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        sentence = _explain_machine(error)
+        if sentence is None:
+            raise
+        _complain(sentence, waits=sentence.startswith("the memory"))
         return 2
     except KeyboardInterrupt:
         return 130

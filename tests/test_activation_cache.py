@@ -1,15 +1,19 @@
 """Activations on disk: the same bits with and without, whatever the model computes in, and nothing stale is read."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import WORDS, save_tiny_model
 
-from sae_train.data.activation_cache import ActivationCache, files_of, key_of
+from sae_train.data.activation_cache import SHARDS, ActivationCache, files_of, key_of
 from sae_train.data.buffer import ActivationBuffer
 from sae_train.data.language_model import LanguageModel, load_language_model
 from sae_train.data.tokens import open_tokens
+from sae_train.errors import UserError
+from sae_train.sae.tensor_files import write_tensors
+from sae_train.training.ranks import Ranks
 
 
 def buffer(lm: LanguageModel, text: Path, cache: ActivationCache | None = None) -> ActivationBuffer:
@@ -28,12 +32,13 @@ def test_batches_are_bit_equal_without_a_cache_while_it_is_written_and_when_it_i
         positions.append(plain.state_dict())
         batches.append(next(plain))
     assert plain.epoch > 0
-    caches = [ActivationCache(tmp_path / "cache", "key", lm.dtype) for _ in range(2)]
+    caches = [ActivationCache(tmp_path / "cache", "key", lm.dtype, Ranks()) for _ in range(2)]
     writing, reading = (buffer(lm, text, cache) for cache in caches)
     assert all(torch.equal(next(writing), x) for x in batches[:45])
     assert (caches[0].n_written, caches[0].n_read) == (15, 0)
-    block = next((tmp_path / "cache").rglob("*.safetensors"))
-    assert block.stat().st_size < 48 * lm.d_in * lm.dtype.itemsize + 2000
+    shards = sorted((tmp_path / "cache/key/block-000002").glob("*.safetensors"))
+    assert len(shards) == SHARDS
+    assert sum(shard.stat().st_size for shard in shards) < 48 * lm.d_in * lm.dtype.itemsize + SHARDS * 200
     with monkeypatch.context() as patched:
         patched.setattr(lm, "activations", None)
         for i in (*range(45), 20, 21):
@@ -46,25 +51,95 @@ def test_batches_are_bit_equal_without_a_cache_while_it_is_written_and_when_it_i
     assert (caches[1].n_written, reading.epoch) == (5, plain.epoch)
 
 
-def test_a_block_that_is_truncated_altered_or_of_another_key_is_none(tmp_path):
-    cache = ActivationCache(tmp_path, "key", torch.bfloat16)
-    x = torch.randn(6, 4).bfloat16().float()
-    for number in range(3):
-        cache.write(number, x, {"skip": 3})
-    files = [cache._folder(number) / "state.safetensors" for number in range(3)]
-    whole = files[0].read_bytes()
-    files[0].write_bytes(whole[:-1])
-    files[1].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert cache.read(0, "cpu") is None and cache.read(1, "cpu") is None and cache.n_replaced == 2
-    block, end = cache.read(2, "cpu")
-    assert torch.equal(block, x) and end == {"skip": 3}
-    assert cache.read(3, "cpu") is None
-    other = ActivationCache(tmp_path, "other", torch.bfloat16)
-    assert other.read(2, "cpu") is None
-    cache._folder(2).rename(other._folder(2).parent.parent / "moved")
-    other._folder(2).parent.mkdir()
-    (tmp_path / "moved").rename(other._folder(2))
-    assert other.read(2, "cpu") is None and other.n_replaced == 1
+def kept(folder: Path, key: str = "key") -> tuple[ActivationCache, list[str]]:
+    """A cache, and what it says."""
+    cache, said = ActivationCache(folder, key, torch.bfloat16, Ranks()), []
+    cache.say = said.append
+    return cache, said
+
+
+def write(cache: ActivationCache, number: int, x: torch.Tensor, order: torch.Tensor) -> None:
+    draft = cache.draft(order, x.shape[1])
+    draft.put(0, x[:7])
+    draft.put(7, x[7:])
+    cache.write(number, draft, {"skip": 3}, "cpu")
+
+
+def flip(byte: int) -> Callable[[Path], object]:
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[byte] ^= 1
+        path.write_bytes(content)
+
+    return damage
+
+
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-2]),
+    "a flipped byte at its end": flip(-1),
+    "a flipped byte in the midst": flip(20),
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.parametrize("file", ["shard-00.safetensors", "shard-15.safetensors", "block.json"])
+def test_a_damaged_shard_is_found_and_said_in_a_sentence(what, file, tmp_path):
+    cache, said = kept(tmp_path)
+    x, order = torch.randn(40, 4).bfloat16().float(), torch.randperm(40)
+    write(cache, 0, x, order)
+    write(cache, 1, x, order)
+    DAMAGES[what](tmp_path / "key" / "block-000001" / file)
+    block = cache.read(0, "cpu")
+    assert torch.equal(block.batch(0, 40), x[order]) and torch.equal(block.batch(11, 29), x[order][11:29])
+    assert block.end == {"skip": 3}
+    assert cache.read(1, "cpu") is None
+    if (what, file) == ("missing", "block.json"):  # as where a process was killed before it had written it all
+        assert not said and not cache.n_replaced
+        return
+    assert len(said) == 1 and file in said[0] and "block 1 is made anew" in said[0] and cache.n_replaced == 1
+    if what != "a folder":
+        write(cache, 1, x, order)
+        assert torch.equal(cache.read(1, "cpu").batch(0, 40), x[order]) and len(said) == 1
+
+
+def test_a_block_that_is_not_there_or_of_another_key_is_none(tmp_path):
+    cache, said = kept(tmp_path)
+    write(cache, 2, torch.randn(40, 4), torch.randperm(40))
+    other, _ = kept(tmp_path, "other")
+    assert cache.read(2, "cpu") and cache.read(3, "cpu") is None and other.read(2, "cpu") is None and not said
+
+
+def test_each_shard_mixes_the_texts_of_its_whole_block(tmp_path):
+    cache, _ = kept(tmp_path)
+    n = 64 * SHARDS
+    document = torch.arange(n).div(64, rounding_mode="floor").float()  # as many documents as shards, one after another
+    write(cache, 0, document[:, None], torch.randperm(n, generator=torch.Generator().manual_seed(0)))
+    block = cache.read(0, "cpu")
+    for i in range(SHARDS):
+        assert len(block.batch(64 * i, 64 * (i + 1)).unique()) >= 10
+
+
+@pytest.mark.parametrize("processes", [2, 3, 16, 20])
+def test_each_row_of_a_block_is_written_by_one_process(processes, tmp_path):
+    x, order = torch.randn(40, 4).bfloat16().float(), torch.randperm(40)
+    rows = []
+    for rank in range(processes):
+        draft = ActivationCache(tmp_path, "key", torch.bfloat16, Ranks(rank, processes)).draft(order, 4)
+        for at in range(0, 40, 7):
+            draft.put(at, x[at : at + 7])
+        rows.append(draft.rows)
+    assert torch.equal(torch.cat(rows).float(), x[order])
+
+
+def test_blocks_of_an_earlier_version_are_refused_in_one_sentence(tmp_path):
+    write_tensors({"x": torch.zeros(2, 2)}, tmp_path / "0123456789abcdef" / "block-000000" / "state.safetensors")
+    with pytest.raises(UserError, match=r"earlier version of sae-train.*remove the folder, or name another"):
+        kept(tmp_path)
 
 
 def test_the_key_follows_settings_contents_and_files(tmp_path):

@@ -11,7 +11,7 @@ from sae_train.kernels import cpu, ops
 from sae_train.runs.plan import make_plan
 from sae_train.sae.model import SAE, SAEConfig
 from sae_train.training.architectures import TRAINED
-from sae_train.training.ranks import Ranks
+from sae_train.training.ranks import Mesh
 
 B, D, F = 12, 5, 64
 PREFIXES = (1 / 8, 1 / 2, 1.0)
@@ -26,7 +26,7 @@ def made(arch: str, l0: float = 3.0):
         for p in sae.parameters():
             p.copy_(0.5 * torch.randn(p.shape, generator=g, dtype=p.dtype))
     settings = TrainSettings(matryoshka_prefixes=PREFIXES)
-    kind = TRAINED[arch](sae, SAESpec(arch=arch, width=F, l0=l0), settings, Ranks())
+    kind = TRAINED[arch](sae, SAESpec(arch=arch, width=F, l0=l0), settings, Mesh())
     x = torch.randn(B, D, generator=g, dtype=torch.float64)
     if form == "jumprelu":
         kind.state["threshold"] = torch.tensor(0.1, dtype=torch.float64)
@@ -160,13 +160,6 @@ def test_topk_refuses_a_fractional_l0():
 
 def test_l0_may_be_fractional_where_it_is_a_mean():
     assert resolve({"arch": "batchtopk,matryoshka,gated", "l0": 2.5}).specs[0].l0 == 2.5
-
-
-@pytest.mark.parametrize("arch", ["batchtopk", "matryoshka"])
-def test_processes_that_share_a_batch_are_refused_a_selection_over_all_of_it(arch):
-    sae = SAE(SAEConfig("jumprelu", D, F))
-    with pytest.raises(UserError, match=f"{arch} selects over whole batches, which 2 processes cannot share"):
-        TRAINED[arch](sae, SAESpec(arch=arch, width=F, l0=3.0), TrainSettings(), Ranks(0, 2))
 
 
 def test_jumprelu_starts_with_the_encoder_scale_that_reconstructs_best():

@@ -72,7 +72,7 @@ def test_the_permutation_depends_on_seed_and_block_only(lm: LanguageModel, text:
     assert torch.equal(torch.random.get_rng_state(), state)  # the global generator is left alone
     orders = []
     for _ in range(3):
-        orders.append(a._order.tolist())
+        orders.append(a._block._order.tolist())
         for _ in range(4):
             next(a)
     assert orders[0] != orders[2]

@@ -110,7 +110,7 @@ def test_ctrl_c_in_the_set_up_is_one_sentence_and_leaves_nothing(tmp_path, monke
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=200)
     assert process.returncode == 130 and errors == "", errors
     assert first.rstrip() and "interrupted while" in said and "start again" in said
     assert not list(tmp_path.rglob("*.json")) and not (tmp_path / "runs").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from unittest.mock import patch
 
 import pytest
 from doc_pages import (
@@ -32,10 +33,12 @@ from hub_fixture import hub  # noqa: F401
 
 from sae_train.config import CONFIGS
 from sae_train.config.page import page
+from sae_train.config.units import ARCHITECTURES
 from sae_train.report import export
 from sae_train.report.export import gallery
 from sae_train.runs import run as runs
 from sae_train.runs.summary import summary_lines
+from sae_train.training.architectures import TRAINED
 
 SMALL_RUN = {"tokens": 13_000, "batch_tokens": 128, "held_out_tokens": 1024, "absorption_evals": 1, "device": "cpu"}
 SMALL_TEXT = {"buffer_tokens": 2048, "eval_words": 600}
@@ -43,7 +46,7 @@ SMALL_TEXT = {"buffer_tokens": 2048, "eval_words": 600}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few figures of an export, few tokens of a run that is started in Python."""
+    """Few figures of an export, few tokens of a run that is started in Python; architectures of a page stay its own."""
     train = runs.train
 
     def quick_train(*given, activations=None, **settings):
@@ -53,14 +56,16 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(export, "gallery", lambda runs: gallery(runs)[:3])
     monkeypatch.setattr(runs, "train", quick_train)
+    with patch.dict(TRAINED), patch.dict(ARCHITECTURES):
+        yield
 
 
 @pytest.fixture(scope="module")
 def readme_folder(tmp_path_factory):
     """A folder in which the README's commands have run."""
     folder = tmp_path_factory.mktemp("readme")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(folder)
         for block in blocks(README):
             if block.language == "sh" and is_run(block):
                 for line in block.lines():

@@ -13,7 +13,7 @@ from sae_train import train
 from sae_train.cli import main
 from sae_train.config import SAESpec, resolve
 from sae_train.errors import UserError
-from sae_train.runs import finisher, plan, runner
+from sae_train.runs import disk, finisher, runner
 from sae_train.runs.plan import GIB, find_passes, make_plan, split
 from sae_train.runs.session import begin, enter
 from sae_train.training.learner import Learner
@@ -123,7 +123,9 @@ def test_an_interrupted_grid_goes_on_in_its_pass_and_makes_spoilt_activations_an
     assert main(["resume", str(tmp_path / "broken")]) == 0
     assert stepped == set(json.loads((tmp_path / "broken" / "run.json").read_text())["passes"][1])
     assert_same_saes(unbroken, tmp_path / "broken", NAMES)
-    assert "1 blocks written (1 of them truncated" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 blocks written (1 of them in the place of damaged ones)" in said
+    assert "shard-01.safetensors is damaged; block 0 is made anew" in said
     assert {key: row["losses/loss"] for key, row in rows_of(tmp_path / "broken").items() if key[1]} == {
         key: row["losses/loss"] for key, row in rows_of(unbroken).items() if key[1]
     }
@@ -154,7 +156,8 @@ def test_the_plan_shows_passes_and_disk_and_refuses_what_has_no_room(tmp_path, m
     text = make_plan(settings).text()
     assert "2, since the SAEs do not fit into memory together" in text and "pass 2" in text
     assert "0.01 GiB of activations" in text and "removed at the end" in text
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "to write them" in text
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="GiB on disk"):
         make_plan(settings).check()
     with pytest.raises(UserError, match="GiB of memory on cpu"):

@@ -193,7 +193,7 @@ def test_nan_is_selected_not_dropped():
 
 @runs
 @each_plan
-@pytest.mark.parametrize("level", [-50.0, 0.5, 3.0, 1e6])
+@pytest.mark.parametrize("level", [-50.0, 3.0, 1e6])
 def test_entries_above_a_floor_are_all_and_only_those(how, level):
     x, W_enc, b_enc, *_ = (t.detach() for t in inputs(9, 8, 100))
     floor = level + torch.rand(100, device=DEVICE)
@@ -243,7 +243,7 @@ def test_every_op_agrees_with_the_truth_on_awkward_inputs():
 
 
 @runs
-@pytest.mark.parametrize(("batch", "d_in", "d_sae", "k"), [(7, 5, 150, 3), (3, 20, 64, 64), (4, 40, 1000, 1)])
+@pytest.mark.parametrize(("batch", "d_in", "d_sae", "k"), [(7, 5, 150, 3), (3, 20, 64, 64), (4, 40, 260, 1)])
 def test_topk_and_decode_have_the_values_and_gradients_of_the_truth(batch, d_in, d_sae, k):
     assert_like_the_truth(partial(topk, TRITON, k), partial(topk, naive, k), inputs(batch, d_in, d_sae))
 
@@ -335,8 +335,9 @@ def test_sums_at_places_have_the_same_bits_each_time():
 def test_no_tensor_of_the_size_of_batch_times_d_sae_is_made(monkeypatch):
     from benchmarks.kernels import checks
 
-    monkeypatch.setattr(encoders, "SLAB_ELEMENTS", 4 * 512)
-    tensors = inputs(16, 8, 512)
+    batch, d_sae = (8, 256) if INTERPRETED else (16, 512)
+    monkeypatch.setattr(encoders, "SLAB_ELEMENTS", batch * d_sae // 4)
+    tensors = inputs(batch, 8, d_sae)
 
     def step(impl):
         pre, pattern = ops.active_topk(*tensors[:4], 4, impl=impl)
@@ -346,10 +347,10 @@ def test_no_tensor_of_the_size_of_batch_times_d_sae_is_made(monkeypatch):
         pre, pattern = ops.active_above(*tensors[:4], 9.0, impl="triton")
         ops.decode_active(pre, pattern, tensors[4], tensors[3], impl="triton").square().sum().backward()
 
-    assert checks.dense_blocks(lambda: step("triton"), 16, 8, 512) == set()
-    assert checks.dense_blocks(above, 16, 8, 512) == set()
-    dense = checks.dense_blocks(lambda: (tensors[0] @ tensors[1]).relu().sum().backward(), 16, 8, 512)
-    assert (16, 512) in dense
+    assert checks.dense_blocks(lambda: step("triton"), batch, 8, d_sae) == set()
+    assert checks.dense_blocks(above, batch, 8, d_sae) == set()
+    dense = checks.dense_blocks(lambda: (tensors[0] @ tensors[1]).relu().sum().backward(), batch, 8, d_sae)
+    assert (batch, d_sae) in dense
 
 
 @runs

@@ -147,6 +147,9 @@ class TrainSettings(SettingsGroup):
         None,
         description="tokens without activation that make a latent dead; default: 10M, at most 5% of the run",
     )
+    shard_width: Annotated[int, Field(ge=1)] = Field(
+        1, description="processes that the latents of an SAE are split over, with their weights and moments"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="of products in training: auto takes bfloat16 on a GPU; weights and sums are float32 throughout",
@@ -242,6 +245,13 @@ class Settings(SettingsGroup):
                 f"tokens {self.train.tokens} gives under 100 steps of batch_tokens {self.train.batch_tokens}: "
                 "raise tokens or lower batch_tokens"
             )
+        shards = self.train.shard_width
+        problems += [
+            f"width {width} does not split evenly over shard_width {shards} processes: take a width that is a multiple "
+            f"of {shards}, or another --shard-width"
+            for width in self.sae.width
+            if width % shards
+        ]
         if self.train.lr_warm_up + self.train.lr_decay > 1:
             problems.append(
                 f"lr_warm_up {self.train.lr_warm_up:g} and lr_decay {self.train.lr_decay:g} overlap, so the learning "

@@ -3,13 +3,15 @@ Out: an endless iterator of shuffled activation batches that resumes bit-exactly
 
 The activations of the stream's kept tokens, in order, are cut into blocks of `buffer_tokens`; each block is
 permuted by a generator of its own and handed out in batches. Nothing is lost between blocks, and the state
-is a position: on resume the current block is computed again, or read where blocks are kept on disk.
+is a position: on resume the current block is computed again, or read where blocks are kept on disk. There a block takes
+no memory but for the part that is handed out, and while it is computed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from sae_train.data.activation_cache import ActivationCache
+    from sae_train.data.activation_cache import ActivationCache, Draft, KeptBlock
     from sae_train.data.language_model import LanguageModel
     from sae_train.data.tokens import TokenStream
     from sae_train.protocols import Source
@@ -56,7 +58,7 @@ class ActivationBuffer:
         self.tokens = tokens
         self.reader = reader or Harvest([lm], tokens, drop_ids, skip_first).readers[0]
         self.batch_tokens = batch_tokens
-        self.buffer_tokens = max(1, -(-buffer_tokens // batch_tokens)) * batch_tokens
+        self.buffer_tokens = rounded_up(buffer_tokens, batch_tokens)
         self._seed, self._cache = seed, cache
         self.load_state_dict({"tokens": self.reader.state, "skip": 0, "block": 0, "offset": 0})
 
@@ -66,7 +68,7 @@ class ActivationBuffer:
     def __next__(self) -> Float[Tensor, "batch_tokens d_in"]:
         if self._block is None:
             self._fill()
-        x = self._block[self._order[self._offset : self._offset + self.batch_tokens]]
+        x = self._block.batch(self._offset, self._offset + self.batch_tokens)
         self._offset += self.batch_tokens
         if self._offset == self.buffer_tokens:
             self._start = {"tokens": self._end["tokens"], "skip": self._end["skip"], "block": self._start["block"] + 1}
@@ -97,7 +99,7 @@ class ActivationBuffer:
         """Continue from a position; the next batches are bit-equal to those that followed it."""
         self._start = {name: state[name] for name in ("tokens", "skip", "block")}
         self._offset = state["offset"]
-        self._block: Tensor | None = None
+        self._block: Block | KeptBlock | None = None
         self._end: dict[str, Any] = {}
         self._go_to(self._start)
 
@@ -108,35 +110,32 @@ class ActivationBuffer:
         self._used = start["skip"]
 
     def _fill(self) -> None:
-        """Read or compute the block at the position, check it, and draw its permutation."""
-        number = self._start["block"]
-        found = self._cache.read(number, self.lm.device) if self._cache else None
-        if found is not None:
-            block, self._end = found
+        """Read or compute the block at the position."""
+        number, device = self._start["block"], self.lm.device
+        kept = self._cache.read(number, device) if self._cache else None
+        if kept is not None:
+            self._block, self._end = kept, kept.end
             self._go_to(self._end)
-        else:
-            block = self._compute()
-            self._end = {"tokens": self._batch_start, "skip": self._used, "epoch": self.reader.epoch}
-            if self._cache:
-                self._cache.write(number, block, self._end)
-        check_activations(block, self.lm)
-        generator = torch.Generator().manual_seed(_mix(self._seed, number))
-        self._order = torch.randperm(self.buffer_tokens, generator=generator).to(block.device)
-        self._block = block
+            return
+        order = torch.randperm(self.buffer_tokens, generator=torch.Generator().manual_seed(_mix(self._seed, number)))
+        block = (self._cache.draft if self._cache else partial(Block, device=device))(order, self.lm.d_in)
+        self._compute(block)
+        self._end = {"tokens": self._batch_start, "skip": self._used, "epoch": self.reader.epoch}
+        if len(block.rows) > 1:  # of many processes some write none
+            check_activations(block.rows, self.lm)
+        self._block = self._cache.write(number, block, self._end, device) if self._cache else block
 
-    def _compute(self) -> Float[Tensor, "buffer_tokens d_in"]:
+    def _compute(self, block: Block | Draft) -> None:
         """Compute the block at the position."""
-        block = torch.zeros(self.buffer_tokens, self.lm.d_in, device=self.lm.device)
         filled = 0
         while filled < self.buffer_tokens:
             if self._rest is None or len(self._rest) == 0:
                 self._forward()
             piece = self._rest[: self.buffer_tokens - filled]
-            block[filled : filled + len(piece)] = piece
+            block.put(filled, piece)
             filled += len(piece)
             self._used += len(piece)
             self._rest = self._rest[len(piece) :]
-        return block
 
     def _forward(self) -> None:
         """Compute the next tokens' kept activations; after a resume some of them are used up."""
@@ -153,6 +152,21 @@ class ActivationBuffer:
 
     def _nothing(self) -> str:
         return f"all tokens of {self.tokens.name} are special or dropped: there is nothing to train on."
+
+
+class Block:
+    """A block in memory: `rows` as the text has them, handed out in their `order`."""
+
+    def __init__(self, order: Int[Tensor, " n"], d_in: int, device: torch.device | str) -> None:
+        self.rows, self._order = torch.zeros(len(order), d_in, device=device), order.to(device)
+
+    def put(self, at: int, x: Float[Tensor, "m d_in"]) -> None:
+        """Take the rows that stand at `at` and behind it in the text."""
+        self.rows[at : at + len(x)] = x
+
+    def batch(self, start: int, stop: int) -> Float[Tensor, "n d_in"]:
+        """Return the rows that are handed out in these places."""
+        return self.rows[self._order[start:stop]]
 
 
 def held_out_activations(
@@ -184,6 +198,11 @@ def held_out_activations(
     x = torch.cat(kept)[:n_tokens]
     check_activations(x, lm)
     return x
+
+
+def rounded_up(buffer_tokens: int, batch_tokens: int) -> int:
+    """Return how many activations a buffer holds: whole batches."""
+    return max(1, -(-buffer_tokens // batch_tokens)) * batch_tokens
 
 
 def estimate_scale(x: Float[Tensor, "tokens d_in"]) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_train.config import LEAST_HELD_OUT
 from sae_train.data.activation_cache import ActivationCache, files_of, key_of
-from sae_train.data.buffer import ActivationBuffer, held_out_activations
+from sae_train.data.buffer import ActivationBuffer, held_out_activations, rounded_up
 from sae_train.data.documents import find_documents
 from sae_train.data.dtypes import choose_dtype
 from sae_train.data.harvest import LM_BATCH_TOKENS, Harvest, Reader, waiting_room
@@ -159,21 +159,26 @@ def open_texts(lms: Sequence[LanguageModel], settings: Settings, ranks: Ranks) -
 
 
 def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCache:
-    """Name what the activations are made from: settings, text files, the first tokens, the held-out activations."""
-    if ranks.size > 1:
-        raise UserError("activations are kept on disk by one process only: leave --activation-cache out")
-    settings, stream = source.settings, source.stream
+    """Name what the activations are made from: settings, text files, the first tokens, and the weights.
+
+    Weights of which neither a revision nor hashes are known are told by the held-out activations, bit by bit.
+    """
+    settings, stream, lm = source.settings, source.stream, source.lm
     start = stream.state_dict()
     first = next(stream)
     stream.load_state_dict(start)
+    weights = lm.weights or {}
+    named = weights.get("revision") or (weights.get("files") and all(each["sha256"] for each in weights["files"]))
     made_from = {
-        "data": settings.data.model_dump(mode="json", exclude={"activation_cache"}), "hook": source.hook_name,
-        "batch_tokens": settings.train.batch_tokens, "files": stream.packages or files_of(settings.dataset),
-        "special": sorted(source.lm.special_ids),
-        "positions": 3,  # how the place after a block is written
+        "weights": weights if named else None, "dtype": str(lm.dtype), "hook": source.hook_name,
+        "data": settings.data.model_dump(mode="json", exclude={"activation_cache", "buffer_tokens"}),
+        "block": rounded_up(settings.data.buffer_tokens, settings.train.batch_tokens),
+        "files": stream.packages or files_of(settings.dataset), "context": stream.context,
+        "special": sorted(lm.special_ids), "skip_first": source.skip_first,
+        "positions": 4,  # how the place after a block is written
     }  # fmt: skip
-    key = key_of(made_from, first, source.held_out(settings.data.held_out_tokens))
-    return ActivationCache(folder, key, source.lm.dtype)
+    bits = () if named else (source.held_out(settings.data.held_out_tokens),)
+    return ActivationCache(folder, key_of(made_from, first, *bits), lm.dtype, ranks)
 
 
 def check_text(settings: Settings) -> tuple[str, ...]:

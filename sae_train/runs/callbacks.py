@@ -77,10 +77,10 @@ class HeldOut:
 
     def l0_of(self, learner: Learner) -> float:
         """Its L0 as it is now."""
-        return float(held_out_metrics(learner.sae, self.x, self.totals)["metrics/l0"])
+        return float(held_out_metrics(learner.whole, self.x, self.totals)["metrics/l0"])
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
-        figures = held_out_metrics(learner.sae, self.x, self.totals)
+        figures = held_out_metrics(learner.whole, self.x, self.totals)
         density = figures.pop("density")
         yield from figures.items()
         yield "sparsity/silent_fraction", (density == 0).float().mean().item()
@@ -96,7 +96,8 @@ def density_histogram(density: Float[Tensor, " d_sae"]) -> list[int]:
 class Fidelity:
     """Loss recovered when the reconstruction replaces the activation.
 
-    At a step all SAEs are measured at the first one's turn, so that they share the language model's clean pass.
+    At a step all SAEs (`learners`) are measured at the first one's turn, so that they share the language model's clean
+    pass; where none are named each is measured at its own.
     """
 
     def __init__(self, lm: LanguageModel, data: fidelity.FidelityData, export: Export, learners: Sequence[Learner]):
@@ -104,8 +105,9 @@ class Fidelity:
         self._step, self._figures = -1, {}
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
-        if step != self._step:
-            makers = {each.name: partial(self.export, each) for each in self.learners if each.failed is None}
+        if step != self._step or learner.name not in self._figures:
+            together = [each for each in self.learners if each.failed is None]
+            makers = {each.name: partial(self.export, each) for each in together or [learner]}
             figures = fidelity.losses_recovered(self.lm, list(makers.values()), self.data)
             self._step, self._figures = step, dict(zip(makers, figures, strict=True))
         yield from self._figures[learner.name].items()

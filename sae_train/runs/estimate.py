@@ -44,7 +44,7 @@ END = 4.0  # seconds: files and report
 
 
 def seconds_at_hooks(
-    settings: Settings, facts: dict[str, Facts], specs: list[SAESpec], device: str, n_processes: int, together: bool,
+    settings: Settings, facts: dict[str, Facts], specs: list[SAESpec], device: str, n_processes: int, sharing: int,
     after_another: bool,
 ) -> dict[str, float]:  # fmt: skip
     """Seconds by part of a run that trains `specs`: its passes over the text go to the deepest hook, once for all."""
@@ -54,7 +54,7 @@ def seconds_at_hooks(
     total: dict[str, float] = {}
     for hook, each in facts.items():
         own = [spec for spec in specs if spec.hook == hook]
-        alone = Estimate(settings.at(hook), each, own, rate, words, n_processes, together)
+        alone = Estimate(settings.at(hook), each, own, rate, words, n_processes, sharing)
         for part, seconds in alone.parts(after_another, beside=hook != deepest).items():
             total[part] = total.get(part, 0.0) + seconds
     return total
@@ -81,16 +81,16 @@ class Words:
 class Estimate:
     """Seconds of a process that trains `specs`, of `n_processes` that share the language model's work.
 
-    Where they train `together`, each SAE's steps are shared as well.
+    Each SAE's steps are shared by `sharing` of them.
     """
 
     def __init__(
         self, settings: Settings, facts: Facts, specs: list[SAESpec],
-        rate: Callable[[torch.dtype], float], words: Words, n_processes: int = 1, together: bool = False,
+        rate: Callable[[torch.dtype], float], words: Words, n_processes: int = 1, sharing: int = 1,
     ):  # fmt: skip
         """`rate` is FLOP/s of a matrix product in a number format."""
         self.settings, self.facts, self.specs, self.words = settings, facts, specs, words
-        self.n_processes, self.together = n_processes, together
+        self.n_processes, self.sharing = n_processes, sharing
         self.step_rate = rate(torch.float32) * STEP_EFFICIENCY
         self.lm_rate = rate(DTYPES[facts.dtype]) * LM_EFFICIENCY
 
@@ -132,8 +132,7 @@ class Estimate:
     def training(self, reads: bool = False) -> float:
         """The SAEs' steps, and the language model up to the hook unless a cache is read (`reads`)."""
         lm = 0.0 if reads else 2.0 * self.facts.n_parameters_to_hook / self.n_processes / self.lm_rate
-        per_step = self.n_processes if self.together else 1
-        encoders = sum(2.0 * self.facts.d_in * spec.width for spec in self.specs) / per_step
+        encoders = sum(2.0 * self.facts.d_in * spec.width for spec in self.specs) / self.sharing
         tokens = self.settings.n_steps * self.settings.train.batch_tokens
         return tokens * (lm + encoders * ENCODER_SHARE / self.step_rate)
 

@@ -43,8 +43,8 @@ class Looks:
         opened, settings, n_steps = self.session, self.settings, self.settings.n_steps
         looks = loop.spread(settings.eval.absorption_evals, n_steps)
         often = loop.every(settings.run.log_every or -(-n_steps // N_LOGGED), n_steps)
-        if not opened.owned:
-            return [loop.Scheduled(lambda learner, step: (), often | looks)]
+        if not opened.own_learners:
+            return [loop.Scheduled(lambda learner, step: (), steps, whole=steps == looks) for steps in (often, looks)]
         figures = callbacks.TrainingFigures(opened.clock, settings.train.batch_tokens, opened.step)
         made = [loop.Scheduled(figures, often | looks)]
         for hook in dict.fromkeys(learner.spec.hook for learner in opened.own_learners):
@@ -64,7 +64,7 @@ class Looks:
             # Where too few letters can be read off the model itself, one look records that; more would say the same.
             readable = int(assets.letters_that_count.sum()) >= assets.n_needed(get_preset(how.preset))
             made.append((self.absorption[hook], looks if readable else frozenset({n_steps})))
-        return [loop.Scheduled(callbacks.only_at(hook, look), steps) for look, steps in made]
+        return [loop.Scheduled(callbacks.only_at(hook, look), steps, whole=True) for look, steps in made]
 
     def _evals(self, hook: str) -> list[loop.Look]:
         """Loss recovered where there is a language model, what the source can be asked, and evals of a user's own."""
@@ -73,8 +73,9 @@ class Looks:
         if not stream.language:
             return own
         learners = [learner for learner in self.session.own_learners if learner.spec.hook == hook]
-        data = self._read_clean(hook)
-        return [callbacks.Fidelity(stream.language.lm, data, stream.export, learners), *own]
+        data, split = self._read_clean(hook), self.session.mesh.width.size > 1
+        # Of SAEs in shards one alone is whole at a time.
+        return [callbacks.Fidelity(stream.language.lm, data, stream.export, [] if split else learners), *own]
 
     def _read_clean(self, hook: str) -> fidelity.FidelityData:
         """The passes of the language model that all SAEs of a hook share, made once a run."""

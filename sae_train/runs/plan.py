@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_train.config import width_label
@@ -14,10 +12,11 @@ from sae_train.data.harvest import waiting_room
 from sae_train.data.outliers import LOOK_AHEAD
 from sae_train.errors import UserError
 from sae_train.evals.asset_cache import cache_folder
+from sae_train.runs.disk import disk_of, write_seconds
 from sae_train.runs.initial import InitialSAE, initial_of
 from sae_train.sae.forms import FORMS
 from sae_train.training.architectures import TRAINED
-from sae_train.training.ranks import Division, Ranks, current, divide
+from sae_train.training.ranks import Division, Mesh, Ranks, arrange, current, divide
 
 if TYPE_CHECKING:
     from sae_train.config import SAESpec, Settings
@@ -31,6 +30,7 @@ TRAINING_BYTES = 4 * (1 + 1 + 2)  # float32 weights, gradients and Adam's two mo
 SLAB_BYTES = 128 * 2**20  # pre-activations that a step holds at a time, with selection
 ENTRY_BYTES = 64  # what one active latent of one token costs: value, indices, both sort orders, gradients
 HEADROOM = 0.9
+SAES = "SAEs with optimiser"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Plan:
     trained: list[SAESpec]
     """by the busiest process, in all passes"""
     notes: list[str] = field(default_factory=list)
-    ranks: Ranks = field(default_factory=Ranks)
+    mesh: Mesh = field(default_factory=Mesh)
     division: Division | None = None
     initial: InitialSAE | None = None
 
@@ -61,8 +61,8 @@ class Plan:
         """
         from sae_train.runs.estimate import seconds_at_hooks
 
-        together = bool(self.division and self.division.together)
-        how = self.device, self.ranks.size, together, after_another
+        mesh, together = self.mesh, bool(self.division and self.division.together)
+        how = self.device, mesh.size, mesh.size if together else mesh.width.size, after_another
         return seconds_at_hooks(self.settings, self.facts, self.trained, *how)
 
     def check(self) -> None:
@@ -70,13 +70,14 @@ class Plan:
         needed = sum(self.memory.values())
         if needed > self.budget:
             largest = max(self.memory, key=self.memory.get)
+            split = "split the width by --shard-width, " if self.mesh.data.size > 1 and largest == SAES else ""
             raise UserError(
                 f"this plan needs about {needed / GIB:.1f} GiB of memory on {self.device}{self._each()}; "
                 f"{self.available / GIB:.1f} GiB are free and {self.budget / GIB:.1f} GiB may be taken; most of it is "
-                f"for the {largest} ({self.memory[largest] / GIB:.1f} GiB): lower --width, --batch-tokens or "
+                f"for the {largest} ({self.memory[largest] / GIB:.1f} GiB): {split}lower --width, --batch-tokens or "
                 "--buffer-tokens, or train fewer SAEs at once"
             )
-        size, (folder, free) = self.cache_bytes(), self._disk()
+        size, (folder, free) = self.cache_bytes(), disk_of(self.settings)
         if size > HEADROOM * free:
             raise UserError(
                 f"the activations to be kept take {size / GIB:.1f} GiB on disk and {str(folder)!r} has "
@@ -115,7 +116,7 @@ class Plan:
         ]
 
     def _each(self) -> str:
-        return f" for each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
+        return f" for each of {self.mesh.size} processes" if self.mesh.size > 1 else ""
 
     def cache_bytes(self) -> float:
         """What the run's activations take on disk: nothing where they are not kept."""
@@ -125,39 +126,38 @@ class Plan:
         kept_bytes = sum(facts.kept_bytes for facts in self.facts.values())
         return float(s.n_steps * s.train.batch_tokens * kept_bytes)
 
-    def _disk(self) -> tuple[Path, int]:
-        """The folder that activations are kept under, and the bytes that are free there or theirs already."""
-        folder = Path(self.settings.data.activation_cache or self.settings.run.out).expanduser()
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        asked = self.settings.data.activation_cache
-        theirs = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) if asked else 0
-        return folder, shutil.disk_usage(there).free + theirs
-
     def _passes(self) -> list[str]:
         """What is in memory together where that is not the whole grid, and what is kept on disk."""
-        lines, size, (folder, free) = [], self.cache_bytes(), self._disk()
+        lines, size = [], self.cache_bytes()
         if len(self.passes) > 1:
             lines.append(f"passes     {len(self.passes)}, since the SAEs do not fit into memory together")
             for number, specs in enumerate(self.passes, start=1):
                 lines.append(f"pass {number:<6}trains {', '.join(spec.name for spec in specs)}")
         if size:
+            (folder, free), seconds = disk_of(self.settings), write_seconds(self.settings, size)
             end = "kept" if self.settings.data.activation_cache else "removed at the end"
-            there = f"in {folder}, {end}; {free / GIB:.1f} GiB free"
-            lines.append(f"disk       {size / GIB:6.2f} GiB of activations {there}")
+            lines.append(
+                f"disk       {size / GIB:6.2f} GiB of activations in {folder}, {end}; {free / GIB:.1f} GiB free"
+                + (f"; about {roughly(seconds)} to write them" if seconds is not None else "")
+            )
         return lines
 
     def _sharing(self) -> list[str]:
         """What several processes do, a line each."""
-        size, specs = self.ranks.size, self.settings.specs
+        size, n_teams, specs = self.mesh.size, self.mesh.data.size, self.settings.specs
         if size == 1:
             return []
         lines = [f"processes  {size}: each computes 1/{size} of the activations, and all of them get all activations"]
+        one, some = ("process", "processes") if n_teams == size else ("team", "teams")
+        if n_teams < size:
+            n = size // n_teams
+            lines.append(f"teams      {n_teams} of {n} processes, each of which holds 1/{n} of the latents of an SAE")
         if self.division.together:
-            share = self.settings.train.batch_tokens // size
-            return [*lines, f"processes  all train every SAE, {share:,} tokens of a batch each; gradients are averaged"]
-        for rank in range(size):
-            names = [spec.name for spec, owner in zip(specs, self.division.owners, strict=True) if owner == rank]
-            lines.append(f"process {rank}  trains {', '.join(names)}")
+            share = self.settings.train.batch_tokens // n_teams
+            return [*lines, f"{some:<9}  all train every SAE, {share:,} tokens of a batch each; gradients are averaged"]
+        for number in range(n_teams):
+            names = [spec.name for spec, owner in zip(specs, self.division.owners, strict=True) if owner == number]
+            lines.append(f"{f'{one} {number}':<9}  trains {', '.join(names)}")
         return lines
 
 
@@ -180,13 +180,16 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
     takes_bfloat16(settings.train, device)
     ranks = current()
     check_alone(settings, ranks)
+    mesh = arrange(ranks, settings.train.shard_width)
+    for arch in settings.sae.arch:
+        TRAINED[arch].check_split(arch, mesh.width.size)
     facts, initial = kind.describe(settings, device), initial_of(settings)
     for each in facts.values() if initial else ():
         initial.check(settings, each)
     if settings.lm.hooks:  # patterns give way to names
         settings = settings.at(",".join(each.hook_name for each in facts.values()))
-    division = divide([spec.width for spec in settings.specs], ranks, settings.train.batch_tokens)
-    trained = busiest = busiest_process(settings, division, ranks)
+    division = divide([spec.width for spec in settings.specs], mesh.data, settings.train.batch_tokens)
+    trained = busiest = busiest_team(settings, division)
     available = _available(device) / (ranks.on_machine if device.type == "cpu" else 1)
     budget = settings.run.memory_gib * GIB if settings.run.memory_gib else HEADROOM * available
     passes = (tuple(settings.specs),)
@@ -203,7 +206,7 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
         passes=passes,
         trained=trained,
         notes=_notes(settings, facts, passes) + ([initial.note] if initial else []),
-        ranks=ranks,
+        mesh=mesh,
         division=division,
         initial=initial,
     )
@@ -218,11 +221,11 @@ def check_alone(settings: Settings, ranks: Ranks) -> None:
         )
 
 
-def busiest_process(settings: Settings, division: Division, ranks: Ranks) -> list[SAESpec]:
-    """The SAEs of the process that trains the most: all of them where all train together."""
+def busiest_team(settings: Settings, division: Division) -> list[SAESpec]:
+    """The SAEs of the process, or the team, that trains the most: all of them where all train together."""
     if division.together:
         return settings.specs
-    owned = [[] for _ in range(ranks.size)]
+    owned = [[] for _ in range(1 + max(division.owners))]
     for spec, owner in zip(settings.specs, division.owners, strict=True):
         owned[owner].append(spec)
     return max(owned, key=lambda specs: sum(spec.width for spec in specs))
@@ -235,19 +238,24 @@ def weights_of(spec: SAESpec, d_in: int) -> int:
 
 
 def memory_of(settings: Settings, facts: dict[str, Facts], specs: list[SAESpec]) -> dict[str, float]:
-    """Bytes by part at the peak of a process that trains `specs`; activations of all hooks are there in any case."""
+    """Bytes by part at the peak of a process that trains `specs`; activations of all hooks are there in any case.
+
+    Of a team that splits their latents it is the one that looks: it then holds an SAE whole.
+    """
     s, lm = settings, next(iter(facts.values()))
     # Controlled architectures start at twice their target; batchtopk looks at up to four times as many candidates.
     step = SLAB_BYTES + ENTRY_BYTES * 2 * s.train.batch_tokens * max(spec.l0 for spec in specs)
     step += max(TRAINED[spec.arch].step_bytes(s.train, facts[spec.hook].d_in) for spec in specs)
-    weights = [weights_of(spec, facts[spec.hook].d_in) for spec in specs]
+    weights, shards = [weights_of(spec, facts[spec.hook].d_in) for spec in specs], s.train.shard_width
+    copies = 2 if shards == 1 else 3
     batches = 3 + (2 * LOOK_AHEAD if s.outlier_norm else 0)
-    held = s.data.buffer_tokens + s.data.held_out_tokens * 2 + batches * s.train.batch_tokens
+    kept = lm.kept_bytes / (4 * lm.d_in) if s.data.activation_cache else 1.0  # a block on disk is of the model's dtype
+    held = s.data.buffer_tokens * kept + s.data.held_out_tokens * 2 + batches * s.train.batch_tokens
     held += waiting_room(s.data.buffer_tokens) * (len(facts) > 1)
     return {
         "language model": lm.n_parameters * (4 if lm.dtype == "float32" else 2) * 1.2,
         "activation buffer": 4.0 * sum(each.d_in for each in facts.values()) * held,
-        "SAEs with optimiser": sum(weights) * TRAINING_BYTES + 4.0 * max(weights) * 2,
+        SAES: sum(weights) / shards * TRAINING_BYTES + 4.0 * max(weights) * copies,
         "training step": step,
     }
 

@@ -228,6 +228,7 @@ def resume(
         else:  # it ended before its first state was saved
             session.begin(opened)
         built, notes = _assets(opened, display)
+        notes += session.note_processes(opened, info.get("processes"))
         about["notes"] = [*info.get("notes", []), *(note for note in notes if note not in info.get("notes", []))]
         return _work(Runner(opened, folder, built, about, display, callbacks))
 

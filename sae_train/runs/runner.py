@@ -5,6 +5,7 @@ Of several processes the first alone writes and speaks for all, but for the SAEs
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,9 @@ class Runner:
         wandb = self.settings.run.wandb if self.ranks.is_first else "disabled"
         self.files = RunLog(folder, open_mirror(wandb, self.settings, folder))
         self.display = display
+        for stream in opened.streams.values():
+            if stream.opened.cache:
+                stream.opened.cache.say = display.say
         self.info: dict[str, Any] = {
             "settings": flat(self.settings),
             "dataset": self.settings.dataset,
@@ -227,7 +231,8 @@ class Runner:
             except Exception as fault:  # a full disk, say: the state before is still there
                 lost = f" (this step could not be saved: {first_line(fault)})"
         reason = "interrupted" if asked else f"{type(error).__name__}: {first_line(error)}"
-        self._write_run("interrupted", reason, alone=not together)
+        with contextlib.suppress(OSError):  # a full disk: run.json then says what it says after a kill
+            self._write_run("interrupted", reason, alone=not together)
         self.files.mirror.close()
         how = f"{'interrupted' if asked else 'ended'} at step {opened.step}{lost}"
         self.display.say(f"{how}; go on with: sae-train resume {self.folder}")
@@ -238,16 +243,21 @@ class Runner:
 
         run.json notes each SAE once it is written, so that a run that ends here goes on with the others.
         """
-        whole = loop.running(self.session.own_learners)
+        whole = loop.running(self.session.team_learners)
         finals = self.ranks.first(lambda: final_figures(self.folder))
         to_write = [learner for learner in whole if learner.name not in self.written]
         # Every process comes round as often as the one with the most to write: `_write_run` waits for all of them.
         for i in range(max(self.ranks.gather(len(to_write)))):
             for learner in to_write[i : i + 1]:
-                self.display(f"writing {learner.name}")
-                finisher, absorption = self.finishers[learner.spec.hook], self.looks.absorption.get(learner.spec.hook)
-                self.written[learner.name] = finisher.write(learner, finals[learner.name], absorption)
+                with learner.gathered():
+                    if learner.leads:
+                        self._write_sae(learner, finals[learner.name])
             self._write_run("running")
+
+    def _write_sae(self, learner: Learner, final: dict[str, Any]) -> None:
+        self.display(f"writing {learner.name}")
+        finisher, absorption = self.finishers[learner.spec.hook], self.looks.absorption.get(learner.spec.hook)
+        self.written[learner.name] = finisher.write(learner, final, absorption)
 
     def _finish(self) -> Path:
         """Close run.json, present the results, and remove activations that nobody asked to keep.

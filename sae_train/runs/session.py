@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from sae_train.runs.stream import open_stream
 from sae_train.sae.files import load_state, save_state
 from sae_train.training.learner import Learner
 from sae_train.training.loop import Clock, StopRequest
-from sae_train.training.ranks import Ranks, choose_device, current, divide
+from sae_train.training.ranks import Mesh, Ranks, arrange, choose_device, current, divide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,8 +38,8 @@ class Session:
     """What a run holds: a stream of activations for each hook, by its name or, where there is one alone, "".
 
     SAEs that do not fit into memory together are trained in `passes` over the same data; the learners are those of the
-    pass `number`. Of several processes (`ranks`) each holds the learners that it trains and looks at and saves those
-    that it owns.
+    pass `number`. Of several processes (`ranks`, in teams by `mesh`) each holds the learners that its team trains; the
+    team looks at and saves those that it owns.
     """
 
     settings: Settings
@@ -47,6 +47,7 @@ class Session:
     streams: dict[str, Stream]
     passes: Passes
     ranks: Ranks
+    mesh: Mesh = field(default_factory=Mesh)
     number: int = 0
     learners: list[Learner] = field(default_factory=list)
     owned: frozenset[str] = frozenset()
@@ -76,7 +77,7 @@ class Session:
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Scaled training batches by hook, endless; where all processes train together, this one's rows of them."""
-        rows = self.ranks.share(self.settings.train.batch_tokens) if self.together else slice(None)
+        rows = self.mesh.data.share(self.settings.train.batch_tokens) if self.together else slice(None)
         while True:
             yield {
                 hook: stream.normalise(next(stream.data)[rows].to(self.device)) for hook, stream in self.streams.items()
@@ -95,7 +96,12 @@ class Session:
 
     @property
     def own_learners(self) -> list[Learner]:
-        """The learners that this process looks at and saves."""
+        """The learners that this process looks at."""
+        return [learner for learner in self.team_learners if learner.leads]
+
+    @property
+    def team_learners(self) -> list[Learner]:
+        """The learners that this process looks at and saves, alone or with its team."""
         return [learner for learner in self.learners if learner.name in self.owned]
 
     def calibrate(self, learner: Learner) -> None:
@@ -143,7 +149,8 @@ def open_session(
     keep = run_cache(folder) if folder and len(passes) > 1 else None
     opened = (kind or kind_of(settings)).open(settings, device, ranks, keep)
     streams = {hook: open_stream(settings, each, device) for hook, each in opened.items()}
-    session = Session(settings, device, streams, passes, ranks, initial=initial, begun=begun)
+    mesh = arrange(ranks, settings.train.shard_width)
+    session = Session(settings, device, streams, passes, ranks, mesh, initial=initial, begun=begun)
     enter(session, 0)
     return session
 
@@ -156,10 +163,9 @@ def run_cache(folder: Path) -> Path:
 def enter(session: Session, number: int) -> None:
     """Go to the start of a pass: its learners of this process in the place of the last pass's, the data rewound."""
     session.learners = []  # before new ones are made
-    settings, ranks, specs = session.settings, session.ranks, session.passes[number]
-    division = divide([spec.width for spec in specs], ranks, settings.train.batch_tokens)
-    session.together = division.together
-    together = ranks if division.together else Ranks()
+    settings, mesh, specs = session.settings, session.mesh, session.passes[number]
+    division = divide([spec.width for spec in specs], mesh.data, settings.train.batch_tokens)
+    session.together, team = division.together, mesh.data.rank
     owners = dict(zip(specs, division.owners, strict=True))
     session.learners = [
         Learner(
@@ -168,13 +174,13 @@ def enter(session: Session, number: int) -> None:
             session.streams[spec.hook].source.d_in,
             settings.n_steps,
             session.device,
-            together,
+            mesh if division.together else Mesh(width=mesh.width),
             session.begun,
         )
         for spec, owner in owners.items()
-        if division.together or owner == ranks.rank
+        if division.together or owner == team
     ]
-    session.owned = frozenset(spec.name for spec, owner in owners.items() if owner == ranks.rank)
+    session.owned = frozenset(spec.name for spec, owner in owners.items() if owner == team)
     session.number, session.step, session.looked, session.whole = number, 0, False, False
     for stream in session.streams.values():
         stream.data.load_state_dict(stream.start)
@@ -198,17 +204,21 @@ def begin(session: Session) -> None:
 
 
 def save(session: Session, folder: Path) -> None:
-    """Write state/step-N whole, every process the learners it owns, then remove older ones."""
+    """Write state/step-N whole, every process what it holds of the learners it owns, then remove older ones."""
     target = folder / "state" / f"step-{session.number * session.n_steps + session.step:09d}"
     if target.exists():  # never is there none that is whole
         target = target.with_name(f"{target.name}-again")
     temporary = target.with_name(f"{target.name}.tmp")
     ranks = session.ranks
     ranks.first(lambda: _make_empty(temporary))
-    if ranks.is_first:
-        save_state(temporary, session.state_dict())
-    for learner in session.own_learners:
-        save_state(temporary / learner.name, learner.state_dict())
+    try:
+        if ranks.is_first:
+            save_state(temporary, session.state_dict())
+        for learner in session.team_learners:
+            save_state(_place_of(learner, temporary), learner.state_dict())
+    except OSError:  # a disk that is full needs the room
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     ranks.wait()
     ranks.first(lambda: _put_alone(temporary, target))
 
@@ -220,13 +230,41 @@ def load(session: Session, saved: Path) -> None:
         enter(session, state["pass"])
     session.load_state_dict(state)
     for learner in session.learners:
-        learner.load_state_dict(load_state(saved / learner.name))
+        learner.load_state_dict(load_state(_place_of(learner, saved)))
+
+
+def _place_of(learner: Learner, saved: Path) -> Path:
+    """Where a saved moment has the state of a learner, or of those of its latents that this process holds."""
+    shards = learner.mesh.width
+    own = saved / learner.name
+    return own if shards.size == 1 else own / f"{shards.rank}-of-{shards.size}"
+
+
+def note_processes(session: Session, before: int | None) -> list[str]:
+    """Say what it changes that a run goes on with another number of processes than it had `before`."""
+    now = session.ranks.size
+    if before in (None, now):
+        return []
+    widths = [spec.width for spec in session.passes[session.number]]
+    teams = before // session.mesh.width.size
+    summed = session.together or divide(widths, replace(session.mesh.data, size=teams), teams).together
+    what = (
+        "gradients are summed in another order, so that weights differ by rounding (and, where many latents are dead, "
+        "by the tokens that the loss on them takes)"
+        if summed
+        else "each SAE has another process, and on CPUs with as many threads each the same bits"
+    )
+    return [f"begun on {_count(before)}, resumed on {now}: from step {session.step} on {what}"]
 
 
 def newest_state(folder: Path) -> Path | None:
     """Where the newest whole state of a run is, or None if it never got that far."""
     states = sorted(path for path in (folder / "state").glob("step-*") if path.suffix != ".tmp")
     return states[-1] if states else None
+
+
+def _count(processes: int) -> str:
+    return f"{processes} processes" if processes > 1 else "1 process"
 
 
 def _make_empty(folder: Path) -> None:

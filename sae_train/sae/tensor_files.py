@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -37,9 +39,16 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors and text metadata to a safetensors file, without a copy of it in memory."""
+    """Write tensors and text metadata to a safetensors file, without a copy of it in memory; OSError as of any file."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with whole(path) as temporary:
-        save_file(data, temporary, metadata)
+        try:
+            save_file(data, temporary, metadata)
+        except SafetensorError as error:  # a full disk's too, with its number in the text
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

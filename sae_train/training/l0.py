@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sae_train.training.ranks import Ranks
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -89,22 +91,27 @@ class LevelController(L0Controller):
         return move.clamp(-self.MOST_MOVED, self.MOST_MOVED)
 
 
-def level_for(pre: Float[Tensor, "n d_sae"], l0: float) -> Float[Tensor, ""]:
-    """Return the level that on average l0 pre-activations of a token exceed."""
-    count = min(max(1, round(l0 * pre.shape[0])), pre.numel())
-    return pre.flatten().kthvalue(pre.numel() - count + 1).values
+def level_for(pre: Float[Tensor, "n d_sae"], l0: float, shards: Ranks | None = None) -> Float[Tensor, ""]:
+    """Return the level that on average l0 pre-activations of a token exceed; `shards` hold other latents of them."""
+    shards = shards or Ranks()
+    count = min(max(1, round(l0 * pre.shape[0])), shards.size * pre.numel())
+    pre = pre.flatten()
+    if shards.size > 1:
+        pre = shards.collect(pre.topk(min(count, pre.numel()), sorted=False).values)
+    return pre.kthvalue(pre.numel() - count + 1).values
 
 
 def level_on(
-    margin: Callable[[Tensor], Tensor], x: Float[Tensor, "n d_in"], l0: float, floors: tuple[float, ...]
-) -> float:
-    """Return the level that exactly n·l0 of the margins (rows, d_sae) of x's rows exceed.
+    margin: Callable[[Tensor], Tensor], x: Float[Tensor, "n d_in"], l0: float, floors: tuple[float, ...],
+    shards: Ranks | None = None,
+) -> float:  # fmt: skip
+    """Return the level that exactly n·l0 of the margins (rows, d_sae) of x's rows exceed; `shards` hold others of them.
 
     Only margins above a floor are kept in memory: the first floor that leaves enough of them, else the last.
     """
     count = round(l0 * len(x))
     for floor in floors:
-        kept = torch.cat([m[m > floor] for m in map(margin, x.split(CHUNK_ROWS))])
+        kept = (shards or Ranks()).collect(torch.cat([m[m > floor] for m in map(margin, x.split(CHUNK_ROWS))]))
         if kept.numel() > count:
             lowest = kept.numel() - count
             return (kept.kthvalue(lowest).values + kept.kthvalue(lowest + 1).values).item() / 2

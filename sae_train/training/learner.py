@@ -7,6 +7,8 @@ train on one stream of batches without touching each other. A step never waits f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +16,11 @@ from torch import Tensor
 
 from sae_train.kernels import ops
 from sae_train.sae.model import SAE, fold_decoder_norm, fold_scale
+from sae_train.training import shards
 from sae_train.training.architectures import TRAINED, Forward
 from sae_train.training.l0 import L0Controller, LevelController
 from sae_train.training.precision import matmul_precision, takes_bfloat16
-from sae_train.training.ranks import Ranks
+from sae_train.training.ranks import Mesh
 from sae_train.training.recording import Late, Recorder, Room
 from sae_train.training.start import as_trained, geometric_median, lr_factor, lr_of, new_adam, new_sae
 
@@ -39,8 +42,9 @@ MAX_REVIVAL_ENTRIES = 5 * 2**20
 class Learner:
     """Train one SAE on x with ⟨‖x‖²⟩ = d_in.
 
-    With `ranks` of several processes each steps on its equal share of a batch; gradients, losses and counts are those
-    of the whole batch, so that all processes hold the same weights.
+    With a `mesh` of several processes each steps on its equal share of a batch; gradients, losses and counts are those
+    of the whole batch, so that all processes hold the same weights. Along the mesh's `width` each holds some of the
+    latents, their vectors and moments, and b_dec; it sees the same rows as the others there.
     """
 
     def __init__(
@@ -50,15 +54,15 @@ class Learner:
         d_in: int,
         n_steps: int,
         device: str | torch.device = "cpu",
-        ranks: Ranks | None = None,
+        mesh: Mesh | None = None,
         begun: int = 0,
     ):
         """`begun` is the step from which a finished run goes on: the learning rate then rises and falls once more."""
-        self.ranks = ranks or Ranks()
+        self.mesh = mesh or Mesh()
         self.spec, self.name, self.settings, self.n_steps, self.begun = spec, spec.name, settings, n_steps, begun
         self.d_in, self.device = d_in, torch.device(device)
-        self.sae = new_sae(spec, d_in, device)
-        self.arch = TRAINED[spec.arch](self.sae, spec, settings, self.ranks)
+        self.sae = new_sae(spec, d_in, device, self.mesh.width.size)
+        self.arch = TRAINED[spec.arch](self.sae, spec, settings, self.mesh)
         self.generator = torch.Generator().manual_seed(spec.seed)
         self.lr = lr_of(spec, settings, n_steps)
         share = math.ceil(DEAD_SHARE * settings.tokens)
@@ -78,11 +82,13 @@ class Learner:
         self.last: dict[str, Tensor] = {}
         self.failed: str | None = None
         new = {"device": self.device, "dtype": torch.int64}
-        self.idle_tokens = torch.zeros(spec.width, **new)
+        self.idle_tokens = torch.zeros(self.sae.cfg.d_sae, **new)
         self.dead = torch.zeros(0, **new)
         self.failure = torch.full((2,), -1, **new)
         self.now = torch.zeros((), **new)
-        self.records = self.device.type == "cuda" and self.arch.waits_for_nothing and self.ranks.size == 1
+        self.records = self.device.type == "cuda" and self.arch.waits_for_nothing and self.mesh.size == 1
+        self.first_latent = self.mesh.width.rank * self.sae.cfg.d_sae
+        self._whole: SAE | None = None
         self.recorder = Recorder()
         self.room = Room()
         self.n_found = torch.zeros((), **new)
@@ -92,7 +98,7 @@ class Learner:
     def initialise(self, sample: Float[Tensor, "n d_in"]) -> None:
         """Set random decoder rows, W_enc to their transpose, b_dec to the geometric median; then the levels."""
         sae = self.sae
-        rows = torch.randn(sae.W_dec.shape, generator=self.generator)
+        rows = shards.draw_rows(*sae.W_dec.shape, self.generator, self.mesh.width)
         sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
         sae.W_enc.copy_(sae.W_dec.t())
         sae.b_dec.copy_(geometric_median(sample))
@@ -103,7 +109,7 @@ class Learner:
         """Start from a finished SAE for raw activations instead, where this one sees scale · (raw − mean)."""
         sae = as_trained(source, scale, mean, self.generator)
         for name, p in self.sae.named_parameters():
-            p.copy_(getattr(sae, name))
+            p.copy_(shards.take(name, getattr(sae, name), self.mesh.width))
         self.arch.inherit()
 
     def step(self, x: Float[Tensor, "batch d_in"]) -> dict[str, Tensor]:
@@ -116,7 +122,7 @@ class Learner:
         """
         self.catch_up()
         if self.step_count % DEAD_REFRESH == 0:
-            self.dead = (self.idle_tokens >= self.dead_tokens).nonzero().view(-1)
+            self._set_dead((self.idle_tokens >= self.dead_tokens).nonzero().view(-1))
         metrics = self._make(x, self.room.size if self.records else None)
         self.step_count += 1
         return metrics
@@ -153,7 +159,12 @@ class Learner:
         return metrics | {"details/lr": torch.tensor(self.lr_now)}
 
     def _revives(self) -> bool:
-        return bool(self.dead.numel() and self.settings.aux_coefficient)
+        return bool(self.arch.n_dead and self.settings.aux_coefficient)
+
+    def _set_dead(self, dead: Tensor) -> None:
+        """Take these latents for dead; how many others have is asked where there are any."""
+        self.dead = dead
+        self.arch.n_dead = sum(self.mesh.width.gather(dead.numel()))
 
     def _step(self, x: Tensor) -> dict[str, Tensor]:
         """What of a step happens on the device."""
@@ -161,7 +172,7 @@ class Learner:
             run = self.arch.forward(x)
         terms = self._terms(x, run)
         sum(terms.values()).backward()
-        terms = {name: self.ranks.mean(term) for name, term in terms.items()}
+        terms = {name: self.mesh.data.mean(term) for name, term in terms.items()}
         norms = self._gradients()
         lost = self._note_count(run.pattern)
         bad = self._note_failure(torch.stack([x.abs().amax(), *terms.values(), *norms]), lost)
@@ -169,15 +180,15 @@ class Learner:
         self._apply(norms, run, void)
         for p in (*self.leaves.values(), *self.trained.values()):
             p.grad = None
-        fired, n_tokens = self.ranks.sum(run.count_fired()), len(x) * self.ranks.size
-        l0 = fired.sum() / n_tokens
+        fired, n_tokens = self.mesh.data.sum(run.count_fired()), len(x) * self.mesh.data.size
+        l0 = self.mesh.width.sum(fired.sum()) / n_tokens
         idle = (self.idle_tokens + n_tokens).masked_fill_(fired > 0, 0)
         self.idle_tokens.copy_(idle if lost is None else torch.where(lost, self.idle_tokens, idle))
         metrics = self._metrics(run, terms, l0, norms)
         if self.control:
             self.control.update(l0, self.now, ~void)
         if self.arch.moves_levels:
-            excess, n_active = self.ranks.sum(run.excess)
+            excess, n_active = self.mesh.sum(run.excess)
             rise = self.control.rise(l0, excess / n_active.clamp_min(1))
             self.arch.raise_levels(rise.masked_fill(void, 0.0))
         return metrics
@@ -202,7 +213,27 @@ class Learner:
     def export(self, scale: float, mean: Float[Tensor, " d_in"] | None = None) -> SAE:
         """Return the SAE for raw activations, decoder rows of norm 1, of this one trained on scale · (raw − mean)."""
         self.catch_up()
-        return fold_decoder_norm(fold_scale(self.sae, scale, mean))
+        return fold_decoder_norm(fold_scale(self.whole, scale, mean))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process looks at the SAE for all that hold latents of it."""
+        return self.mesh.width.is_first
+
+    @property
+    def whole(self) -> SAE:
+        """The SAE with all latents: where they are split, inside of `gathered` on the first process of a team alone."""
+        return self.sae if self.mesh.width.size == 1 else self._whole
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Let the first process of the team see the `whole` SAE meanwhile; all of the team come here."""
+        self.catch_up()
+        self._whole = shards.gather(self.sae, self.mesh.width)
+        try:
+            yield
+        finally:
+            self._whole = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a bit-equal resume needs: nested dictionaries of tensors and JSON values."""
@@ -214,7 +245,7 @@ class Learner:
             "architecture": dict(self.arch.state),
             "crossover": self.arch.crossover.state_dict(),
             "idle_tokens": self.idle_tokens,
-            "dead": self.dead,
+            "dead": self.dead + self.first_latent,
             "failure": self.failure,
             "generator": self.generator.get_state(),
             "step_count": self.step_count,
@@ -234,8 +265,9 @@ class Learner:
         self.arch.crossover.load_state_dict(state["crossover"])
         if self.control:
             self.control.load_state_dict(state["control"])
-        for name in ("idle_tokens", "dead", "failure"):
+        for name in ("idle_tokens", "failure"):
             setattr(self, name, state[name].to(self.device).clone())
+        self._set_dead(state["dead"].to(self.device) - self.first_latent)
         self.generator.set_state(state["generator"])
         self.step_count, self.failed = state["step_count"], state["failed"]
         self.last = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.get("last", ())}
@@ -253,7 +285,7 @@ class Learner:
         zero = torch.zeros((), device=self.device)
         terms = {"mse_loss": run.error, "aux_loss": zero, "sparsity_loss": zero}
         if self._revives():
-            stride = -(-len(x) * self.dead.numel() // MAX_REVIVAL_ENTRIES)
+            stride = -(-len(x) * self.arch.n_dead // MAX_REVIVAL_ENTRIES)
             terms["aux_loss"] = self.arch.revival(run, x[::stride], run.recon[::stride], self.dead)
         if run.extra is not None:
             terms["aux_loss"] = terms["aux_loss"] + run.extra
@@ -271,8 +303,10 @@ class Learner:
         ops.remove_parallel(sae.W_dec.grad, sae.W_dec)
         for name, p in self.trained.items():
             grad = self.leaves[name].grad
-            p.grad = self.ranks.mean(grad.t() if name == "W_enc" else grad)
-        return torch.stack([p.grad.norm() for p in self.trained.values()])
+            p.grad = self.mesh.data.mean(grad.t() if name == "W_enc" else grad)
+            if name == shards.WHOLE:
+                p.grad = self.mesh.width.sum(p.grad)
+        return shards.norms({name: p.grad for name, p in self.trained.items()}, self.mesh.width)
 
     def _note_count(self, pattern: ops.Pattern) -> Tensor | None:
         """Keep how many entries there were; return whether some found no room: the step must then change nothing."""
@@ -296,7 +330,7 @@ class Learner:
         """Clip, step and renormalise; a learner that has failed, and a void step, keep the weights bit for bit."""
         # Fused Adam reads these two for mixed precision: it divides gradients by grad_scale and skips the step where
         # found_inf is set. Here that clips and stops in the optimiser's own kernel, without a wait for the device.
-        self.optimiser.grad_scale = (norms.norm() / self.settings.grad_clip).clamp_min(1.0)
+        self.optimiser.grad_scale = (norms.norm() / self.settings.grad_clip).clamp_min(1.0).float()
         self.optimiser.found_inf = void.to(torch.float32)
         self.optimiser.step()
         ops.normalise(self.sae.W_dec, unless=void)
@@ -312,12 +346,12 @@ class Learner:
             dense = torch.full_like(l0, float(run.pattern.dense))
             extra = {"details/l0_coefficient": self.control.coefficient * run.price, "details/dense_products": dense}
         if "threshold" in self.sae.form.vectors:
-            extra["details/threshold"] = self.sae.threshold.mean()
+            extra["details/threshold"] = self.mesh.width.mean(self.sae.threshold.mean())
         return {
             "losses/loss": sum(terms.values()),
             **{f"losses/{name}": term for name, term in terms.items()},
             "metrics/l0": l0,
-            "sparsity/dead_features": (self.idle_tokens >= self.dead_tokens).sum(),
+            "sparsity/dead_features": self.mesh.width.sum((self.idle_tokens >= self.dead_tokens).sum()),
             "details/grad_norm": norms.norm(),
             **extra,
         }

@@ -54,6 +54,8 @@ class Scheduled:
 
     look: Look
     steps: frozenset[int]
+    whole: bool = False
+    """whether it looks at weights, which are then gathered where they are split over processes"""
 
 
 @dataclass
@@ -140,7 +142,7 @@ class Work(Protocol):
     learners: list[Learner]
     ranks: Ranks
     owned: Collection[str]
-    """names of the learners that this process looks at"""
+    """names of the learners that this process looks at, alone or with those that hold other latents of them"""
     step: int
     """steps done; the loop counts it up"""
     looked: bool
@@ -252,8 +254,11 @@ def look_at(work: Work, callbacks: list[Scheduled], log: Log) -> None:
         for learner in running(work.learners):
             learner.check()
             if learner.failed is None and learner.name in work.owned:
-                log.doing(f"looking at {learner.name}, step {step:,}")
-                log.log(learner, step, {name: value for each in due for name, value in each.look(learner, step)})
+                with learner.gathered() if any(each.whole for each in due) else contextlib.nullcontext():
+                    if learner.leads:
+                        log.doing(f"looking at {learner.name}, step {step:,}")
+                        values = {name: value for each in due for name, value in each.look(learner, step)}
+                        log.log(learner, step, values)
         log.hand_in()
 
 

@@ -6,7 +6,6 @@ them, so that no term costs (batch, d_sae).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_train.kernels import ops
+from sae_train.training.ranks import Mesh
+from sae_train.training.selection import kth_largest
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -42,17 +43,20 @@ def aux_k(
     W_dec: Float[Tensor, "d_sae d_in"],
     b_dec: Float[Tensor, " d_in"],
     dead: Int[Tensor, " n_dead"],
-    mean: Callable[[Tensor], Tensor] = lambda energy: energy,
+    mesh: Mesh | None = None,
+    n_dead: int | None = None,
 ) -> Float[Tensor, ""]:
     """⟨‖e − ê‖²⟩ / ⟨‖e‖²⟩, ê from the k_aux largest relu(pre) among the dead latents (Gao et al. 2024, A.2).
 
     e = x − x̂ is detached; ê has no b_dec (e is already centred); k_aux = min(power of two nearest d_in/2, n_dead).
-    Of a batch that several processes share, `mean` brings ⟨‖e‖²⟩ to the mean over all of it.
+    Of a batch that several processes share ⟨‖e‖²⟩ is the mean over all of it; `n_dead` is the number on all of them.
     """
+    mesh = mesh or Mesh()
     error = (x - recon).detach()
-    energy = mean(error.square().sum(1).mean()).clamp_min(1e-12)
+    energy = mesh.data.mean(error.square().sum(1).mean()).clamp_min(1e-12)
     encoder = W_enc.t().index_select(0, dead), b_enc.index_select(0, dead)
-    return _DeadError.apply(error, x - b_dec, *encoder, W_dec.index_select(0, dead)) / (len(x) * energy)
+    shared = mesh.width, len(dead) if n_dead is None else n_dead
+    return _DeadError.apply(error, x - b_dec, *encoder, W_dec.index_select(0, dead), *shared) / (len(x) * energy)
 
 
 class _DeadError(torch.autograd.Function):
@@ -62,12 +66,12 @@ class _DeadError(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, error, centred, W, b, V):
+    def forward(ctx, error, centred, W, b, V, shards, n_dead):
         acts = torch.addmm(b, centred, W.t()).relu_()
         k = nearest_power_of_two(error.shape[1] / 2)
-        if k < len(W):
-            acts.masked_fill_(acts < ops.kth_largest(acts, k)[:, None], 0)
-        residual = torch.addmm(error, acts, V, beta=-1)
+        if k < n_dead:
+            acts.masked_fill_(acts < kth_largest(acts, k, shards)[:, None], 0)
+        residual = shards.sum(torch.addmm(error, acts, V, beta=-1 if shards.is_first else 0))
         ctx.save_for_backward(centred, W, V, acts, residual)
         return residual.square().sum()
 
@@ -79,7 +83,7 @@ class _DeadError(torch.autograd.Function):
         d_V = acts.t() @ along
         d_pre = torch.ops.aten.threshold_backward(along @ V.t(), acts, 0)
         d_centred = d_pre @ W if ctx.needs_input_grad[1] else None
-        return None, d_centred, d_pre.t() @ centred, d_pre.sum(0), d_V
+        return None, d_centred, d_pre.t() @ centred, d_pre.sum(0), d_V, None, None
 
 
 def pre_activation(

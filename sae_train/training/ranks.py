@@ -1,7 +1,7 @@
-"""Several processes at one run: which SAEs each trains, and what they exchange by torch.distributed.
+"""Several processes at one run: how they are arranged, which SAEs each trains, what they exchange by torch.distributed.
 
 A process alone has no process group: every exchange is then the identity. Each exchange is a collective: all processes
-must come to it, in the same order.
+of the group must come to it, in the same order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import atexit
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +22,7 @@ from sae_train.errors import UserError
 if TYPE_CHECKING:
     from accelerate import PartialState
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # that processes wait for one that looks; where one has died, the launcher ends the others
@@ -29,11 +30,21 @@ PATIENCE = timedelta(days=1)  # that processes wait for one that looks; where on
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among `size`, of which `on_machine` run on this machine."""
+    """This process's number among `size`, of which `on_machine` run on this machine.
+
+    They are all processes of the run, or those along one axis of a mesh.
+    """
 
     rank: int = 0
     size: int = 1
     on_machine: int = 1
+    mesh: DeviceMesh | None = None
+    """the axis; None for all processes"""
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes, as torch.distributed wants them."""
+        return self.mesh and self.mesh.get_group()
 
     @property
     def is_first(self) -> bool:
@@ -45,7 +56,7 @@ class Ranks:
         if self.size == 1:
             return make()
         outcome = [_outcome(make) if self.is_first else None]
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, group=self.group, group_src=0)
         if isinstance(outcome[0], UserError):
             raise outcome[0]
         return outcome[0]
@@ -55,7 +66,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values = [value] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def wait(self) -> None:
@@ -67,7 +78,7 @@ class Ranks:
         if self.size == 1:
             return list(flags)
         seen = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.group)
         return [bool(flag) for flag in seen.tolist()]
 
     def sum(self, x: Tensor) -> Tensor:
@@ -75,12 +86,44 @@ class Ranks:
         if self.size == 1:
             return x
         total = x.detach().contiguous()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return total
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean over all processes, as `sum` does."""
         return x if self.size == 1 else self.sum(x).div_(self.size)
+
+    def add_up(self, part: Tensor) -> Tensor:
+        """Return the sum of everybody's parts, differentiable: the gradient of the sum is that of each part.
+
+        For what all go on to compute alike from the sum.
+        """
+        if self.size == 1:
+            return part
+        from torch.distributed.tensor import DTensor, Partial
+
+        return DTensor.from_local(part, self.mesh, [Partial()], run_check=False).full_tensor()
+
+    def stack(self, x: Tensor) -> Tensor:
+        """Return the tensors of all processes, which have one shape, in order: (size, …)."""
+        every = x.new_empty(self.size, *x.shape)
+        if self.size == 1:
+            return every.copy_(x[None])
+        dist.all_gather(list(every.unbind()), x.contiguous(), group=self.group)
+        return every
+
+    def bring(self, x: Tensor, into: Sequence[Tensor] | None) -> None:
+        """Bring the tensors of all processes, which have one shape, into those of the first, which alone has any."""
+        dist.gather(x, list(into) if self.is_first else None, group=self.group, group_dst=0)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """Return the rows of all processes, in order, of which each may have another number."""
+        if self.size == 1:
+            return x
+        counts = self.stack(torch.tensor(len(x), device=x.device)).tolist()
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: len(x)] = x
+        return torch.cat([theirs[:n] for theirs, n in zip(self.stack(padded), counts, strict=True)])
 
     def share(self, n: int, rank: int | None = None) -> slice:
         """Return which of n things in a row belong to this process (or to `rank`): contiguous, as equal as can be."""
@@ -94,7 +137,7 @@ class Ranks:
             parts[i].copy_(compute(i))
         for rank in range(self.size):
             for i in numbers[self.share(len(parts), rank)]:
-                dist.broadcast(parts[i], src=rank)
+                dist.broadcast(parts[i], group=self.group, group_src=rank)
 
 
 def current() -> Ranks:
@@ -106,8 +149,59 @@ def current() -> Ranks:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """The processes in rows and columns: SAEs, or the rows of batches, are split over `data`, latents over `width`.
+
+    The processes along `width` are a team: each holds as many latents of the team's SAEs.
+    """
+
+    data: Ranks = field(default_factory=Ranks)
+    width: Ranks = field(default_factory=Ranks)
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return self.data.size * self.width.size
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over all processes, as `Ranks.sum` does."""
+        return self.width.sum(self.data.sum(x))
+
+    def collect(self, x: Tensor) -> Tensor:
+        """Return the rows of all processes, as `Ranks.collect` does."""
+        return self.data.collect(self.width.collect(x))
+
+
+def arrange(ranks: Ranks, n_shards: int) -> Mesh:
+    """Put the processes into teams of n_shards that follow one another; UserError where that leaves some over."""
+    if ranks.size % n_shards:
+        raise UserError(
+            f"shard_width {n_shards} is for {n_shards} processes or a multiple of that, and {ranks.size} were started: "
+            "start as many (torchrun --nproc-per-node), or take another --shard-width"
+        )
+    if n_shards == 1:
+        return Mesh(ranks)
+    return _open_mesh(ranks.size // n_shards, n_shards)
+
+
+@functools.cache
+def _open_mesh(n_teams: int, n_shards: int) -> Mesh:
+    """Open the groups along the two axes of a mesh, once."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    numbers = torch.arange(n_teams * n_shards).view(n_teams, n_shards)
+    # Made here and not by init_device_mesh, whose groups give up after minutes: a look may take hours.
+    lines = numbers.t().tolist(), numbers.tolist()
+    groups = [dist.new_subgroups_by_enumeration(each, timeout=PATIENCE)[0] for each in lines]
+    kind = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+    mesh = DeviceMesh.from_group(groups, kind, mesh=numbers, mesh_dim_names=("data", "width"))
+    axes = (mesh["data"], mesh["width"])
+    return Mesh(*(Ranks(axis.get_local_rank(), axis.size(), mesh=axis) for axis in axes))
+
+
+@dataclass(frozen=True)
 class Division:
-    """Which process looks at each SAE and saves it, and whether all processes train every SAE together.
+    """Which process, or team, looks at each SAE and saves it, and whether all of them train every SAE together.
 
     Together each one steps on its share of every batch; otherwise the owner alone trains its SAEs on whole batches.
     """
@@ -117,7 +211,7 @@ class Division:
 
 
 def divide(costs: Sequence[float], ranks: Ranks, batch_tokens: int) -> Division:
-    """Spread SAEs of these costs over the processes; where there are fewer SAEs than processes, all train together.
+    """Spread SAEs of these costs over processes, or teams; where there are fewer SAEs than those, all train together.
 
     The costly come first, each to the process with the least so far. Batches that cannot be shared are a UserError.
     """

@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 FROM_AN_SAE = 1 / 3
 
 
-def new_sae(spec: SAESpec, d_in: int, device: str | torch.device) -> SAE:
-    """The SAE that will be finished: of its architecture's form, whose name is kept where the form has another."""
+def new_sae(spec: SAESpec, d_in: int, device: str | torch.device, n_shards: int = 1) -> SAE:
+    """The SAE that will be finished: of its architecture's form, whose name is kept where the form has another.
+
+    Where its latents are split over several processes, one with the share of each.
+    """
     form = TRAINED[spec.arch].form
     metadata = {} if form == spec.arch else {"trained_as": spec.arch}
     k = round(spec.l0) if form == "topk" else None
-    return SAE(SAEConfig(form, d_in, spec.width, k=k, metadata=metadata), device=device)
+    return SAE(SAEConfig(form, d_in, spec.width // n_shards, k=k, metadata=metadata), device=device)
 
 
 @torch.no_grad()

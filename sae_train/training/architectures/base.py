@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sae_train.config import SAESpec, Settings, TrainSettings
     from sae_train.sae.model import SAE
-    from sae_train.training.ranks import Ranks
+    from sae_train.training.ranks import Mesh
 
 # λ_P of the pre-activation loss. Anthropic's 3e-6 (January 2025 update) is for runs of billions of tokens: in one of
 # 1 M (relu, width 16k, SmolLM2) it left 43 % dead, this 9 %, at the same EV.
@@ -71,8 +71,8 @@ class Architecture(ABC):
     first_coefficient: float | None
     moves_levels = False
     """whether L0 is also held by moving all levels (`raise_levels`, from `Forward.excess`), which is fast"""
-    shares_batches = True
-    """whether several processes can each train on their share of a batch"""
+    splits_width = False
+    """whether processes can each hold some of the latents; said in the class itself, since it depends on `forward`"""
     takes_bfloat16 = False
     """whether its step may run under autocast to bfloat16"""
     waits_for_nothing = False
@@ -80,16 +80,21 @@ class Architecture(ABC):
     counts_vary = False
     """whether batches differ in how many latents are active: then that holds for steps given `crossover.room`"""
 
-    def __init__(self, sae: SAE, spec: SAESpec, settings: TrainSettings, ranks: Ranks):
-        if ranks.size > 1 and not self.shares_batches:
-            raise UserError(
-                f"{spec.arch} selects over whole batches, which {ranks.size} processes cannot share: train at least as "
-                "many SAEs as there are processes, or start one process"
-            )
-        self.sae, self.spec, self.settings, self.ranks = sae, spec, settings, ranks
+    def __init__(self, sae: SAE, spec: SAESpec, settings: TrainSettings, mesh: Mesh):
+        self.check_split(spec.arch, mesh.width.size)
+        self.sae, self.spec, self.settings, self.mesh = sae, spec, settings, mesh
+        self.shards = mesh.width
         self.state: dict[str, Tensor] = {}
+        self.n_dead = 0
+        """dead latents, on all processes, that `revival` is asked about"""
         self.crossover = ops.Crossover()
         self.leaves: dict[str, Tensor] = self.make_leaves()
+
+    @classmethod
+    def check_split(cls, name: str, n_shards: int) -> None:
+        """UserError where the latents are to be split and cannot be."""
+        if n_shards > 1 and not vars(cls).get("splits_width"):
+            raise UserError(f"the width of {name} cannot be split over processes: leave --shard-width out")
 
     @classmethod
     def problems(cls, settings: Settings) -> list[str]:
@@ -116,6 +121,29 @@ class Architecture(ABC):
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Forward:
         """Run the training forward pass."""
+
+    def decode(self, values: Tensor, pattern: ops.Pattern, frozen: bool = False) -> Float[Tensor, "batch d_in"]:
+        """Return the reconstruction from the active latents of all processes; `frozen`: without gradient to W_dec and
+        b_dec."""
+        W_dec, b_dec = self.sae.W_dec, self.own_b_dec
+        if frozen:
+            W_dec, b_dec = W_dec.detach(), b_dec.detach()
+        return self.shards.add_up(ops.decode_active(values, pattern, W_dec, b_dec))
+
+    def decode_error(self, values: Tensor, pattern: ops.Pattern, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reconstruction from the active latents of all processes, and Σ (recon − x)²."""
+        if self.shards.size == 1:
+            return ops.decode_error(values, pattern, self.sae.W_dec, self.sae.b_dec, x)
+        recon = self.decode(values, pattern)
+        return recon, (recon - x).square().sum()
+
+    @property
+    def own_b_dec(self) -> Tensor:
+        """What this process adds to a reconstruction beside its latents, so that all together add b_dec.
+
+        Its gradient is then one of the parts that add up to b_dec's, as is the encoder's.
+        """
+        return self.sae.b_dec if self.shards.size == 1 else self.sae.b_dec / self.shards.size
 
     @abstractmethod
     def revival(self, run: Forward, x: Tensor, recon: Tensor, dead: Int[Tensor, " n_dead"]) -> Tensor:
@@ -146,21 +174,23 @@ def pre_activations(sae: SAE, x: Float[Tensor, "n d_in"], bias: Tensor) -> Float
     return torch.addmm(bias, x - sae.b_dec, sae.W_enc)
 
 
-def start_level(sae: SAE, sample: Float[Tensor, "n d_in"], l0: float) -> Float[Tensor, ""]:
+def start_level(arch: Architecture, sample: Float[Tensor, "n d_in"], l0: float) -> Float[Tensor, ""]:
     """Return the positive level that on average l0 (at most half) of a token's (x − b_dec)·W_enc exceed."""
-    pre = (sample[: max(1, QUANTILE_ELEMENTS // sae.cfg.d_sae)] - sae.b_dec) @ sae.W_enc
-    return level_for(pre, min(l0, sae.cfg.d_sae / 2)).clamp_min(1e-3)
+    sae, width = arch.sae, arch.spec.width
+    pre = (sample[: max(1, QUANTILE_ELEMENTS // width)] - sae.b_dec) @ sae.W_enc
+    return level_for(pre, min(l0, width / 2), arch.shards).clamp_min(1e-3)
 
 
-def fit_scale(sae: SAE, sample: Float[Tensor, "n d_in"], level: Tensor) -> Float[Tensor, ""]:
+def fit_scale(arch: Architecture, sample: Float[Tensor, "n d_in"], level: Tensor) -> Float[Tensor, ""]:
     """Multiply W_enc so that the latents above level reconstruct best, and return the factor.
 
     Encoder rows of norm 1 overshoot many times over where many latents are active; what the first steps then do against
     it silences them (from L0 240 to 4 within 30 steps at width 16k).
     """
-    x = sample[: max(1, QUANTILE_ELEMENTS // sae.cfg.d_sae)] - sae.b_dec
+    sae = arch.sae
+    x = sample[: max(1, QUANTILE_ELEMENTS // arch.spec.width)] - sae.b_dec
     pre = x @ sae.W_enc
-    recon = (pre * (pre > level)) @ sae.W_dec
+    recon = arch.shards.sum((pre * (pre > level)) @ sae.W_dec)
     scale = ((x * recon).sum() / recon.square().sum()).nan_to_num(1.0)
     sae.W_enc.mul_(scale)
     return scale
@@ -173,10 +203,13 @@ def revival_by_aux_k(arch: Architecture, x: Tensor, recon: Tensor, dead: Tensor)
     on which it is active again (at width 16k on SmolLM2, 1 M tokens: 22 % dead at the end, not 15 %).
     """
     sae, weight = arch.sae, arch.settings.aux_coefficient * arch.sae.cfg.d_in
-    return weight * losses.aux_k(x, recon, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, dead, arch.ranks.mean)
+    weights = sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec
+    return weight * losses.aux_k(x, recon, *weights, dead, arch.mesh, arch.n_dead)
 
 
-def revival_by_level(sae: SAE, x: Tensor, bias: Tensor, dead: Tensor) -> Tensor:
+def revival_by_level(arch: Architecture, x: Tensor, bias: Tensor, dead: Tensor) -> Tensor:
     """The pre-activation loss with its coefficient, for latents that are active above 0 (Anthropic, January 2025
     update)."""
-    return PRE_ACTIVATION_COEFFICIENT * losses.pre_activation(x, sae.W_enc, bias, sae.W_dec, sae.b_dec, 0.0, dead)
+    sae = arch.sae
+    loss = losses.pre_activation(x, sae.W_enc, bias, sae.W_dec, sae.b_dec, 0.0, dead)
+    return PRE_ACTIVATION_COEFFICIENT * arch.shards.add_up(loss)

@@ -9,9 +9,9 @@ from abc import abstractmethod
 
 import torch
 
-from sae_train.kernels import ops
 from sae_train.training.architectures.base import Architecture, Forward, pre_activations, revival_by_aux_k, start_level
 from sae_train.training.l0 import level_on
+from sae_train.training.selection import batch_topk
 
 # Memory of the running mean of thresholds, and how far below it the next batch's is looked for at first.
 SMOOTHING = 0.9
@@ -25,13 +25,12 @@ class BatchSelection(Architecture):
 
     form, base_lr = "jumprelu", 2e-4
     lr_factors, first_coefficient = {}, None
-    shares_batches = False
 
     def make_leaves(self):
         return {"b_enc": self.sae.b_enc, "b_dec": self.sae.b_dec}
 
     def start(self, sample):
-        self.state["threshold"] = start_level(self.sae, sample, self.spec.l0)
+        self.state["threshold"] = start_level(self, sample, self.spec.l0)
         self.settle()
 
     def inherit(self):
@@ -39,9 +38,8 @@ class BatchSelection(Architecture):
         self.state["threshold"] = self.sae.threshold.mean()
 
     def forward(self, x):
-        sae, count, threshold = self.sae, max(1, round(self.spec.l0 * len(x))), self.state["threshold"]
-        weights = sae.W_enc, sae.b_enc, sae.b_dec
-        values, pattern, smallest = ops.active_batch_topk(x, *weights, count, MARGIN * threshold)
+        count, threshold = max(1, round(self.spec.l0 * len(x) * self.mesh.data.size)), self.state["threshold"]
+        values, pattern, smallest = batch_topk(x, self.sae, count, MARGIN * threshold, self.mesh)
         run = self.reconstruct(x, values, pattern)
         run.state["threshold"] = SMOOTHING * threshold + (1 - SMOOTHING) * smallest
         return run
@@ -61,7 +59,7 @@ class BatchSelection(Architecture):
     def calibrate(self, held_out):
         sae, guess = self.sae, self.state["threshold"].item()
         floors = (0.7 * guess, 0.3 * guess, 0.0)
-        level = level_on(lambda x: pre_activations(sae, x, sae.b_enc), held_out, self.spec.l0, floors)
+        level = level_on(lambda x: pre_activations(sae, x, sae.b_enc), held_out, self.spec.l0, floors, self.shards)
         self.state["threshold"] = torch.full_like(self.state["threshold"], level)
         self.settle()
 
@@ -69,6 +67,8 @@ class BatchSelection(Architecture):
 class BatchTopK(BatchSelection):
     """The plain error of the whole reconstruction."""
 
+    splits_width = True
+
     def reconstruct(self, x, values, pattern):
-        recon, error = ops.decode_error(values, pattern, self.sae.W_dec, self.sae.b_dec, x)
+        recon, error = self.decode_error(values, pattern, x)
         return Forward(recon, values, pattern, error / len(x))

@@ -26,13 +26,14 @@ class Gated(Architecture):
 
     form, base_lr = "gated", 1e-4
     lr_factors, first_coefficient = {"b_gate": 10.0, "b_mag": 10.0}, 0.3
+    splits_width = True
 
     def make_leaves(self):
         sae = self.sae
         return {"b_gate": sae.b_gate, "b_mag": sae.b_mag, "r_mag": sae.r_mag, "b_dec": sae.b_dec}
 
     def start(self, sample):
-        self.sae.b_gate.fill_(-start_level(self.sae, sample, START_L0 * self.spec.l0))
+        self.sae.b_gate.fill_(-start_level(self, sample, START_L0 * self.spec.l0))
 
     def forward(self, x):
         sae = self.sae
@@ -43,15 +44,15 @@ class Gated(Architecture):
         b_gate, r_mag, b_mag = (p.index_select(0, pattern.latents) for p in (sae.b_gate, sae.r_mag.exp(), sae.b_mag))
         gate = s + b_gate
         values = (r_mag * s + b_mag).relu()
-        recon = ops.decode_active(values, pattern, sae.W_dec, sae.b_dec)
-        frozen = ops.decode_active(gate, pattern, sae.W_dec.detach(), sae.b_dec.detach())
+        recon, frozen = self.decode(values, pattern), self.decode(gate, pattern, frozen=True)
+        sparsity = self.shards.add_up(losses.l1(gate, pattern, sae.W_dec))
         return Forward(
             recon, values, pattern, losses.mse(x, recon),
-            sparsity=losses.l1(gate, pattern, sae.W_dec), extra=losses.mse(x, frozen),
+            sparsity=sparsity, extra=losses.mse(x, frozen),
         )  # fmt: skip
 
     def revival(self, run, x, recon, dead):
-        return revival_by_level(self.sae, x, self.sae.b_gate, dead)
+        return revival_by_level(self, x, self.sae.b_gate, dead)
 
     def settle(self):
         """The SAE is what is trained: nothing to bring in line."""
@@ -64,4 +65,4 @@ class Gated(Architecture):
             s = pre_activations(sae, x, torch.zeros_like(sae.b_gate))
             return torch.where(sae.r_mag.exp() * s + sae.b_mag > 0, s + sae.b_gate, -torch.inf)
 
-        sae.b_gate -= level_on(margin, held_out, self.spec.l0, (0.0, -0.5, -4.0))
+        sae.b_gate -= level_on(margin, held_out, self.spec.l0, (0.0, -0.5, -4.0), self.shards)

@@ -37,7 +37,7 @@ class JumpReLU(Architecture):
 
     form, base_lr = "jumprelu", 2e-4
     first_coefficient = 0.4
-    takes_bfloat16 = moves_levels = waits_for_nothing = counts_vary = True
+    splits_width = takes_bfloat16 = moves_levels = waits_for_nothing = counts_vary = True
 
     def make_leaves(self):
         # A step of log θ changes θ by a share: the rule that wide SAEs take small steps is not for it.
@@ -46,8 +46,8 @@ class JumpReLU(Architecture):
         return {"b_enc": self.sae.b_enc, "b_dec": self.sae.b_dec, "log_threshold": log_threshold}
 
     def start(self, sample):
-        level = start_level(self.sae, sample, START_L0 * self.spec.l0)
-        self.leaves["log_threshold"].copy_((level * fit_scale(self.sae, sample, level)).log())
+        level = start_level(self, sample, START_L0 * self.spec.l0)
+        self.leaves["log_threshold"].copy_((level * fit_scale(self, sample, level)).log())
         self.settle()
 
     def inherit(self):
@@ -62,12 +62,12 @@ class JumpReLU(Architecture):
             x, sae.W_enc, sae.b_enc, sae.b_dec, threshold.detach() - width / 2, crossover=self.crossover
         )
         values, active = ops.jumprelu_active(pre, pattern, threshold, width)
-        recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
+        recon, error = self.decode_error(values, pattern, x)
         error = error / len(x)
-        price = self.ranks.mean(error.detach()) / self.spec.l0
+        price = self.mesh.data.mean(error.detach()) / self.spec.l0
         # log θ is what moves, so that distances are shares of θ.
         excess = sum_excess(values.detach() / threshold.detach()[pattern.latents] - 1, pattern)
-        return Forward(recon, values, pattern, error, active / len(x), price, excess=excess)
+        return Forward(recon, values, pattern, error, self.shards.add_up(active / len(x)), price, excess=excess)
 
     def revival(self, run, x, recon, dead):
         return revival_by_aux_k(self, x, recon, dead)
@@ -85,6 +85,6 @@ class JumpReLU(Architecture):
     def calibrate(self, held_out):
         sae = self.sae
         ratio = lambda x: pre_activations(sae, x, sae.b_enc) / sae.threshold  # noqa: E731
-        share = level_on(ratio, held_out, self.spec.l0, (0.7, 0.3, 1e-3))
+        share = level_on(ratio, held_out, self.spec.l0, (0.7, 0.3, 1e-3), self.shards)
         self.leaves["log_threshold"] += math.log(share)
         self.settle()

@@ -21,6 +21,8 @@ PREFIX_COPIES = 4  # what a step holds of a batch for each prefix: block, sum, e
 class Matryoshka(BatchSelection):
     """Prefixes are the first shares of the latents that `matryoshka_prefixes` names."""
 
+    splits_width = True
+
     @classmethod
     def problems(cls, settings):
         shares = settings.train.matryoshka_prefixes
@@ -40,11 +42,12 @@ class Matryoshka(BatchSelection):
 
     @cached_property
     def edges(self) -> Tensor:
-        """Where blocks of latents begin and end: 0, then the prefixes' lengths."""
+        """Where blocks of latents begin and end: 0, then the prefixes' lengths; of this process's latents."""
         ends = [round(share * self.spec.width) for share in self.settings.matryoshka_prefixes]
-        return torch.tensor([0, *ends], device=self.sae.W_dec.device)
+        edges, n = torch.tensor([0, *ends], device=self.sae.W_dec.device), self.sae.cfg.d_sae
+        return (edges - self.shards.rank * n).clamp(0, n)
 
     def reconstruct(self, x, values, pattern):
         blocks = ops.decode_blocks(values, pattern, self.edges, self.sae.W_dec)
-        prefixes = blocks.cumsum(1) + self.sae.b_dec
+        prefixes = self.shards.add_up(blocks.cumsum(1) + self.own_b_dec)
         return Forward(prefixes[:, -1], values, pattern, losses.nested_mse(x, prefixes))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sae_train.kernels import ops
 from sae_train.training.architectures.base import Architecture, Forward, revival_by_aux_k
+from sae_train.training.selection import token_topk
 
 
 class TopK(Architecture):
@@ -11,7 +11,7 @@ class TopK(Architecture):
 
     form, base_lr = "topk", 2e-4
     lr_factors, first_coefficient = {}, None
-    takes_bfloat16 = waits_for_nothing = True
+    splits_width = takes_bfloat16 = waits_for_nothing = True
 
     @classmethod
     def problems(cls, settings):
@@ -26,10 +26,9 @@ class TopK(Architecture):
         """No level to set."""
 
     def forward(self, x):
-        sae = self.sae
-        pre, pattern = ops.active_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, sae.cfg.k)
+        pre, pattern = token_topk(x, self.sae, self.sae.cfg.k, self.shards)
         values = pre.relu()
-        recon, error = ops.decode_error(values, pattern, sae.W_dec, sae.b_dec, x)
+        recon, error = self.decode_error(values, pattern, x)
         return Forward(recon, values, pattern, error / len(x))
 
     def revival(self, run, x, recon, dead):
