@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sae_train.cli import main
 from sae_train.evals import assets
+from sae_train.interrupts import interrupts_wait
 from sae_train.runs import activity as activity_module
 from sae_train.runs import display as display_module
 from sae_train.runs.activity import Activity
@@ -102,6 +103,35 @@ def test_ctrl_c_says_where_and_what_to_do(capsys):
         display("reading words", 5, 10)
         raise KeyboardInterrupt
     assert capsys.readouterr().out == "interrupted while reading words; nothing of it is kept: start again\n"
+
+
+def interrupt_now():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Dropped:
+    """Python drops what is raised where something is deleted, as in much of what happens in an import."""
+
+    def __del__(self):
+        interrupt_now()
+
+
+def test_ctrl_c_while_modules_are_imported_waits_and_is_not_lost_and_a_second_one_breaks_in():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interrupts_wait():
+        Dropped()
+        reached.append("the end")
+    with pytest.raises(KeyboardInterrupt), interrupts_wait():
+        interrupt_now()
+        reached.append("once")
+        interrupt_now()
+        reached.append("twice")
+    assert reached == ["the end", "once"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup leaves it
+    with interrupts_wait():
+        interrupt_now()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_ctrl_c_in_the_set_up_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from sae_train.data.hooked_model import LanguageModel
 from sae_train.data.hooks import HookPoint, match_hooks, resolve_hook, width_at
 from sae_train.data.pretrained import describe_weights, load_config, load_errors, load_tokenizer, locate, quiet
 from sae_train.errors import UserError, explaining, first_line
+from sae_train.interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,7 +138,7 @@ def _without_weights(name: str, source: str, options: dict[str, Any]) -> nn.Modu
         config = load_config(source, options)
         config.get_text_config()  # fails where there is more than one
     try:
-        with load_errors(name), torch.device("meta"):
+        with interrupts_wait(), load_errors(name), torch.device("meta"):  # imports the model's class
             return AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"])
     except UserError as error:
         if "Unrecognized configuration class" not in str(error.__cause__):

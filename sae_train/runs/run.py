@@ -15,6 +15,7 @@ from sae_train.config import Settings, resolve
 from sae_train.config.record import ResumedRun, read_run
 from sae_train.errors import UserError, first_line
 from sae_train.files import read_json, read_metrics
+from sae_train.interrupts import interrupts_wait
 from sae_train.publishing.reproduce import python_call
 from sae_train.runs.extend import begun_at, extend
 from sae_train.runs.folder import alone_in, check_free, removed_on_failure, reserve, restore_settings, trusting
@@ -113,10 +114,11 @@ def start(
     check_free(settings)
     with _display() as display:
         with without_collection():
-            from sae_train.runs import session
-            from sae_train.runs.plan import make_plan
-            from sae_train.runs.runner import Runner
-            from sae_train.training.ranks import current
+            with interrupts_wait():
+                from sae_train.runs import session
+                from sae_train.runs.plan import make_plan
+                from sae_train.runs.runner import Runner
+                from sae_train.training.ranks import current
 
             plan, ranks = make_plan(settings, given), current()
             ranks.first(plan.check)
@@ -194,11 +196,12 @@ def resume(
     A run on activations of your own needs them again, and one with callbacks of your own goes on without those that are
     not given again. Code of the hub's is run only where `trust_remote_code` says so here, whatever run.json says.
     """
-    from sae_train.data.origin import check_unchanged
-    from sae_train.runs import session
-    from sae_train.runs.plan import find_passes
-    from sae_train.runs.process import prepare_process
-    from sae_train.runs.runner import Runner
+    with interrupts_wait():
+        from sae_train.data.origin import check_unchanged
+        from sae_train.runs import session
+        from sae_train.runs.plan import find_passes
+        from sae_train.runs.process import prepare_process
+        from sae_train.runs.runner import Runner
 
     prepare_process()
     folder = Path(folder)
