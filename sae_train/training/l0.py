@@ -72,7 +72,7 @@ class L0Controller:
 
 
 class LevelController(L0Controller):
-    """Holds L0 from two sides where all levels that latents must exceed can be moved; e = log(L0 / L0*) of a batch.
+    """Holds L0 from two sides where the levels that latents must exceed can be moved; e = log(L0 / L0*) of a batch.
 
     Fast: the levels move so that log L0 falls by LEVEL_GAIN·e. Above a level pre-activations thin out about
     exponentially, so that a rise by δ mean excesses lowers log L0 by δ. Slow: I takes e in as above, without K_p. What

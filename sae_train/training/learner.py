@@ -190,7 +190,7 @@ class Learner:
         if self.arch.moves_levels:
             excess, n_active = self.mesh.sum(run.excess)
             rise = self.control.rise(l0, excess / n_active.clamp_min(1))
-            self.arch.raise_levels(rise.masked_fill(void, 0.0))
+            self.arch.raise_levels(rise.masked_fill(void, 0.0), fired)
         return metrics
 
     def check(self) -> str | None:

@@ -70,7 +70,7 @@ class Architecture(ABC):
     lr_factors: dict[str, float]
     first_coefficient: float | None
     moves_levels = False
-    """whether L0 is also held by moving all levels (`raise_levels`, from `Forward.excess`), which is fast"""
+    """whether L0 is also held by moving levels (`raise_levels`, from `Forward.excess`), which is fast"""
     splits_width = False
     """whether processes can each hold some of the latents; said in the class itself, since it depends on `forward`"""
     takes_bfloat16 = False
@@ -149,8 +149,9 @@ class Architecture(ABC):
     def revival(self, run: Forward, x: Tensor, recon: Tensor, dead: Int[Tensor, " n_dead"]) -> Tensor:
         """Return the weighted loss that brings dead latents back, from some rows of x and x̂."""
 
-    def raise_levels(self, by: Tensor) -> None:
-        """Raise what every latent must exceed; asked only where `moves_levels`."""
+    def raise_levels(self, by: Tensor, fired: Float[Tensor, " d_sae"]) -> None:
+        """Raise (or, below 0, lower) what latents must exceed, which fired so often in the batch; asked only where
+        `moves_levels`."""
         raise NotImplementedError
 
     @abstractmethod

@@ -73,7 +73,10 @@ class JumpReLU(Architecture):
         return revival_by_aux_k(self, x, recon, dead)
 
     @torch.no_grad()
-    def raise_levels(self, by):
+    def raise_levels(self, by, fired):
+        # A latent that was silent adds nothing to L0. With its threshold raised all the same, again and again, it would
+        # be silent for good: at L0 96 of 256 values and width 1k 12 % were dead at the end, not 0.4 %.
+        by = torch.where((fired > 0) | (by < 0), by, 0.0)
         self.leaves["log_threshold"].add_(by).clamp_min_(math.log(LOWEST))
         self.settle()
 
