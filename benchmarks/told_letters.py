@@ -1,0 +1,83 @@
+"""A study's scores on the letters that an SAE tells: does absorption fall with L0 where there is a letter latent?
+
+    python benchmarks/told_letters.py checkpoints/study_two_widths [--floor 0.5]
+
+A letter is told at an L0 if its best latent has a mean F1 of at least the floor over the training seeds. For each
+architecture and width: the letters told at each L0, and full and fraction on them; then each L0 against the lowest on
+the letters told at both, with a 95 % interval from 2,000 draws of letters (the same on both sides) and of seeds (each
+side its own). Over all letters the score also counts those for which there is no letter latent to absorb anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+DRAWS = 2000
+SCORES = ("full", "fraction")
+
+
+def main() -> int:
+    args = _arguments()
+    table = letters_of(args.study)
+    scores = "full, all | full, told | fraction, all | fraction, told"
+    print(f"| | L0 | letters told | {scores} | full, minus lowest L0 (letters) |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (arch, width), rows in table.groupby(["arch", "width"], sort=False):
+        cells = {l0: cell for l0, cell in rows.groupby("l0")}
+        lowest = min(cells)
+        for l0, cell in cells.items():
+            told = told_letters(cell, args.floor)
+            means = (
+                [cell[name].mean() for name in SCORES],
+                [cell[cell["letter"].isin(told)][name].mean() for name in SCORES],
+            )
+            both = sorted(told & told_letters(cells[lowest], args.floor))
+            against = difference(cells[lowest], cell, both) if l0 > lowest and len(both) > 1 else "–"
+            figures = " | ".join(f"{a:.3f} | {b:.3f}" for a, b in zip(*means, strict=True))
+            print(f"| {arch}, {width} | {l0:g} | {len(told)} | {figures} | {against} |", flush=True)
+    return 0
+
+
+def letters_of(study: Path) -> pd.DataFrame:
+    """The rows of the letters that count, at the last look of every SAE, with what the SAE is."""
+    tables = []
+    for path in sorted(study.glob("*/absorption.parquet")):
+        table = pd.read_parquet(path)
+        table = table[(table["level"] == "letter") & table["counts"] & (table["step"] == table["step"].max())]
+        parts = table["sae"].str.extract(r"^(?P<arch>\w+)-(?P<width>\w+)-l0_(?P<l0>[\d.]+)(?:-seed_(?P<seed>\d+))?$")
+        tables.append(table.assign(**parts.assign(l0=parts["l0"].astype(float), seed=parts["seed"].fillna("0"))))
+    if not tables:
+        sys.exit(f"told_letters: {study} holds no run with an absorption eval")
+    return pd.concat(tables).sort_values(["arch", "width", "l0"])
+
+
+def told_letters(cell: pd.DataFrame, floor: float) -> set[str]:
+    f1 = cell.groupby("letter")["f1_k1"].mean()
+    return set(f1.index[f1 >= floor])
+
+
+def difference(low: pd.DataFrame, high: pd.DataFrame, letters: list[str]) -> str:
+    """Full at the high L0 minus full at the low one, with its interval."""
+    sides = [cell.pivot(index="seed", columns="letter", values="full")[letters].to_numpy() for cell in (high, low)]
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(DRAWS):
+        columns = rng.integers(len(letters), size=len(letters))
+        drawn.append([side[rng.integers(len(side), size=len(side))][:, columns].mean() for side in sides])
+    ends = np.quantile(np.subtract(*np.array(drawn).T), (0.025, 0.975))
+    return f"{sides[0].mean() - sides[1].mean():+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}] ({len(letters)})"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, help="the folder of a study")
+    parser.add_argument("--floor", type=float, default=0.5, help="of the mean F1 of a letter's best latent")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
