@@ -9,6 +9,7 @@ much the memory of the process grew at the most from before the SAE was there to
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import sys
@@ -67,7 +68,7 @@ def work(rank: int, n: int, arch: str, width: int, d_in: int, folder: str) -> No
     figures = torch.tensor([tensors, grown])
     dist.all_reduce(figures, dist.ReduceOp.MAX)
     if rank == 0:
-        torch.save(figures, Path(folder) / "figures.pt")
+        Path(folder, "figures.json").write_text(json.dumps(figures.tolist()))
     dist.barrier()
     os._exit(0)
 
@@ -76,8 +77,8 @@ def measure(n: int, arch: str, width: int, d_in: int) -> tuple[float, float]:
     """MiB of the tensors, and by which a process grew, with the width over n processes."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (n, arch, width, d_in, folder), nprocs=n)
-        tensors, grown = (torch.load(Path(folder) / "figures.pt") / MIB).tolist()
-    return tensors, grown
+        tensors, grown = json.loads(Path(folder, "figures.json").read_text())
+    return tensors / MIB, grown / MIB
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
 
 A letter is told at an L0 if its best latent has a mean F1 of at least the floor over the training seeds. For each
 architecture and width: the letters told at each L0, and full and fraction on them; then each L0 against the lowest on
-the letters told at both, with a 95 % interval from 2,000 draws of letters (the same on both sides) and of seeds (each
-side its own). Over all letters the score also counts those for which there is no letter latent to absorb anything.
+the letters told at both, with a 95 % interval over letters and seeds and the smallest difference that would be seen.
+Over all letters the score also counts those for which there is no letter latent to absorb anything.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+import torch
 
-DRAWS = 2000
+from sae_train.evals.intervals import paired_difference
+
 SCORES = ("full", "fraction")
 
 
@@ -63,13 +64,9 @@ def told_letters(cell: pd.DataFrame, floor: float) -> set[str]:
 
 def difference(low: pd.DataFrame, high: pd.DataFrame, letters: list[str]) -> str:
     """Full at the high L0 minus full at the low one, with its interval."""
-    sides = [cell.pivot(index="seed", columns="letter", values="full")[letters].to_numpy() for cell in (high, low)]
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(DRAWS):
-        columns = rng.integers(len(letters), size=len(letters))
-        drawn.append([side[rng.integers(len(side), size=len(side))][:, columns].mean() for side in sides])
-    ends = np.quantile(np.subtract(*np.array(drawn).T), (0.025, 0.975))
-    return f"{sides[0].mean() - sides[1].mean():+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}] ({len(letters)})"
+    tables = [cell.pivot(index="seed", columns="letter", values="full")[letters].to_numpy() for cell in (high, low)]
+    found = paired_difference(*map(torch.from_numpy, tables))
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], visible {found.visible:.3f} ({len(letters)})"
 
 
 def _arguments() -> argparse.Namespace:

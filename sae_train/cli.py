@@ -18,6 +18,7 @@ from cyclopts import App, Group, Parameter
 from sae_train.config import Settings, resolve
 from sae_train.config.flags import EvalFlags, ExportFlags, SuiteFlags, TrainFlags
 from sae_train.errors import UserError, first_line
+from sae_train.interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from sae_train.runs.run import Run
@@ -99,7 +100,8 @@ def _show_plan(settings: Settings) -> None:
     check_free(settings)
     with aside() as display:
         display("looking at the model and its text")
-        from sae_train.runs.plan import make_plan
+        with interrupts_wait():
+            from sae_train.runs.plan import make_plan
 
         plan = make_plan(settings)
         display("timing matrix products and counting words")
@@ -302,7 +304,8 @@ def export_neuronpedia(
     trust_remote_code:
         Run the model's code from the hub, as the run was made with it.
     """
-    from sae_train.runs.neuronpedia_export import export_neuronpedia as export_run
+    with interrupts_wait():
+        from sae_train.runs.neuronpedia_export import export_neuronpedia as export_run
 
     export_run(checkpoint, flags or ExportFlags(), out, dry_run, trust_remote_code)
 

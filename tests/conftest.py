@@ -5,6 +5,8 @@ import builtins
 import os
 import signal
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -39,6 +41,36 @@ def pytest_configure() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as each of several processes has: sums then round alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager]:
+    """Return a context in which a run is interrupted after so many steps."""
+    from sae_train.training import loop
+
+    @contextmanager
+    def interrupted(step: int) -> Iterator[None]:
+        turn = loop._turn
+
+        def stop_later(work, due):
+            if work.step > step:
+                raise KeyboardInterrupt
+            return turn(work, due)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(loop, "_turn", stop_later)
+            yield
+
+    return interrupted
 
 
 @pytest.fixture

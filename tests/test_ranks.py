@@ -20,7 +20,6 @@ from sae_train import train
 from sae_train.config import SAESpec, TrainSettings, resolve
 from sae_train.errors import UserError
 from sae_train.runs.run import resume
-from sae_train.training import loop
 from sae_train.training.architectures import TRAINED
 from sae_train.training.learner import Learner
 from sae_train.training.ranks import Mesh, Ranks, arrange, current, divide
@@ -30,15 +29,6 @@ SMALL = {
     "width": 256, "l0": 8, "tokens": 26_000, "batch_tokens": 256, "buffer_tokens": 2048, "held_out_tokens": 2048,
     "absorption_evals": 2, "device": "cpu",
 }  # fmt: skip
-
-
-@pytest.fixture
-def one_thread():
-    """As many threads as each of two processes has: sums then round alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def data() -> torch.Tensor:
@@ -248,17 +238,10 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path, one_thread):
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-2, msg=name)
 
 
-def test_a_run_of_one_process_goes_on_with_four_to_the_same_bits(tmp_path, one_thread, monkeypatch):
+def test_a_run_of_one_process_goes_on_with_four_to_the_same_bits(tmp_path, one_thread, interrupted_after):
     given = SMALL | {"arch": "topk,relu,jumprelu,gated", "out": str(tmp_path), "tokens": 13_000, "batch_tokens": 128}
-    whole, run, turn = train(**given, absorption=False, name="whole").path, tmp_path / "run", loop._turn
-
-    def stop_later(work, due):
-        if work.step > 20:
-            raise KeyboardInterrupt
-        return turn(work, due)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop, "_turn", stop_later)
+    whole, run = train(**given, absorption=False, name="whole").path, tmp_path / "run"
+    with interrupted_after(20):
         train(**given, absorption=False, name="run")
     _, said, errors = Launched("resume", str(run), processes=4).end()
     assert "begun on 1 process, resumed on 4: from step" in said and "the same bits" in said, errors

@@ -25,7 +25,6 @@ from sae_train.report.data import load_runs
 from sae_train.report.export import gallery
 from sae_train.runs import estimate
 from sae_train.runs.plan import GIB, check_alone, make_plan
-from sae_train.training import loop
 from sae_train.training.ranks import Ranks
 
 HOOKS = ("blocks.1.mlp.hook_post", "blocks.0.hook_attn_out", "blocks.1.hook_resid_post")
@@ -113,16 +112,8 @@ def test_the_files_of_a_run_say_the_hook_of_each_sae(together):
     assert all(row["sae"].endswith(row["hook_name"]) for row in rows_of(together))
 
 
-def test_an_interrupted_run_resumes_to_the_bits_of_the_unbroken_one(together, tmp_path, monkeypatch):
-    turn = loop._turn
-
-    def stop_later(work, due):
-        if work.step > 45:
-            raise KeyboardInterrupt
-        return turn(work, due)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop, "_turn", stop_later)
+def test_an_interrupted_run_resumes_to_the_bits_of_the_unbroken_one(together, tmp_path, interrupted_after):
+    with interrupted_after(45):
         train(**SMALL, hook=",".join(HOOKS), out=str(tmp_path), name="cut")
     assert_same_run(together, resume(tmp_path / "cut").path)
 

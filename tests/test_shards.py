@@ -30,14 +30,6 @@ NAMES = ("losses/loss", "losses/aux_loss", "losses/sparsity_loss", "metrics/l0",
 
 
 @pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def in_float64(monkeypatch):
     """Rounding makes no difference then: in float32 a token in 100,000 has a tie, and what follows from it grows."""
     monkeypatch.setattr(start, "SAEConfig", partial(SAEConfig, dtype="float64"))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sae_train.config import Settings, resolve
 from sae_train.errors import UserError
 from sae_train.files import write_json, write_parquet
+from sae_train.interrupts import interrupts_wait
 from sae_train.runs.folder import find_model
 
 if TYPE_CHECKING:
@@ -35,10 +36,11 @@ def evaluate_checkpoint(
     absorption.json (SAEBench's layout), absorption.parquet, interventions.parquet and absorption.html. `suite` names
     evals of sae-bench that follow.
     """
-    from sae_train.runs.display import Display
-    from sae_train.runs.process import prepare_process
-    from sae_train.sae.files import load_sae
-    from sae_train.training.ranks import current
+    with interrupts_wait():
+        from sae_train.runs.display import Display
+        from sae_train.runs.process import prepare_process
+        from sae_train.sae.files import load_sae
+        from sae_train.training.ranks import current
 
     prepare_process()
     sae = load_sae(checkpoint, folder, allow_pickle=allow_pickle)
@@ -56,16 +58,17 @@ def _evaluate(
     sae: SAE, checkpoint: Path, settings: Settings, given: dict[str, Any], out: Path, display: Display,
     suite: Suite | None,
 ) -> AbsorptionResult:  # fmt: skip
-    from sae_train.data.sources import kind_of
-    from sae_train.evals import absorption, baselines
-    from sae_train.evals.interventions import interventions
-    from sae_train.evals.latents import encode
-    from sae_train.runs.callbacks import build_assets
-    from sae_train.runs.corpus import check_asked, corpus_activations
-    from sae_train.runs.suite import run_suite
-    from sae_train.runs.summary import absorption_line
-    from sae_train.sae.files import SPARSITY, save_sparsity
-    from sae_train.training.ranks import choose_device
+    with interrupts_wait():
+        from sae_train.data.sources import kind_of
+        from sae_train.evals import absorption, baselines
+        from sae_train.evals.interventions import interventions
+        from sae_train.evals.latents import encode
+        from sae_train.runs.callbacks import build_assets
+        from sae_train.runs.corpus import check_asked, corpus_activations
+        from sae_train.runs.suite import run_suite
+        from sae_train.runs.summary import absorption_line
+        from sae_train.sae.files import SPARSITY, save_sparsity
+        from sae_train.training.ranks import choose_device
 
     check_asked(settings, given)
     display(f"loading {settings.lm.model}")
