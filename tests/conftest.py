@@ -18,8 +18,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# Seams whose shapes are checked at every call in tests. The library imports their annotations' names for type checkers
-# alone, so that users need no jaxtyping; here they are found among the builtins while the modules are imported.
+# Seams whose shapes are checked in tests at every call, but for a learner's steps after its first ones. The library
+# imports their annotations' names for type checkers alone, so that users need no jaxtyping; here they are found among
+# the builtins while the modules are imported.
 CHECKED = (
     "sae_train.kernels.ops",
     "sae_train.sae.model",
@@ -33,6 +34,7 @@ with pytest.MonkeyPatch.context() as patch, jaxtyping.install_import_hook(CHECKE
         patch.setattr(builtins, name, getattr(jaxtyping, name), raising=False)
     for module in CHECKED:
         import_module(module)
+N_CHECKED_STEPS = 20  # of a learner: the checks are a seventh of the time of small runs
 
 
 def pytest_configure() -> None:
@@ -41,6 +43,26 @@ def pytest_configure() -> None:
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shapes_of_the_first_steps() -> Iterator[None]:
+    """Check shapes in the first steps of each learner alone."""
+    from sae_train.training.learner import Learner
+
+    step, config = Learner.step, jaxtyping.config
+
+    def step_unchecked_later(learner, x):
+        before = config.jaxtyping_disable
+        config.update("jaxtyping_disable", before or learner.step_count >= N_CHECKED_STEPS)
+        try:
+            return step(learner, x)
+        finally:
+            config.update("jaxtyping_disable", before)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Learner, "step", step_unchecked_later)
+        yield
 
 
 @pytest.fixture

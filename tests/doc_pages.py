@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import cyclopts
 import pytest
+from processes import Launched
 
 from sae_train.cli import app, main
 from sae_train.config import resolve
@@ -101,11 +100,12 @@ def smaller(words: list[str]) -> list[str]:
 
 
 def run(line: str) -> None:
-    """Run a command of a page: sae-train in this process; with torchrun up to its plan, test_ranks.py trains."""
+    """Run a command of a page: sae-train in this process; torchrun's processes up to the plan, test_ranks.py trains."""
     program, *words = words_of(line)
     if program == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", *words, "--dry-run"]
-        subprocess.run(command, check=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        n, words = int(words[words.index("--nproc-per-node") + 1]), words[words.index("sae_train") + 1 :]
+        codes, _, errors = Launched(*words, "--dry-run", processes=n).end()
+        assert codes == [0] * n, (line, errors)
         return
     assert program == "sae-train", f"only sae-train and torchrun are run here: {line}"
     if words[0] == "resume" and "--tokens" not in words:

@@ -19,7 +19,7 @@ from sae_train.training.learner import Learner
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = {
-    "width": "64", "l0": 8, "arch": "topk,jumprelu", "tokens": 39_000, "batch_tokens": 128, "buffer_tokens": 640,
+    "width": "64", "l0": 8, "arch": "topk,jumprelu", "tokens": 20_000, "batch_tokens": 128, "buffer_tokens": 640,
     "held_out_tokens": 1024, "absorption": False, "absorption_evals": 1, "save_every": 30, "device": "cpu",
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from sae_train.publishing.hub import Origin
 from sae_train.publishing.publish import _candidate
 
 SMALL = {
-    "width": 256, "l0": 8, "tokens": 25_600, "batch_tokens": 256, "buffer_tokens": 2048, "held_out_tokens": 1024,
+    "width": 256, "l0": 8, "tokens": 12_800, "batch_tokens": 128, "buffer_tokens": 2048, "held_out_tokens": 1024,
     "eval_words": 600, "absorption_evals": 1, "device": "cpu",
 }  # fmt: skip
 

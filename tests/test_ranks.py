@@ -29,6 +29,10 @@ SMALL = {
     "width": 256, "l0": 8, "tokens": 26_000, "batch_tokens": 256, "buffer_tokens": 2048, "held_out_tokens": 2048,
     "absorption_evals": 2, "device": "cpu",
 }  # fmt: skip
+TOY = {
+    "model": "toy", "width": 64, "l0": 3, "tokens": 40_000, "batch_tokens": 64, "held_out_tokens": 512,
+    "absorption_evals": 2, "log_every": 20, "save_every": 100, "device": "cpu",
+}  # fmt: skip
 
 
 def data() -> torch.Tensor:
@@ -138,15 +142,13 @@ def test_a_grid_over_two_processes_has_the_weights_and_rows_of_one_process(tmp_p
     one, two = train(**grid, absorption=False, name="one").path, tmp_path / "two"
     codes, _, errors = Launched(*flags(grid | {"name": "two"}), "--no-absorption").end()
     assert codes == [0, 0], errors
-    for sae in ("topk-256-l0_8", "jumprelu-256-l0_8", "relu-256-l0_8"):
-        alone, shared = (load_file(run / "saes" / sae / "sae_weights.safetensors") for run in (one, two))
-        assert all(torch.equal(alone[name], shared[name]) for name in alone), sae
+    assert_equal_weights(one, two)
     rows = [[(r["sae"], r["step"]) for r in map(json.loads, (run / "metrics.jsonl").open())] for run in (one, two)]
     assert rows[0] == rows[1]
 
 
 def test_ctrl_c_stops_two_processes_after_the_same_step_and_the_resumed_run_is_the_unbroken_one(tmp_path, one_thread):
-    grid = SMALL | {"arch": "topk,relu", "out": str(tmp_path), "tokens": 52_000}
+    grid = TOY | {"arch": "topk,relu", "out": str(tmp_path)}
     one, two = train(**grid, absorption=False, name="one").path, tmp_path / "two"
     shared_run = torchrun(*flags(grid | {"name": "two"}), "--no-absorption", start_new_session=True)
     while not (two / "metrics.jsonl").exists() and shared_run.poll() is None:
@@ -157,14 +159,12 @@ def test_ctrl_c_stops_two_processes_after_the_same_step_and_the_resumed_run_is_t
     assert json.loads((two / "run.json").read_text())["status"] == "interrupted"
     codes, _, errors = Launched("resume", str(two)).end()
     assert codes == [0, 0], errors
-    for sae in ("topk-256-l0_8", "relu-256-l0_8"):
-        alone, shared = (load_file(run / "saes" / sae / "sae_weights.safetensors") for run in (one, two))
-        assert all(torch.equal(alone[name], shared[name]) for name in alone), sae
+    assert_equal_weights(one, two)
 
 
 def test_a_run_in_shards_leaves_a_whole_sae_and_goes_on_where_it_was_stopped(tmp_path, one_thread):
     """Of a grid each SAE is split; what was stopped and resumed ends with the bits of what was not."""
-    grid = SMALL | {"arch": "batchtopk,gated", "out": str(tmp_path)}
+    grid = TOY | {"arch": "batchtopk,gated", "out": str(tmp_path), "tokens": 6500}
     train(**grid, absorption=False, name="one")
     split = flags(grid | {"shard_width": 2})
     codes, _, errors = Launched(*split, "--name", "unbroken", "--no-absorption").end()
@@ -172,7 +172,7 @@ def test_a_run_in_shards_leaves_a_whole_sae_and_goes_on_where_it_was_stopped(tmp
     interrupt(Launched(*split, "--name", "stopped", "--no-absorption"), tmp_path / "stopped")
     codes, _, errors = Launched("resume", str(tmp_path / "stopped")).end()
     assert codes == [0, 0], errors
-    for sae in ("batchtopk-256-l0_8", "gated-256-l0_8"):
+    for sae in ("batchtopk-64-l0_3", "gated-64-l0_3"):
         paths = [tmp_path / run / "saes" / sae / "sae_weights.safetensors" for run in ("one", "unbroken", "stopped")]
         alone, whole, again = map(load_file, paths)
         assert all(torch.equal(whole[name], again[name]) for name in whole), sae
@@ -211,8 +211,13 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return {f"{sae} {name}": x for sae, tensors in files.items() for name, x in tensors.items()}
 
 
+def assert_equal_weights(one: Path, two: Path) -> None:
+    whole, other = weights_of(one), weights_of(two)
+    assert whole and all(torch.equal(whole[name], other[name]) for name in whole)
+
+
 def test_a_killed_process_ends_the_others_and_the_resumed_run_is_the_unbroken_one(tmp_path, one_thread):
-    given = SMALL | {"arch": "topk,relu", "out": str(tmp_path), "tokens": 26_000, "save_every": 5}
+    given = TOY | {"arch": "topk,relu", "out": str(tmp_path), "save_every": 20}
     whole, run = train(**given, absorption=False, name="whole").path, tmp_path / "run"
     begun = torchrun(*flags(given | {"name": "run"}), "--no-absorption")
     while not list(run.glob("state/step-*")) and begun.poll() is None:
@@ -223,12 +228,11 @@ def test_a_killed_process_ends_the_others_and_the_resumed_run_is_the_unbroken_on
     assert begun.returncode != 0 and "report:" not in said
     codes, _, errors = Launched("resume", str(run)).end()
     assert codes == [0, 0], errors
-    one, two = weights_of(whole), weights_of(run)
-    assert one and all(torch.equal(one[name], two[name]) for name in one)
+    assert_equal_weights(whole, run)
 
 
 def test_a_run_of_two_processes_goes_on_with_one(tmp_path, one_thread):
-    given = SMALL | {"arch": "topk", "out": str(tmp_path), "absorption_evals": 3}
+    given = TOY | {"arch": "topk", "out": str(tmp_path), "absorption_evals": 3}
     whole, run = train(**given, absorption=False, name="whole").path, tmp_path / "run"
     interrupt(Launched(*flags(given | {"name": "run"}), "--no-absorption"), run)
     notes = resume(run).info["notes"]
@@ -239,14 +243,13 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path, one_thread):
 
 
 def test_a_run_of_one_process_goes_on_with_four_to_the_same_bits(tmp_path, one_thread, interrupted_after):
-    given = SMALL | {"arch": "topk,relu,jumprelu,gated", "out": str(tmp_path), "tokens": 13_000, "batch_tokens": 128}
+    given = TOY | {"arch": "topk,relu,jumprelu,gated", "out": str(tmp_path), "tokens": 6500}
     whole, run = train(**given, absorption=False, name="whole").path, tmp_path / "run"
     with interrupted_after(20):
         train(**given, absorption=False, name="run")
     _, said, errors = Launched("resume", str(run), processes=4).end()
     assert "begun on 1 process, resumed on 4: from step" in said and "the same bits" in said, errors
-    one, two = weights_of(whole), weights_of(run)
-    assert one and all(torch.equal(one[name], two[name]) for name in one)
+    assert_equal_weights(whole, run)
 
 
 def test_activations_on_disk_are_those_of_one_process_whoever_writes_them(tmp_path, one_thread):
@@ -264,5 +267,4 @@ def test_activations_on_disk_are_those_of_one_process_whoever_writes_them(tmp_pa
     assert "2 blocks written (1 of them in the place of damaged ones)" in said
     names = [path.relative_to(kept) for path in kept.rglob("*") if path.is_file()]
     assert all((kept / name).read_bytes() == (copy / name).read_bytes() for name in names)
-    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
-    assert one and all(torch.equal(one[name], two[name]) for name in one)
+    assert_equal_weights(tmp_path / "one", tmp_path / "two")

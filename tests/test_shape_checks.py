@@ -1,4 +1,4 @@
-"""The shapes in the signatures of the seams are checked at every call in tests, and in tests alone."""
+"""The shapes in the signatures of the seams are checked in tests (tests/conftest.py), and in tests alone."""
 
 import subprocess
 import sys

@@ -116,12 +116,12 @@ def test_products_of_half_precision_are_selected_exactly_too(how):
 @runs
 def test_entries_of_half_precision_above_a_floor_are_all_and_only_those():
     g = torch.Generator().manual_seed(5)
-    x, W = (torch.randn(s, generator=g).to(DEVICE, torch.float16) for s in ((9, 24), (100, 24)))
-    b, floor = torch.zeros(100, device=DEVICE), torch.full((100,), 3.0, device=DEVICE)
+    x, W = (torch.randn(s, generator=g).to(DEVICE, torch.float16) for s in ((4, 24), (70, 24)))
+    b, floor = torch.zeros(70, device=DEVICE), torch.full((70,), 3.0, device=DEVICE)
     values, latents, offsets = encoders.above(x, W, b, floor, PLANS[0])
     pre = x.float() @ W.float().t()
     dense = torch.zeros_like(pre)
-    dense[torch.arange(9, device=DEVICE).repeat_interleave(offsets.diff()), latents.long()] = values
+    dense[torch.arange(4, device=DEVICE).repeat_interleave(offsets.diff()), latents.long()] = values
     torch.testing.assert_close(dense, pre * (pre > floor), rtol=2**-15, atol=1e-3)
 
 
@@ -195,12 +195,12 @@ def test_nan_is_selected_not_dropped():
 @each_plan
 @pytest.mark.parametrize("level", [-50.0, 3.0, 1e6])
 def test_entries_above_a_floor_are_all_and_only_those(how, level):
-    x, W_enc, b_enc, *_ = (t.detach() for t in inputs(9, 8, 100))
-    floor = level + torch.rand(100, device=DEVICE)
+    x, W_enc, b_enc, *_ = (t.detach() for t in inputs(4, 8, 70))
+    floor = level + torch.rand(70, device=DEVICE)
     values, latents, offsets = encoders.above(x, W_enc.t().contiguous(), b_enc, floor, how)
     pre = x @ W_enc + b_enc
     dense = torch.zeros_like(pre)
-    dense[torch.arange(9, device=DEVICE).repeat_interleave(offsets.diff()), latents.long()] = values
+    dense[torch.arange(4, device=DEVICE).repeat_interleave(offsets.diff()), latents.long()] = values
     assert torch.equal(offsets.diff(), (pre > floor).sum(1))
     torch.testing.assert_close(dense, pre * (pre > floor), rtol=1e-5, atol=1e-5)
 
@@ -310,7 +310,7 @@ def test_a_batch_without_active_latents_reconstructs_the_bias_and_has_zero_gradi
 
 @runs
 def test_two_runs_give_the_same_bits():
-    tensors = inputs(9, 12, 150)
+    tensors = inputs(4, 12, 70)
 
     def once():
         recon = topk(TRITON, 5, tensors)
