@@ -162,7 +162,7 @@ def test_the_shipped_designs_are_those_of_the_documentation():
 # --- what is said of planted tables ---
 
 
-def cell(arch, width, l0, scores, reached=None, ev=0.9, **more) -> Cell:
+def cell(arch, width, l0, scores, reached=None, ev=0.9, dead=0.0, **more) -> Cell:
     """A cell from planted scores (seeds, letters) of full absorption, and of other metrics in `more`."""
     tables = {"full": scores, "fraction": scores} | more
     saes = []
@@ -171,7 +171,7 @@ def cell(arch, width, l0, scores, reached=None, ev=0.9, **more) -> Cell:
             {"step": 1, "letter": letter, "counts": True} | {name: float(t[seed][i]) for name, t in tables.items()}
             for i, letter in enumerate(LETTERS)
         ]
-        final = {"metrics/l0": reached or l0, "metrics/explained_variance": ev}
+        final = {"metrics/l0": reached or l0, "metrics/explained_variance": ev, "sparsity/dead_fraction": dead}
         saes.append(TrainedSAE(
             name="", label="", run="", arch=arch, width=width, l0=l0, seed=seed, failed=None, invalid=None,
             final=final, baselines={}, history=[], letters=letters, words=[],
@@ -260,15 +260,33 @@ def test_architectures_at_the_same_ev_are_interpolated_between_their_l0():
     mine = (0.20 + 0.15) / 2  # of topk at EV .80 and .85
     theirs = (0.14 - 0.10 * (0.10 / 0.15) + 0.04) / 2
     assert at_ev.difference.mean == pytest.approx(theirs - mine) and at_ev.verdict == FOUND
-    study = Study([], cells, claims(cells), [], (0, 0))
-    assert least(study, "L0") == "At the same L0, matryoshka has less full absorption than every other architecture."
+    study = Study([], cells, claims(cells), [], ((), 0))
+    assert least(study, "L0") == (
+        f"At the same L0, matryoshka has less full absorption than topk: matryoshka minus topk {at_l0.figures}."
+    )
     assert "is less in matryoshka than in topk" in findings(study)[1]["Pairs of architectures"][0]
 
 
 def test_no_architecture_is_the_least_where_a_pair_cannot_be_told_apart():
     cells = [cell(arch, 64, l0, table(0.1, draw=i + l0)) for i, arch in enumerate(("relu", "topk")) for l0 in (8, 16)]
-    said = least(Study([], cells, claims(cells), [], (0, 0)), "L0")
-    assert "no architecture is shown" in said and "relu and topk (not distinguishable, visible from 0.0" in said
+    said = least(Study([], cells, claims(cells), [], ((), 0)), "L0")
+    assert "no architecture is shown" in said and "relu and topk (not distinguishable, smallest visible 0.0" in said
+
+
+def test_cells_at_chance_and_cells_with_many_dead_latents_are_named():
+    cells = [cell("topk", w, 8, table(0.1, draw=w), dead=d) for w, d in ((64, 0.02), (128, 0.243))]
+    said = findings(Study([], cells, claims(cells), [], (("topk, 64, L0 8",), 2)))[0]["What the cells are worth"]
+    assert "in 1 of 2 cells (topk, 64, L0 8); elsewhere it may be chance" in said[0]
+    assert "dead in 1 of 2 cells (topk, 128, L0 8: 24.3\u00a0%)" in said[1] and len(said) == 2
+
+
+def test_a_study_says_a_splitting_claim_once_and_keeps_its_parts():
+    cells = [cell("topk", w, l0, table(0.1, draw=w + l0), n_split=table(1 + w / 64, draw=l0)) for w in (64, 128)
+             for l0 in (8, 16)]  # fmt: skip
+    own = Study([], cells, claims(cells), [], ((), 0)).of("splitting")
+    pooled = [claim for claim in own if claim.pooled]
+    assert len(pooled) == 2 and {claim.ends for claim in pooled} == {("64", "128"), ("8", "16")}
+    assert sum(not claim.pooled for claim in own) == 4
 
 
 def test_splitting_sets_in_at_the_first_width_with_more_main_latents():

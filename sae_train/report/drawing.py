@@ -22,6 +22,7 @@ from sae_train.report.text import fixed, interval, label_name, percent, short
 HEIGHT, BARS_HEIGHT = 230, 150
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 32  # around curves, points and bars
 MOST_POINTS = 160
+APART = 5.0  # between the intervals of neighbouring series at one value of x
 WARM_UP = 0.03  # share of the x-axis that does not stretch the y-axis
 ROW, ROWS_TOP, ROWS_BOTTOM = 15, 6, 20
 
@@ -109,18 +110,24 @@ def _scatter(chart: Scatter) -> Node:
     x = Scale(*pad_range([p.x for p in points], chart.log), LEFT, WIDTH - RIGHT, chart.log)
     seen = [value for p in points for value in (p.y, p.low, p.high) if value is not None]
     y = Scale(*pad_range(seen, zero=chart.zero), HEIGHT - BOTTOM, TOP)
-    nodes = _levels(y) + _foot(chart.x_title, HEIGHT, x.ticks(4))
-    for _, css, series in chart.series:
-        joined = [Node("polyline", points=[(x(p.x), y(p.y)) for p in series])] if len(series) > 1 else []
-        nodes.append(Node("g", f"line {css}", *joined, *(_point(p, x, y, chart) for p in series)))
+    ticks = [(x(at), words) for at, words in chart.ticks] or x.ticks(4)
+    nodes = _levels(y) + _foot(chart.x_title, HEIGHT, ticks)
+    with_span = [name for name, _, series in chart.series if any(p.low is not None for p in series)]
+    aside = {name: APART * (i - (len(with_span) - 1) / 2) for i, name in enumerate(with_span)} if chart.ticks else {}
+    for name, css, series in chart.series:
+        at = [x(p.x) + aside.get(name, 0.0) for p in series]
+        joined = [Node("polyline", points=[(a, y(p.y)) for a, p in zip(at, series, strict=True)])] * (len(series) > 1)
+        nodes.append(
+            Node("g", f"line {css}", *joined, *(_point(p, a, y, chart) for a, p in zip(at, series, strict=True)))
+        )
     return _plot("points", chart, HEIGHT, nodes)
 
 
-def _point(p: Point, x: Scale, y: Scale, chart: Scatter) -> Node:
+def _point(p: Point, at: float, y: Scale, chart: Scatter) -> Node:
     span = interval(p.low, p.high)
     words = f"{p.name}: {chart.y_title} {short(p.y)}{f' ({span})' if span else ''}, {chart.x_title} {short(p.x)}"
-    bar = [line("span", (x(p.x), y(p.low)), (x(p.x), y(p.high)))] if p.low is not None and p.high is not None else []
-    return Node("g", "", *bar, Node("circle", cx=x(p.x), cy=y(p.y), r=3.2), Node("title", "", words))
+    bar = [line("span", (at, y(p.low)), (at, y(p.high)))] if p.low is not None and p.high is not None else []
+    return Node("g", "", *bar, Node("circle", cx=at, cy=y(p.y), r=3.2), Node("title", "", words))
 
 
 def _bars(chart: Bars) -> Node:

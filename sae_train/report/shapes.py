@@ -72,7 +72,8 @@ class Point:
 class Scatter(Chart):
     """Points by series (name, css, points), each series joined by a line in the order of its points.
 
-    `zero` begins the y-axis at 0, `log` is of the x-axis.
+    `zero` begins the y-axis at 0, `log` is of the x-axis. `ticks` are the values of x, with what the axis says, where
+    all points share them: there the intervals of series stand side by side.
     """
 
     series: list[tuple[str, str, list[Point]]]
@@ -80,6 +81,7 @@ class Scatter(Chart):
     y_title: str
     log: bool = False
     zero: bool = True
+    ticks: list[tuple[float, str]] = field(default_factory=list)
 
     def table(self) -> Table:
         rows = [[name, p.name, p.x, p.y, p.low, p.high] for name, _, points in self.series for p in points]

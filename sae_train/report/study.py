@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae_train.errors import UserError
 from sae_train.report.cells import Cell, cells
 from sae_train.report.claims import FEW, HOLDS, METRICS, UNSEEN, Claim, claims
 from sae_train.report.data import Run, load_runs
-from sae_train.report.text import fixed, listed, number
+from sae_train.report.text import fixed, listed, number, percent
 
 if TYPE_CHECKING:
     from sae_train.evals.intervals import Interval
 
 MAIN_LATENTS = ("precision_main", "recall_main")
 CLOSE_L0 = 0.02
+MANY_DEAD = 0.1  # of a cell's latents
+MOST_NAMED = 6  # cells in a sentence
 QUESTIONS = {  # of a claim: the heading, what others found
     "width": (
         "Does absorption rise with width at matched L0?",
@@ -56,15 +58,15 @@ class Study:
     cells: list[Cell]
     claims: list[Claim]
     left_out: list[str]
-    above_random: tuple[int, int]
-    """cells whose full absorption is above their random SAEs', and all that have one"""
+    above_random: tuple[tuple[str, ...], int]
+    """names of the cells whose full absorption is above their random SAEs', and how many have one"""
     intervals: dict[tuple[str, str], Interval] = field(default_factory=dict)
     """of each cell's metrics, by the cell's name and the metric"""
 
     def of(self, question: str) -> list[Claim]:
-        """Claims under one heading, main ones first."""
-        own = [claim for claim in self.claims if _heading(claim) == question]
-        return sorted(own, key=lambda claim: not claim.pooled)
+        """Claims under one heading, main ones first, each once: where splitting sets in may be the whole trend."""
+        own = sorted((c for c in self.claims if _heading(c) == question), key=lambda claim: not claim.pooled)
+        return list({_same(claim): claim for claim in own}.values())
 
     def interval(self, cell: Cell, metric: str) -> Interval | None:
         return self.intervals.get((cell.name, metric))
@@ -72,6 +74,13 @@ class Study:
     @property
     def main(self) -> list[Claim]:
         return [claim for claim in self.claims if claim.pooled]
+
+
+def _same(claim: Claim) -> tuple[Any, ...]:
+    """What claims have in common that say the same of an architecture."""
+    if claim.pooled and claim.means:
+        return claim.where.split(",")[0], claim.metric, claim.ends, claim.means
+    return claim.where, claim.metric, claim.question
 
 
 def _heading(claim: Claim) -> str:
@@ -96,13 +105,14 @@ def read_study(folders: Sequence[Path]) -> Study:
         for metric in (*METRICS, "f1_k1")
         if cell.having(metric)
     }
-    beside = [(intervals[cell.name, "full"].low, level) for cell in found if (level := random_level(cell)) is not None]
+    beside = [(cell, level) for cell in found if (level := random_level(cell)) is not None]
+    above = tuple(cell.name for cell, level in beside if intervals[cell.name, "full"].low > level)
     return Study(
         runs=runs,
         cells=found,
         claims=claims(found),
         left_out=_left_out(runs, found),
-        above_random=(sum(low > level for low, level in beside), len(beside)),
+        above_random=(above, len(beside)),
         intervals=intervals,
     )
 
@@ -132,14 +142,13 @@ def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     trends = {(c.question, c.metric): [] for c in study.main}
     for claim in study.main:
         trends[claim.question, claim.metric].append(_upper(claim.sentence))
-    (above, beside), of = study.above_random, lambda *key: trends.get(key, [])
-    chance = f"Full absorption is above that of random SAEs of the same width and L0 in {above} of {beside} cells."
+    of = lambda *key: trends.get(key, [])  # noqa: E731
     answers = {
-        "Chance": [chance] if beside else [],
         "Width": of("width", "full"),
         "L0": of("l0", "full"),
         "Architectures": [line for matched in ("L0", "EV") if (line := least(study, matched))],
         "Splitting": [onset(c) for c in study.main if c.question == "splitting"],
+        "What the cells are worth": list(_doubts(study)),
     }
     rest = {
         "The fraction": of("width", "fraction") + of("l0", "fraction"),
@@ -151,6 +160,27 @@ def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     return tuple({about: lines for about, lines in group.items() if lines} for group in (answers, rest))
 
 
+def _doubts(study: Study) -> Iterator[str]:
+    """What has to be known of the cells before a claim that rests on them is read."""
+    above, beside = study.above_random
+    if beside:
+        yield (
+            f"Full absorption is above that of random SAEs of the same width and L0 in {len(above)} of {beside} cells"
+            f"{_named(above)}; elsewhere it may be chance."
+        )
+    shares = {cell.name: cell.mean_of("sparsity/dead_fraction") for cell in study.cells}
+    dead = [f"{name}: {percent(share)}" for name, share in shares.items() if share is not None and share > MANY_DEAD]
+    if dead:
+        yield (
+            f"More than a tenth of the latents are dead in {len(dead)} of {len(study.cells)} cells{_named(dead)}: what "
+            "rests on them says little about their width and L0."
+        )
+
+
+def _named(cells: Sequence[str]) -> str:
+    return f" ({'; '.join(cells)})" if 0 < len(cells) <= MOST_NAMED else ""
+
+
 def least(study: Study, matched: str) -> str:
     """Name the architecture that absorbs less than every other one at the same L0 or EV, or say that none does."""
     pairs = [c for c in study.main if c.question == f"arch at {matched}" and c.metric == "full"]
@@ -158,7 +188,9 @@ def least(study: Study, matched: str) -> str:
     for arch in archs:
         own = [c for c in pairs if arch in c.ends]
         if len(own) == len(archs) - 1 and all(_less(c, arch) for c in own):
-            return f"At the same {matched}, {arch} has less full absorption than every other architecture."
+            others = next(a for a in archs if a != arch) if len(own) == 1 else "every other architecture"
+            pairs_said = "; ".join(f"{c.ends[1]} minus {c.ends[0]} {c.figures}" for c in own)
+            return f"At the same {matched}, {arch} has less full absorption than {others}: {pairs_said}."
     if not pairs:
         return ""
     missing = [f"{' and '.join(c.ends)} ({c.verdict}{_visible(c)})" for c in pairs if not _is_judged(c)]
@@ -176,7 +208,7 @@ def _is_judged(claim: Claim) -> bool:
 
 
 def _visible(claim: Claim) -> str:
-    return f", visible from {fixed(claim.difference.visible)}" if claim.difference else ""
+    return f", smallest visible {fixed(claim.difference.visible)}" if claim.difference else ""
 
 
 def onset(claim: Claim) -> str:

@@ -22,6 +22,7 @@ RandomOf = Callable[[Cell, str], "float | None"]
 Series = tuple[str, str, list[Point]]
 NOTE = "95 % intervals over letters and seeds"
 LOG = ("l0", "width")
+MOST_TICKS = 6
 TITLES = {
     "l0": "L0", "width": "width", "ev": "explained variance", "full": "full absorption",
     "f1_k1": "F1 of the best latent", "precision_main": "precision", "recall_main": "recall",
@@ -67,7 +68,8 @@ class _Drawing:
         note = NOTE + ("; faint and dotted: random SAEs" if beside else "") + ("; joined by L0" if "main" in x else "")
         legend = [(f"part c{i % COLOURS}", name) for i, name, _ in lines]
         zero = y in ("full", "f1_k1")
-        return [Scatter(key, title, note, series + beside, TITLES[x], TITLES[y], x in LOG, zero, legend=legend)]
+        ticks = _ticks(cells, x)
+        return [Scatter(key, title, note, series + beside, TITLES[x], TITLES[y], x in LOG, zero, ticks, legend=legend)]
 
     def _points(self, cells: list[Cell], x: str, y: str) -> list[Point]:
         """In the order of L0, or of width along a width axis."""
@@ -91,6 +93,14 @@ class _Drawing:
             return cell.reached if x == "l0" else getattr(cell, x)
         found = self.interval(cell, x)
         return found.mean if found else None
+
+
+def _ticks(cells: list[Cell], x: str) -> list[tuple[float, str]]:
+    """The values of a trait along the x-axis, where they are few."""
+    values = sorted({getattr(cell, x) for cell in cells}) if x in LOG else []
+    if len(values) > MOST_TICKS:
+        return []
+    return [(value, width_label(value) if x == "width" else f"{value:g}") for value in values]
 
 
 def _name(trait: str, value: object) -> str:
