@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+N_TEXTS = 6000  # sae-bench asks for more than 40 of each profession and gender on each side of the split
 PROFESSIONS = (0, 1, 2, 6, 9, 21, 13, 25, 22, 26, 11)  # that sae-bench's classes name
 SETS = {
     "sparse-probing": {"dataset_names": ["fancyzhx/ag_news"], "probe_train_set_size": 80, "probe_test_set_size": 40},
@@ -72,8 +74,8 @@ def _write_sets(folder: Path) -> None:
     """Texts of the embedded model under sae-bench's names and columns, with labels in turn."""
     from sae_train.data.documents import find_documents
 
-    read = next(find_documents("generated")[0].reads())
-    texts = [" ".join(text.split()[:40]) for _, text in read if text.strip()]
+    documents = chain.from_iterable(find_documents("generated")[0].reads())
+    texts = [" ".join(text.split()[:40]) for _, text in islice(documents, N_TEXTS) if text.strip()]
     bios = [{"hard_text": t, "profession": PROFESSIONS[i % 11], "gender": i // 11 % 2} for i, t in enumerate(texts)]
     for name, rows in (
         ("fancyzhx/ag_news", [{"text": text, "label": i % 4} for i, text in enumerate(texts[:800])]),
