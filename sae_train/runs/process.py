@@ -1,4 +1,4 @@
-"""What must be set once for a whole process, before its first large allocation, for steps on a CPU to be fast."""
+"""What is set once for a process before its first large allocation: CPU steps are then fast, and always the same."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ MOST_ARENAS = 2  # heaps that threads take blocks from: each keeps what was free
 
 @functools.cache
 def prepare_process() -> None:
-    """Ask for huge pages and let freed memory be kept; every way to start a run comes through here.
+    """Ask for huge pages and a fixed number of threads, and let freed memory be kept; every start comes through here.
 
-    torch reads the variable at its first large allocation on a CPU: without huge pages a training step took 12 % more
-    time, for page faults. A value that is set already stays.
+    torch reads the first variable at its first large allocation on a CPU: without huge pages a training step took 12 %
+    more time, for page faults. MKL reads the second at its first product: without it MKL may take fewer threads than it
+    has, and Intel promises the same bits from run to run for a fixed number alone ("Reproducibility Conditions" in the
+    developer guide of oneMKL). Values that are set already stay.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for name, value in {"THP_MEM_ALLOC_ENABLE": "1", "MKL_DYNAMIC": "FALSE"}.items():
+        os.environ.setdefault(name, value)
     keep_freed_memory()
 
 
