@@ -50,7 +50,7 @@ def test_steps_with_two_threads_give_the_same_bits(arch, screened, monkeypatch):
         for _ in range(2):
             learner = Learner(SAESpec(arch=arch, width=1024, l0=50), TrainSettings(tokens=1_024_000), 64, 1000)
             learner.initialise(x)
-            for _ in range(2):
+            for _ in range(4):
                 learner.step(x)
             ended.append([p.detach().clone() for p in learner.sae.parameters()])
     finally:

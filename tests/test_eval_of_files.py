@@ -29,7 +29,7 @@ def write_sae(folder, architecture: str, dtype: str, **known):
 
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
-    [("jumprelu", "bfloat16"), ("gated", "float16"), ("topk", "float64")],
+    [("relu", "bfloat16"), ("jumprelu", "bfloat16"), ("gated", "float16"), ("topk", "float64")],
 )
 def test_an_sae_of_any_precision_is_evaluated_to_the_end(architecture, dtype, tmp_path):
     folder = write_sae(tmp_path, architecture, dtype)

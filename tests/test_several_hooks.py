@@ -54,6 +54,12 @@ def figures_of(row: dict) -> dict:
     return {name: value for name, value in row.items() if name.split("/")[0] in kept}
 
 
+def assert_same_run(a: Path, b: Path) -> None:
+    for hook in HOOKS:
+        for arch in ARCHS:
+            assert_same(a / "saes" / name_of(arch, hook), b / "saes" / name_of(arch, hook))
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> Path:
     """A grid at three hooks."""
@@ -109,18 +115,15 @@ def test_the_files_of_a_run_say_the_hook_of_each_sae(together):
 def test_an_interrupted_run_resumes_to_the_bits_of_the_unbroken_one(together, tmp_path, interrupted_after):
     with interrupted_after(45):
         train(**SMALL, hook=",".join(HOOKS), out=str(tmp_path), name="cut")
-    resumed = resume(tmp_path / "cut").path
-    for name in (name_of(arch, hook) for hook in HOOKS for arch in ARCHS):
-        assert_same(together / "saes" / name, resumed / "saes" / name)
+    assert_same_run(together, resume(tmp_path / "cut").path)
 
 
 def test_passes_and_a_cache_of_activations_change_no_bit_and_serve_runs_at_one_hook(together, tmp_path, capsys):
-    given = SMALL | {"arch": "topk", "hook": ",".join(HOOKS), "activation_cache": str(tmp_path / "cache")}
+    given = SMALL | {"hook": ",".join(HOOKS), "activation_cache": str(tmp_path / "cache")}
     budget = sum(make_plan(resolve(given)).memory.values()) / GIB - 1e-6
     run = train(**given, memory_gib=budget, out=str(tmp_path), name="passes")
     assert len(run.info["passes"]) > 1
-    for hook in HOOKS:
-        assert_same(together / "saes" / name_of("topk", hook), run.path / "saes" / name_of("topk", hook))
+    assert_same_run(together, run.path)
     capsys.readouterr()
     alone = train(**given | {"hook": HOOKS[1]}, out=str(tmp_path), name="alone")
     assert "0 blocks written" in capsys.readouterr().out
