@@ -24,7 +24,7 @@ SCORES = ("full", "fraction")
 
 def main() -> int:
     args = _arguments()
-    table = letters_of(args.study)
+    table = pd.read_csv(args.study / "letters.csv").sort_values(["arch", "width", "l0"])
     scores = "full, all | full, told | fraction, all | fraction, told"
     print(f"| | L0 | letters told | {scores} | full, minus lowest L0 (letters) |")
     print("|---|---|---|---|---|---|---|---|")
@@ -44,19 +44,6 @@ def main() -> int:
     return 0
 
 
-def letters_of(study: Path) -> pd.DataFrame:
-    """The rows of the letters that count, at the last look of every SAE, with what the SAE is."""
-    tables = []
-    for path in sorted(study.glob("*/absorption.parquet")):
-        table = pd.read_parquet(path)
-        table = table[(table["level"] == "letter") & table["counts"] & (table["step"] == table["step"].max())]
-        parts = table["sae"].str.extract(r"^(?P<arch>\w+)-(?P<width>\w+)-l0_(?P<l0>[\d.]+)(?:-seed_(?P<seed>\d+))?$")
-        tables.append(table.assign(**parts.assign(l0=parts["l0"].astype(float), seed=parts["seed"].fillna("0"))))
-    if not tables:
-        sys.exit(f"told_letters: {study} holds no run with an absorption eval")
-    return pd.concat(tables).sort_values(["arch", "width", "l0"])
-
-
 def told_letters(cell: pd.DataFrame, floor: float) -> set[str]:
     f1 = cell.groupby("letter")["f1_k1"].mean()
     return set(f1.index[f1 >= floor])
@@ -71,7 +58,7 @@ def difference(low: pd.DataFrame, high: pd.DataFrame, letters: list[str]) -> str
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="the folder of a study")
+    parser.add_argument("study", type=Path, help="the folder of a study, for its letters.csv")
     parser.add_argument("--floor", type=float, default=0.5, help="of the mean F1 of a letter's best latent")
     return parser.parse_args()
 

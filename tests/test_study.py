@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -21,6 +24,7 @@ from sae_train.runs import estimate, finisher
 from sae_train.runs.plan import make_plan
 from sae_train.training.learner import Learner
 
+ROOT = Path(__file__).resolve().parents[1]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SMALL = {
     "model": "speller", "tokens": 13_000, "batch_tokens": 128, "buffer_tokens": 2048, "held_out_tokens": 1024,
@@ -28,7 +32,7 @@ SMALL = {
     "grids": [{"arch": "topk", "width": [64, 128], "l0": [4, 8]}],
 }  # fmt: skip
 PARTS = ["topk-64-l0_4+8-seed_0", "topk-128-l0_4+8-seed_0"]
-TABLES = ("study.json", "claims.csv", "cells.csv", "saes.csv", "study.html")
+TABLES = ("study.json", "claims.csv", "cells.csv", "saes.csv", "letters.csv", "study.html")
 
 
 def write_design(folder: Path, **changes) -> Path:
@@ -61,6 +65,30 @@ def test_a_study_leaves_runs_tables_and_a_page_that_loads_nothing(studied):
     rise = next(claim for claim in found["claims"] if claim["main"] and claim["metric"] == "full")
     by_width = [np.mean([sae["mean_full"] for sae in found["saes"] if sae["width"] == w]) for w in (64, 128)]
     assert rise["difference"] == pytest.approx(by_width[1] - by_width[0], abs=2e-6)
+
+
+def test_parts_of_a_design_pool_to_the_tables_of_the_whole_by_their_letters_alone(studied, tmp_path):
+    for width in (64, 128):
+        part = tmp_path / str(width)
+        part.mkdir()
+        (part / "study.json").write_text((studied / "study.json").read_text())
+        for name in ("saes.csv", "letters.csv"):
+            table = pd.read_csv(studied / name)
+            table[table["width"] == width].to_csv(part / name, index=False)
+    pool = [sys.executable, ROOT / "benchmarks/pool_studies.py", "--out", tmp_path / "pooled"]
+    subprocess.run([*pool, tmp_path / "128", tmp_path / "64", tmp_path / "64"], check=True)
+    for name in ("claims.csv", "cells.csv", "saes.csv", "letters.csv"):
+        whole, pooled = (pd.read_csv(folder / name) for folder in (studied, tmp_path / "pooled"))
+        for metric in whole.columns.difference(["sentence"]):
+            if whole[metric].dtype == float:  # letters' values have six digits
+                np.testing.assert_allclose(pooled[metric], whole[metric], atol=2e-5, err_msg=f"{name}, {metric}")
+            elif metric != "means":
+                assert list(pooled[metric].fillna("")) == list(whole[metric].fillna("")), (name, metric)
+    found = json.loads((tmp_path / "64/study.json").read_text())
+    found["settings"]["tokens"] += 1
+    (tmp_path / "64/study.json").write_text(json.dumps(found))
+    said = subprocess.run([*pool, tmp_path / "128", tmp_path / "64"], capture_output=True, text=True)
+    assert said.returncode == 2 and "differ in tokens" in said.stderr
 
 
 def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_same_tables(

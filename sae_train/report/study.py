@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.errors import UserError
 from sae_train.report.cells import Cell, cells
 from sae_train.report.claims import FEW, HOLDS, METRICS, UNSEEN, Claim, claims
-from sae_train.report.data import Run, load_runs
+from sae_train.report.data import Run
 from sae_train.report.text import fixed, listed, number, percent
 
 if TYPE_CHECKING:
     from sae_train.evals.intervals import Interval
 
+LETTER_METRICS = (*METRICS, "f1_k1")
 MAIN_LATENTS = ("precision_main", "recall_main")
 CLOSE_L0 = 0.02
 MANY_DEAD = 0.1  # of a cell's latents
@@ -91,19 +91,15 @@ def _heading(claim: Claim) -> str:
     return claim.question.split()[0]
 
 
-def read_study(folders: Sequence[Path]) -> Study:
+def read_study(runs: list[Run]) -> Study:
     """Compare the SAEs of all parts; UserError where nothing can be."""
-    runs = load_runs(list(folders))
     found = cells(runs)
     settings = [cell.setting for cell in found]
     found = [cell for cell in found if cell.setting == max(settings, key=settings.count)]
     if not found:
         raise UserError("no SAE of the study has a valid absorption score, so there is nothing to compare")
     intervals = {
-        (cell.name, metric): cell.interval(metric)
-        for cell in found
-        for metric in (*METRICS, "f1_k1")
-        if cell.having(metric)
+        (cell.name, metric): cell.interval(metric) for cell in found for metric in LETTER_METRICS if cell.having(metric)
     }
     beside = [(cell, level) for cell in found if (level := random_level(cell)) is not None]
     above = tuple(cell.name for cell, level in beside if intervals[cell.name, "full"].low > level)

@@ -1,4 +1,4 @@
-"""Writes a study: its page, and its numbers as files (claims, cells, SAEs)."""
+"""Writes a study: its page, and its numbers as files (claims, cells, SAEs, letters)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from sae_train.errors import explaining
 from sae_train.files import write_json, write_text
 from sae_train.report.cells import SETTINGS
-from sae_train.report.claims import METRICS
+from sae_train.report.data import load_runs
 from sae_train.report.render import render
-from sae_train.report.study import QUESTIONS, Study, findings, onset, random_level, read_study
+from sae_train.report.study import LETTER_METRICS, QUESTIONS, Study, findings, onset, random_level, read_study
 from sae_train.report.study_charts import figures_of
 from sae_train.report.text import number
 
@@ -26,19 +26,26 @@ BESIDE = {
 
 
 def write_study(folders: Sequence[Path], out: Path, missing: Sequence[str] = ()) -> tuple[Path, list[str]]:
-    """Write study.html, study.json, claims.csv, cells.csv and saes.csv; return the page, and the findings as sentences.
+    """Write the study of the runs that are there, as `write_tables` does.
 
-    `missing` are parts that are not trained yet, which the page names. The same runs give the same files, byte by byte.
-    UserError where no two cells can be compared.
+    `missing` are parts that are not trained yet, which the page names. UserError where no two cells can be compared.
+    """
+    study = read_study(load_runs([folder for folder in folders if folder.exists()]))
+    study.left_out.extend(f"{name}: not trained yet" for name in missing)
+    return write_tables(study, out)
+
+
+def write_tables(study: Study, out: Path) -> tuple[Path, list[str]]:
+    """Write study.html, study.json and four tables as CSV; return the page, and the findings as sentences.
+
+    The same runs give the same files, byte by byte.
     """
     import pandas as pd
 
-    study = read_study([folder for folder in folders if folder.exists()])
-    study.left_out.extend(f"{name}: not trained yet" for name in missing)
     tables = {"claims": _claim_rows(study), "cells": _cell_rows(study), "saes": _sae_rows(study)}
     page = out / "study.html"
     with explaining(lambda error: f"the study cannot be written to {str(out)!r}: {error.strerror}", OSError):
-        for name, rows in tables.items():
+        for name, rows in (tables | {"letters": _letter_rows(study)}).items():
             write_text(out / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False))
         settings = {
             name: study.runs[0].setting(name) for name in (*SETTINGS, "hook", "dataset", "dtype", "batch_tokens")
@@ -109,7 +116,7 @@ def _cell_rows(study: Study) -> list[dict[str, Any]]:
             "letters": len(cell.letters),
         }
         row |= {name: _rounded(cell.mean_of(metric)) for name, metric in BESIDE.items()}
-        for metric in (*METRICS, "f1_k1"):
+        for metric in LETTER_METRICS:
             row |= _spread(study.interval(cell, metric), metric)
         rows.append(row | {f"random_{score}": _rounded(random_level(cell, score)) for score in ("full", "fraction")})
     return rows
@@ -134,4 +141,16 @@ def _sae_rows(study: Study) -> list[dict[str, Any]]:
         | {f"random_{key}": _rounded(number(sae.baseline.get(f"mean_{key}"))) for key in ("full", "fraction")}
         for run in study.runs
         for sae in run.saes
+    ]
+
+
+def _letter_rows(study: Study) -> list[dict[str, Any]]:
+    """Each SAE's letters that count, at its last look: all that claims are made from."""
+    return [
+        {"arch": sae.arch, "width": sae.width, "l0": sae.l0, "seed": sae.seed, "letter": row["letter"]}
+        | {metric: _rounded(number(row.get(metric))) for metric in LETTER_METRICS}
+        for run in study.runs
+        for sae in run.saes
+        for row in sae.last_letters
+        if row.get("counts")
     ]

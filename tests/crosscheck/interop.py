@@ -138,7 +138,7 @@ def _compare(folder: Path, saes: list[list[str]]) -> list[dict[str, Any]]:
 
 def _bench_scores(python: str, folder: Path, names: list[str], assets: Any) -> dict[str, Any]:
     """sae-bench's absorption eval of our SAEs, and ours of the same, on the same words, probe and activations."""
-    from saebench_absorption import _runs, export, export_latents, run_peer
+    from saebench_absorption import export, export_latents, run_peer, schedules
 
     from sae_train import load_sae
     from sae_train.evals.absorption import evaluate
@@ -147,7 +147,7 @@ def _bench_scores(python: str, folder: Path, names: list[str], assets: Any) -> d
     paths = {name: str((folder / "ours" / name).resolve()) for name in names}
     for path in paths.values():
         export_latents(folder, path, load_sae(path), assets)
-    run = next(run for run in _runs(assets, epochs=1) if run["name"] == "same start")
+    run = next(run for run in schedules(assets, epochs=1) if run["name"] == "same start")
     answer = run_peer(python, folder, {"saes": list(paths.values()), "runs": [run]}, threads=1)
     theirs = {name: answer["saes"][path]["runs"]["same start"] for name, path in paths.items()}
     ours = {name: evaluate(load_sae(path), assets, "saebench-adam") for name, path in paths.items()}

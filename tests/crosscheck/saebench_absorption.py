@@ -56,7 +56,11 @@ def _check(args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict]:
     assets = load_assets(args)
     export(folder, assets, args.model)
     saes = {str(Path(path).resolve()): _our_side(path, assets, folder) for path in args.saes}
-    job = {"saes": list(saes), "runs": _runs(assets, args), "validate": _validated(saes, folder)}
+    job = {
+        "saes": list(saes),
+        "runs": schedules(assets, args.epochs, args.as_shipped),
+        "validate": _validated(saes, folder),
+    }
     answer = run_peer(args.peer_python, folder, job, threads=1)
     rows = [row for path in saes for row in _compare(Path(path).name, saes[path], answer["saes"][path], folder)]
     return rows, answer
@@ -116,7 +120,8 @@ def export_latents(folder: Path, path: str, sae: Any, assets: Any) -> None:
         save_file({"latents": sae.encode(assets.tp_x)}, folder / f"latents-{Path(path).name}.safetensors")
 
 
-def _runs(assets: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def schedules(assets: Any, epochs: int, as_shipped: bool = False) -> list[dict[str, Any]]:
+    """What sae-bench is asked to do for each SAE; its converged run takes so many full-batch steps."""
     from sae_train.evals.presets import get_preset
     from sae_train.evals.probes import ranking_schedule
 
@@ -125,9 +130,9 @@ def _runs(assets: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
                          end_lr=p.l1_end_lr, weight_decay=p.l1_weight_decay)  # fmt: skip
     same = {"batch": s.batch, "epochs": s.epochs}
     floor = [{"name": f"seed {seed}", "seed": seed, **same} for seed in (1, 2, 3)]
-    exact = {"seed": 0, "tolerance": 0 if args.as_shipped else 1e-10}
+    exact = {"seed": 0, "tolerance": 0 if as_shipped else 1e-10}
     start = {"name": "same start", "start": "zero", "order": "ours", **same, **exact}
-    long = {"name": "converged", "order": "full", "batch": n, "epochs": args.epochs, **CONVERGING, **exact}
+    long = {"name": "converged", "order": "full", "batch": n, "epochs": epochs, **CONVERGING, **exact}
     return [*floor, start, {**long, "keep_weights": True}]
 
 
