@@ -5,22 +5,27 @@
 A store of random bfloat16 activations is written (its rate is printed). Then an SAE takes turns of steps on a block in
 memory and on blocks of the store, in pairs whose order alternates; printed is the speed from the store over that from
 memory, the median of the pairs with a bootstrap interval. For `--minutes` it then trains on from the store, round and
-round, and resident memory is sampled: printed is its slope in MiB an hour with a 95 % interval from the means of ten
-parts, over the whole time and over its second half, when the heap has found its size. Exit code 1 where the speed is
-below 95 %.
+round, gives memory back ten times, as a run does when it saves, and memory is sampled: printed are slopes in MiB an
+hour with a 95 % interval from the means of these ten parts, over the whole time and over its second half. What the
+program holds (malloc's count of what is in use, on Linux with glibc) tells a leak; the process's own memory has in it
+what malloc keeps for later as well. Exit code 1 where the speed is below 95 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import itertools
+import math
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -30,7 +35,7 @@ from scipy import stats
 from sae_train.config import SAESpec, TrainSettings
 from sae_train.data.activation_cache import ActivationCache
 from sae_train.data.buffer import ActivationBuffer, Block
-from sae_train.runs.process import prepare_process
+from sae_train.runs.process import give_back_memory, prepare_process
 from sae_train.training.learner import Learner
 from sae_train.training.loop import tf32_products
 from sae_train.training.ranks import Ranks
@@ -157,23 +162,66 @@ def take_steps(
 
 
 def watch_memory(learner: Learner, buffer: ActivationBuffer, args: argparse.Namespace) -> str:
-    """Train on from the store; say how resident memory went, mapped files aside and with them."""
-    process, source, samples = psutil.Process(), round_and_round(buffer), []
+    """Train on from the store; say how memory went: held by the program, the process's own, with mapped files."""
+    process, source = psutil.Process(), round_and_round(buffer)
+    samples = array("d")  # four a sample, in a row: tuples would take more memory themselves
     take_steps(learner, source, N_BLOCKS * buffer.buffer_tokens // args.batch_tokens)  # until nothing is new
-    start, n = time.perf_counter(), 0
+    start, n, taken, given_back = time.perf_counter(), 0, 0, 0
     while (now := time.perf_counter() - start) < 60 * args.minutes:
-        if now >= len(samples) * EVERY:
+        if now >= taken * EVERY:
             memory = process.memory_info()
-            samples.append((now, memory.rss - memory.shared, memory.rss))
+            samples.extend((now, held() or math.nan, memory.rss - memory.shared, memory.rss))
+            taken += 1
+        if now >= given_back * 60 * args.minutes / PARTS:
+            give_back_memory()
+            given_back += 1
         take_steps(learner, source, 1)
         n += args.batch_tokens
-    times, own, all_of_it = np.array(samples).T
-    read, half = n * args.d_in * 2 / 2**30, len(times) // 2
-    return (
-        f"{args.minutes:g} minutes, {read:.1f} GiB read: own memory {slope(times, own)}, in the second half "
-        f"{slope(times[half:], own[half:])}, with mapped files {slope(times, all_of_it)}; "
-        f"at the end {all_of_it[-1] / 2**20:,.0f} MiB"
-    )
+    times, *kinds = np.array(samples).reshape(taken, -1).T
+    half, lines = taken // 2, [f"{args.minutes:g} minutes, {n * args.d_in * 2 / 2**30:.1f} GiB read"]
+    for name, memory in zip(("held by the program", "the process's own", "with mapped files"), kinds, strict=True):
+        if not np.isnan(memory).any():
+            late = slope(times[half:], memory[half:])
+            lines.append(
+                f"{name}: {slope(times, memory)}, second half {late}; at the end {memory[-1] / 2**20:,.0f} MiB"
+            )
+    return "\n  ".join(lines)
+
+
+class Heaps(ctypes.Structure):
+    """struct mallinfo2 of malloc.h: bytes in use are `uordblks`, and `hblkhd` in mappings of their own."""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keep",
+        )
+    ]
+
+
+@functools.cache
+def _mallinfo() -> Callable[[], Heaps] | None:
+    """The C library's mallinfo2; None where it has none."""
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is not None:
+        function.restype = Heaps
+    return function
+
+
+def held() -> int | None:
+    """Bytes that were asked of malloc and not given back."""
+    ask = _mallinfo()
+    heaps = ask() if ask else None
+    return None if heaps is None else heaps.uordblks + heaps.hblkhd
 
 
 def slope(times: np.ndarray, memory: np.ndarray) -> str:

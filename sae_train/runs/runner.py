@@ -21,6 +21,7 @@ from sae_train.runs.finisher import Finisher
 from sae_train.runs.folder import describe_saes
 from sae_train.runs.log import RunLog, final_figures, provenance
 from sae_train.runs.looks import Looks
+from sae_train.runs.process import give_back_memory
 from sae_train.runs.summary import epochs_note, measured_line, summary_lines
 from sae_train.runs.wandb_mirror import open_mirror
 from sae_train.training import loop
@@ -126,6 +127,7 @@ class Runner:
     def _save(self) -> None:
         """Write what a resumed run starts from."""
         session.save(self.session, self.folder)
+        give_back_memory()
         self.display.interrupted = f"go on with: sae-train resume {self.folder}"
 
     def doing(self, what: str, done: int = 0, of: int = 1) -> None:
