@@ -12,6 +12,8 @@ from test_endings import TOY, assert_same_end, fail_after, flags_of, read
 from sae_train import train
 from sae_train.cli import main
 from sae_train.data.activation_cache import SHARDS
+from sae_train.data.forward import Passes
+from sae_train.data.hooked_model import LanguageModel
 from sae_train.data.text_files import Reader
 from sae_train.runs.session import newest_state
 from sae_train.sae.tensor_files import write_tensors
@@ -107,6 +109,38 @@ def test_memory_that_runs_out_is_a_sentence_and_the_run_goes_on_to_the_same_bits
     assert newest_state(tmp_path / "broken").name == "step-000000030"
     assert main(["resume", str(tmp_path / "broken")]) == 0
     assert_same_end(tmp_path / "broken", unbroken)
+
+
+@pytest.mark.parametrize("hook", ["blocks.3.hook_resid_post", "blocks.1.hook_resid_post,blocks.3.hook_resid_post"])
+def test_memory_that_runs_out_in_the_language_model_halves_its_passes(hook, tmp_path, monkeypatch, caplog):
+    given = {"model": "speller", "hook": hook, "width": 64, "l0": 4, "tokens": 13_000, "batch_tokens": 128,
+             "absorption": False, "absorption_evals": 1, "device": "cpu", "out": str(tmp_path)}  # fmt: skip
+    whole = train(**given, name="whole")
+    assert not caplog.records
+    forward, rows = LanguageModel._forward, []
+
+    def forward_of_few(lm, tokens, *rest):
+        rows.append(len(tokens))
+        if len(tokens) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(lm, tokens, *rest)
+
+    monkeypatch.setattr(LanguageModel, "_forward", forward_of_few)
+    monkeypatch.setattr("sae_train.evals.fidelity._LOGIT_ELEMENTS", 1)  # loss recovered takes a row at a time
+    halved = train(**given, name="halved")
+    said = [record.getMessage() for record in caplog.records]
+    assert "through the language model" in said[0] and len(said) <= 2 * len(halved.info.get("hooks") or [hook])
+    assert len([n for n in rows if n > 3]) == len(said), "the size that fits is kept"
+    for name, sae in whole.saes.items():
+        torch.testing.assert_close(halved.saes[name].W_dec, sae.W_dec, rtol=1e-3, atol=1e-3)
+
+
+def test_a_row_for_which_there_is_no_memory_is_not_halved():
+    def fail(tokens):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Passes()(fail, torch.zeros(5, 8, dtype=torch.long))
 
 
 @pytest.mark.parametrize("error", [ConnectionError("the hub went away"), ValueError("row 7 is no JSON")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,31 @@ if TYPE_CHECKING:
     from transformers.cache_utils import DynamicLayer
 
 CACHE_ELEMENTS = 2**25  # of one block's keys and values for all rows of a batch: 128 MB in float32
+
+
+class Passes:
+    """Rows of tokens through a model: all at a time, and half as many from where the memory ran out on.
+
+    Activations of fewer rows differ by rounding, since products of other shapes add in another order.
+    """
+
+    def __init__(self) -> None:
+        self._most: int | None = None
+
+    def __call__(self, pass_on: Callable[[Tensor], list[Tensor]], tokens: Tensor) -> list[Tensor]:
+        """Return what `pass_on` returns for all rows of tokens, each tensor put together; one row is not halved."""
+        while True:
+            n = min(len(tokens), self._most or len(tokens))
+            try:
+                parts = [pass_on(part) for part in tokens.split(n)]
+                return parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+            except torch.OutOfMemoryError:
+                if n == 1:
+                    raise
+            self._most = n // 2  # outside of the except clause, which holds the tensors of the pass that failed
+            torch.cuda.empty_cache()
+            sentence = "the memory ran out in a pass of %d rows through the language model: %d at a time from here on"
+            logging.getLogger(__name__).warning(sentence, n, self._most)
 
 
 def read_prefix(model: nn.Module, prefix: Tensor, pass_through: Callable[[Cache], Any]) -> Cache | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_train.data.forward import changed, count_rows, passing_on, read_prefix, spread
+from sae_train.data.forward import Passes, changed, count_rows, passing_on, read_prefix, spread
 from sae_train.data.hooks import HookPoint
 from sae_train.data.pretrained import special_ids
 from sae_train.errors import UserError
@@ -46,6 +46,7 @@ class LanguageModel:
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Any, point: HookPoint, context: int) -> None:
         self.name = name
+        self.passes = Passes()
         self.tokenizer = tokenizer
         self.hook_name = point.name
         self.context = context
@@ -164,7 +165,13 @@ class LanguageModel:
         return self._catch([self], tokens, cache)[0]
 
     def _catch(self, hooked: Sequence[LanguageModel], tokens: Tensor, cache: Cache | None = None) -> list[Tensor]:
-        """The activations at the hooks of `hooked`, all this model, in one pass that ends at the last of them."""
+        """The activations at the hooks of `hooked`, all this model, in passes of as many rows as fit."""
+        if cache is not None:  # which is of so many rows
+            return self._pass(hooked, tokens, cache)
+        return self.passes(partial(self._pass, hooked), tokens)
+
+    def _pass(self, hooked: Sequence[LanguageModel], tokens: Tensor, cache: Cache | None = None) -> list[Tensor]:
+        """The same in one pass, which ends at the last of the hooks."""
         caught: dict[int, Tensor] = {}
 
         def catch(i: int, x: Tensor) -> Tensor:
