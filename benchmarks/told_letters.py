@@ -51,7 +51,9 @@ def told_letters(cell: pd.DataFrame, floor: float) -> set[str]:
 
 def difference(low: pd.DataFrame, high: pd.DataFrame, letters: list[str]) -> str:
     """Full at the high L0 minus full at the low one, with its interval."""
-    tables = [cell.pivot(index="seed", columns="letter", values="full")[letters].to_numpy() for cell in (high, low)]
+    tables = [
+        cell.pivot(index="seed", columns="letter", values="full")[letters].to_numpy(copy=True) for cell in (high, low)
+    ]
     found = paired_difference(*map(torch.from_numpy, tables))
     return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], visible {found.visible:.3f} ({len(letters)})"
 

@@ -150,8 +150,8 @@ class Architecture(ABC):
         """Return the weighted loss that brings dead latents back, from some rows of x and x̂."""
 
     def raise_levels(self, by: Tensor, fired: Float[Tensor, " d_sae"]) -> None:
-        """Raise (or, below 0, lower) what latents must exceed, which fired so often in the batch; asked only where
-        `moves_levels`."""
+        """Raise (or, below 0, lower) what latents must exceed, of those that fired, so often, in the batch; asked only
+        where `moves_levels`."""
         raise NotImplementedError
 
     @abstractmethod
