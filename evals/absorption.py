@@ -115,7 +115,7 @@ class Evaluation:
             return self.invalid_result(fault)
         train_labels = self.assets.labels[~self.assets.is_test]
         self.progress("ranking latents")
-        ranking, how = rank_latents(latents.train, train_labels, self.n_labels, self.preset, self.seed)
+        ranking, how = rank_latents(latents.train, train_labels, self.n_labels, self.preset, self.seed, self.progress)
         self.lap("rank latents")
         self.progress("choosing main latents")
         chosen = self.probe_latents(latents, ranking)

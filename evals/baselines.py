@@ -128,15 +128,19 @@ def shuffled_labels_score(
     for side in (~a.is_test, a.is_test):
         rows = side.nonzero().squeeze(1)
         labels[rows] = a.labels[rows[torch.randperm(len(rows), generator=g)]]
-    progress("measuring shuffled labels")
-    probe, figures = assets_module.ground_truth(a.x, labels, a.is_test, n_labels, chosen, seed, sae.W_dec.device)
+
+    def tell(doing: str, done: int = 0, of: int = 1) -> None:
+        progress(f"measuring shuffled labels, {doing}", done, of)
+
+    device = sae.W_dec.device
+    probe, figures = assets_module.ground_truth(a.x, labels, a.is_test, n_labels, chosen, seed, device, tell)
     tp_rows = assets_module.true_positives(probe, a.x, labels, a.is_test)
     settings = {**a.settings, "preset": {**a.settings["preset"], "min_probe_f1": -1.0}}
     dealt = replace(
         a, labels=labels, tp_rows=tp_rows, tp_x=a.x[tp_rows], tp_tokens=a.tp_tokens[:0], probe_weight=probe.weight,
         probe_bias=probe.bias, probe_figures=figures.nan_to_num(), settings=settings,
     )  # fmt: skip
-    e = Evaluation(sae, dealt, ungated, seed, None, baseline=True)
+    e = Evaluation(sae, dealt, ungated, seed, None, tell, baseline=True)
     if latents is not None:
         places = (a.is_test.cumsum(0) - 1)[tp_rows].to(e.device)
         latents = replace(latents, tp=latents.test.pick(places))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # rows of a batch, W ↦ X·W, and (into, G) ↦ into += Xᵀ·G
 _Batch = tuple["Tensor", Callable[["Tensor"], "Tensor"], Callable[["Tensor", "Tensor"], object]]
+_Tell = Callable[[int, int], object]  # hears each epoch's number and how many there are
 _DENSE_SHARE = 0.1  # above this share of non-zeros two dense products beat two embedding bags (measured)
 
 
@@ -55,15 +56,18 @@ class Probe:
         return x @ self.weight + self.bias
 
 
+def _unheard(epoch: int, of: int) -> None:
+    pass
+
+
 def fit_dense(
     x: Float[Tensor, "n d"], labels: Int[Tensor, " n"], n_classes: int, s: Schedule, g: torch.Generator,
-    tell: Callable[[int, int], object] = lambda epoch, of: None,
+    tell: _Tell = _unheard,
 ) -> Probe:  # fmt: skip
-    """Fit a probe on dense rows; `tell` hears each epoch's number and how many there are."""
+    """Fit a probe on dense rows."""
 
     def batches() -> Iterator[_Batch]:
-        for epoch, order in enumerate(_shuffle(len(x), s, g, x.device)):
-            tell(epoch, s.epochs)
+        for order in _shuffle(len(x), s, g, x.device, tell):
             for rows in order.split(s.batch):
                 block = x.index_select(0, rows)
                 yield rows, block.matmul, lambda into, d_logits, block=block: into.addmm_(block.T, d_logits)
@@ -71,13 +75,16 @@ def fit_dense(
     return _descend(Probe(x.shape[1], n_classes, x.device), batches(), labels, s)
 
 
-def fit_sparse(latents: Latents, labels: Int[Tensor, " n"], n_classes: int, s: Schedule, g: torch.Generator) -> Probe:
+def fit_sparse(
+    latents: Latents, labels: Int[Tensor, " n"], n_classes: int, s: Schedule, g: torch.Generator,
+    tell: _Tell = _unheard,
+) -> Probe:  # fmt: skip
     """Fit a probe on latents; inputs are the columns of the table, which should all fire somewhere."""
     if len(latents.values) > _DENSE_SHARE * latents.n_rows * latents.d_sae:
-        return fit_dense(latents.dense(), labels, n_classes, s, g)
+        return fit_dense(latents.dense(), labels, n_classes, s, g, tell)
 
     def batches() -> Iterator[_Batch]:
-        for order in _shuffle(latents.n_rows, s, g, labels.device):
+        for order in _shuffle(latents.n_rows, s, g, labels.device, tell):
             yield from _sparse_batches(latents, order, s.batch)
 
     return _descend(Probe(latents.d_sae, n_classes, labels.device), batches(), labels, s)
@@ -115,8 +122,9 @@ def positive_weight(positive: Float[Tensor, "n c"]) -> Float[Tensor, " c"]:
     return (len(positive) - n) / n.clamp(min=1)
 
 
-def _shuffle(n: int, s: Schedule, g: torch.Generator, device: torch.device) -> Iterator[Tensor]:
-    for _ in range(s.epochs):
+def _shuffle(n: int, s: Schedule, g: torch.Generator, device: torch.device, tell: _Tell) -> Iterator[Tensor]:
+    for epoch in range(s.epochs):
+        tell(epoch, s.epochs)
         yield torch.randperm(n, generator=g).to(device)
 
 

@@ -178,7 +178,9 @@ def test_outcomes_add_up_and_families_are_splitting(lm, planted):
 def test_baselines_bracket_the_score(lm, planted):
     built = assets.build(lm)
     result = absorption.evaluate(planted, built)
-    found = baselines.all_scores(planted, built.x, built, result)
+    heard = set()
+    found = baselines.all_scores(planted, built.x, built, result, progress=lambda doing, *counted: heard.add(doing))
+    assert heard >= {f"measuring {what}" for what in ("random SAEs", "shuffled labels, ranking latents")}
     assert set(found) == {"random", "shuffled_labels", "random_directions", "probe"}
     assert found["probe"]["mean_full"] == found["probe"]["mean_fraction"] == 0
     assert found["probe"]["mean_f1"] > 0.95 and found["probe"]["mean_recall_main"] > 0.95

@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 from sae_train.evals import k_sparse, lasso
 from sae_train.evals.figures import auroc, f1_precision_recall
 from sae_train.evals.latents import encode, from_dense
-from sae_train.evals.presets import SAEBENCH
+from sae_train.evals.presets import SAEBENCH, get_preset
 from sae_train.evals.probes import Schedule, fit_dense, fit_sparse, ranking_schedule
 from sae_train.evals.ranking import rank_latents
 from sae_train.evals.threads import flushed_denormals
@@ -239,13 +239,25 @@ def test_numbers_too_small_for_float32_are_0_inside_and_as_they_were_after(befor
         torch.set_flush_denormal(False)
 
 
-def test_without_mkl_the_solution_is_the_same(monkeypatch):
-    x, labels = _data(n=500, d=80, share=0.02)
+@pytest.mark.parametrize(("d", "share"), [(80, 0.02), (300, 0.1)])
+def test_without_mkl_the_solution_is_the_same(d, share, monkeypatch):
+    x, labels = _data(n=500, d=d, share=share)
     found = lasso.fit(from_dense(x), labels, 26, l1=0.002, l2=26e-6, tolerance=1e-6)
+    assert _kkt_residual(x, labels, found.weight, found.bias, 0.002, 26e-6) < 1e-6
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     monkeypatch.setattr(lasso, "_dense_product", lambda *_: pytest.fail("torch multiplies sparse matrices by MKL"))
     without = lasso.fit(from_dense(x), labels, 26, l1=0.002, l2=26e-6, tolerance=1e-6)
     assert torch.allclose(found.weight, without.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["saebench", "saebench-adam"])
+def test_a_ranking_says_how_far_it_is(preset, one_thread):
+    x, labels = _data(n=300, d=40, share=0.05)
+    heard = []
+    rank_latents(from_dense(x), labels, 26, get_preset(preset), 0, lambda *said: heard.append(said))
+    doing, done, of = zip(*heard, strict=True)
+    assert set(doing) == {"ranking latents"} and len(set(of)) == 1
+    assert list(done) == sorted(set(done)) and len(done) > 2 and done[0] == 0 and done[-1] < of[0]
 
 
 def test_memory_stays_flat_over_looks_at_the_ranking():
