@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae_train.errors import UserError
+from sae_train.evals.contexts import show_nothing
 from sae_train.protocols import SparseSAE
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
+    from sae_train.evals.contexts import Progress
     from sae_train.protocols import SAE, LanguageModel
 
 _CHUNK_ELEMENTS = 2**24  # of dense latents: 64 MB in float32
@@ -77,11 +79,12 @@ def loss_recovered(lm: LanguageModel, sae: SAE, tokens: Tensor | FidelityData) -
 
 @torch.no_grad()
 def losses_recovered(
-    lm: LanguageModel, makers: Sequence[Callable[[], SAE]], data: FidelityData
+    lm: LanguageModel, makers: Sequence[Callable[[], SAE]], data: FidelityData, progress: Progress = show_nothing
 ) -> list[dict[str, float]]:
     """loss_recovered of each SAE that a maker returns; a clean pass that was not kept is made once for all of them.
 
     A maker is called for every batch of tokens, so that no two SAEs are in memory at a time.
+    `progress` hears how many passes are done.
     """
     special, n = data.special_ids, 0
     loss, divergence = [0.0] * len(makers), [0.0] * len(makers)
@@ -89,6 +92,7 @@ def losses_recovered(
         clean = data.clean_log_probs[number] if data.clean_log_probs else _log_probs(lm, part, start, special)
         targets, shares = _targets(part, special).to(clean.device), clean.exp()
         for i, make in enumerate(makers):
+            progress("measuring loss recovered", number * len(makers) + i, len(data.starts) * len(makers))
             spliced = _log_probs(lm, part, start, special, _edit(data.kept_ids, partial(_reconstruct, make())))
             loss[i] += float(-spliced.gather(1, targets).double().sum())
             divergence[i] += float((clean - spliced).mul_(shares).sum(1).double().sum())

@@ -85,7 +85,10 @@ def test_saes_measured_together_share_the_clean_pass_and_have_their_own_figures(
     edits = []
     logits = lm.logits
     monkeypatch.setattr(lm, "logits", lambda tokens, edit=None, start=None: edits.append(edit) or logits(tokens, edit))
-    assert losses_recovered(lm, [lambda sae=sae: sae for sae in saes], data) == alone
+    heard = []
+    makers = [lambda sae=sae: sae for sae in saes]
+    assert losses_recovered(lm, makers, data, lambda *said: heard.append(said)) == alone
+    assert heard == [("measuring loss recovered", n, 3) for n in range(3)]
     assert sum(edit is None for edit in edits) == 1 and len(edits) == 4
 
 

@@ -100,15 +100,19 @@ class Fidelity:
     pass; where none are named each is measured at its own.
     """
 
-    def __init__(self, lm: LanguageModel, data: fidelity.FidelityData, export: Export, learners: Sequence[Learner]):
-        self.lm, self.data, self.export, self.learners = lm, data, export, learners
+    def __init__(
+        self, lm: LanguageModel, data: fidelity.FidelityData, export: Export, learners: Sequence[Learner],
+        progress: Progress = show_nothing,
+    ):  # fmt: skip
+        """`progress` hears how far a look is."""
+        self.lm, self.data, self.export, self.learners, self.progress = lm, data, export, learners, progress
         self._step, self._figures = -1, {}
 
     def __call__(self, learner: Learner, step: int) -> Pairs:
         if step != self._step or learner.name not in self._figures:
             together = [each for each in self.learners if each.failed is None]
             makers = {each.name: partial(self.export, each) for each in together or [learner]}
-            figures = fidelity.losses_recovered(self.lm, list(makers.values()), self.data)
+            figures = fidelity.losses_recovered(self.lm, list(makers.values()), self.data, self.progress)
             self._step, self._figures = step, dict(zip(makers, figures, strict=True))
         yield from self._figures[learner.name].items()
 

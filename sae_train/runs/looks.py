@@ -75,7 +75,8 @@ class Looks:
         learners = [learner for learner in self.session.own_learners if learner.spec.hook == hook]
         data, split = self._read_clean(hook), self.session.mesh.width.size > 1
         # Of SAEs in shards one alone is whole at a time.
-        return [callbacks.Fidelity(stream.language.lm, data, stream.export, [] if split else learners), *own]
+        shared = [] if split else learners
+        return [callbacks.Fidelity(stream.language.lm, data, stream.export, shared, self.display), *own]
 
     def _read_clean(self, hook: str) -> fidelity.FidelityData:
         """The passes of the language model that all SAEs of a hook share, made once a run."""
