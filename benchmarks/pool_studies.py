@@ -1,11 +1,10 @@
 """Studies of one design that were trained in parts, on several machines say, as one: its claims from their tables.
 
-    python benchmarks/pool_studies.py STUDY... --out FOLDER [--l0 32,64,128]
+    python benchmarks/pool_studies.py STUDY... --out FOLDER
 
 Each STUDY is the folder that `sae-train study` wrote; `saes.csv` and `letters.csv` of it are enough, with `study.json`
 for the settings, which have to be the same in all. FOLDER then holds the page and the tables of all SAEs together, so
-that it can be pooled in its turn. Of an SAE that several have, the first one's counts; SAEs at other L0 than those of
-`--l0` are left out. Nothing is trained.
+that it can be pooled in its turn. Of an SAE that several have, the first one's counts. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--l0", help="a comma list; default: all")
     args = parser.parse_args()
     settings = [json.loads((folder / "study.json").read_text())["settings"] for folder in args.studies]
     settings = [each | {"dataset": Path(each["dataset"]).name} for each in settings]
@@ -42,8 +40,6 @@ def main() -> int:
         for name in ("saes.csv", "letters.csv")
     )
     saes, letters = saes.drop_duplicates(KEY), letters.drop_duplicates([*KEY, "letter"])
-    if args.l0:
-        saes = saes[saes["l0"].isin([float(l0) for l0 in args.l0.split(",")])]
     of = {key: rows for key, rows in letters.groupby(KEY)}
     run = Run(args.out, args.out.name, {"settings": settings[0]}, [])
     run.saes.extend(trained(row, of, run.name) for row in saes.sort_values(KEY).to_dict("records"))
