@@ -53,7 +53,7 @@ def trained(row: dict[str, Any], of: dict[tuple, pd.DataFrame], run: str) -> Tra
     """An SAE from its rows of the tables."""
     row = {name: None if pd.isna(value) else value for name, value in row.items()}
     own = of.get(tuple(row[name] for name in KEY))
-    letters = [] if own is None else own[["letter", *LETTER_METRICS]].to_dict("records")
+    letters = [] if own is None else own.reindex(columns=["letter", *LETTER_METRICS]).to_dict("records")
     scores = {f"absorption/{name}": value for name, value in row.items() if name.startswith("mean_")}
     return TrainedSAE(
         **{name: row[name] for name in ("name", *KEY)},

@@ -68,18 +68,28 @@ def all_scores(
     """Figures of every baseline by name, beside the result of the SAE itself, whose preset and seed they take.
 
     Random SAEs are fitted on the activations of `text`, on which they have the L0 of `sae`; without text on those of
-    the words. Their figures say which by `fitted_on`. `progress` hears what is being measured.
+    the words. Their figures say which by `fitted_on`, and have the scores letter by letter too. `progress` hears what
+    is being measured.
     """
     preset, seed = result.thresholds, result.seed
     x, fitted_on = (assets.x, WORDS) if text is None else (text, TEXT)
     latents = Evaluation(sae, assets, preset, seed, lm).encode()
+    chance = random_score(sae, x, assets, preset, seed, lm=lm, progress=progress)
+    ev = explained_variance(random_sae(sae, x, seed=seed * _DRAWS), x)
     return {
-        "random": random_score(sae, x, assets, preset, seed, lm=lm, progress=progress).figures()
-        | {"explained_variance": explained_variance(random_sae(sae, x, seed=seed * _DRAWS), x), "fitted_on": fitted_on},
+        "random": chance.figures() | {"explained_variance": ev, "fitted_on": fitted_on, "by_letter": by_letter(chance)},
         "shuffled_labels": shuffled_labels_score(sae, assets, preset, seed, latents, progress).figures(),
         "random_directions": random_directions_score(sae, assets, result, latents),
         "probe": probe_score(assets, preset, seed).figures(),
     }
+
+
+def by_letter(result: AbsorptionResult) -> dict[str, dict[str, float]]:
+    """Full and fraction of each letter that counts."""
+    if not result.valid:
+        return {}
+    counting = result.by_letter[result.by_letter["counts"]].set_index("letter")[["full", "fraction"]]
+    return counting.astype(float).to_dict("index")
 
 
 def random_score(

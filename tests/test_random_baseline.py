@@ -59,6 +59,9 @@ def test_a_run_and_its_evaluation_have_the_same_random_sae(name, arch, seed, run
     capsys.readouterr()
     of_eval = evaluate(sae_in(runs[name], arch), tmp_path, "--eval-seed", str(seed))
     assert of_eval == of_run and of_run["fitted_on"] == TEXT
+    letters = pd.DataFrame(of_run["by_letter"]).T
+    assert letters["full"].mean() == pytest.approx(of_run["mean_full"]) and len(letters) == of_run["n_letters"]
+    assert letters["fraction"].mean() == pytest.approx(of_run["mean_fraction"])
     shown = f"(random SAE {of_run['mean_fraction']:.4f} [{of_run['mean_fraction_low']:.4f}"
     assert shown in capsys.readouterr().out and shown in (sae_in(runs[name], arch) / "README.md").read_text()
     for page in (runs[name] / "report.html", tmp_path / "absorption.html"):

@@ -17,7 +17,7 @@ from sae_train.cli import main
 from sae_train.config import CONFIGS
 from sae_train.config.study import FULL, QUICK, read_design
 from sae_train.report.cells import Cell
-from sae_train.report.claims import FAILS, FEW, FOUND, HOLDS, UNSEEN, claims
+from sae_train.report.claims import FAILS, FEW, FOUND, HOLDS, UNSEEN, claims, signed
 from sae_train.report.data import TrainedSAE
 from sae_train.report.study import Study, findings, least, onset
 from sae_train.runs import estimate, finisher
@@ -31,6 +31,7 @@ SMALL = {
     "eval_words": 600, "absorption_evals": 1, "device": "cpu",
     "grids": [{"arch": "topk", "width": [64, 128], "l0": [4, 8]}],
 }  # fmt: skip
+BESIDE = {"random": {"mean_full": 0.01, "by_letter": {letter.upper(): {"full": 0.01} for letter in LETTERS}}}
 PARTS = ["topk-64-l0_4+8-seed_0", "topk-128-l0_4+8-seed_0"]
 TABLES = ("study.json", "claims.csv", "cells.csv", "saes.csv", "letters.csv", "study.html")
 
@@ -48,7 +49,7 @@ def studied(tmp_path_factory) -> Path:
     """A small study that ran through, without the slow baselines."""
     folder = tmp_path_factory.mktemp("studied")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finisher.baselines, "all_scores", lambda *_: {"random": {"mean_full": 0.01}})
+        patch.setattr(finisher.baselines, "all_scores", lambda *_: BESIDE)
         assert main(["study", "--config", str(write_design(folder)), "--out", str(folder / "study")]) == 0
     return folder / "study"
 
@@ -65,6 +66,8 @@ def test_a_study_leaves_runs_tables_and_a_page_that_loads_nothing(studied):
     rise = next(claim for claim in found["claims"] if claim["main"] and claim["metric"] == "full")
     by_width = [np.mean([sae["mean_full"] for sae in found["saes"] if sae["width"] == w]) for w in (64, 128)]
     assert rise["difference"] == pytest.approx(by_width[1] - by_width[0], abs=2e-6)
+    letters = pd.read_csv(studied / "letters.csv")
+    np.testing.assert_allclose(letters["full_above"], letters["full"] - 0.01, atol=2e-6)
 
 
 def test_parts_of_a_design_pool_to_the_tables_of_the_whole_by_their_letters_alone(studied, tmp_path):
@@ -94,7 +97,7 @@ def test_parts_of_a_design_pool_to_the_tables_of_the_whole_by_their_letters_alon
 def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_same_tables(
     studied, tmp_path, monkeypatch, capsys
 ):  # fmt: skip
-    monkeypatch.setattr(finisher.baselines, "all_scores", lambda *_: {"random": {"mean_full": 0.01}})
+    monkeypatch.setattr(finisher.baselines, "all_scores", lambda *_: BESIDE)
     call = ["study", "--config", str(write_design(tmp_path)), "--out", str(tmp_path / "study")]
     save_sae = finisher.save_sae
     with monkeypatch.context() as patch:
@@ -293,6 +296,46 @@ def test_architectures_at_the_same_ev_are_interpolated_between_their_l0():
         f"At the same L0, matryoshka has less full absorption than topk: matryoshka minus topk {at_l0.figures}."
     )
     assert "is less in matryoshka than in topk" in findings(study)[1]["Pairs of architectures"][0]
+    assert all("fraction" in line for line in findings(study)[1]["Pairs of architectures"]), "full is said above"
+
+
+def test_what_chance_gives_is_taken_away_letter_by_letter_and_may_turn_a_comparison_round():
+    """One architecture has less full absorption, but its random SAEs have still less."""
+    full = {"topk": 0.20, "jumprelu": 0.15}
+    chance = {"topk": 0.15, "jumprelu": 0.02}
+    cells = [
+        cell(arch, 64, l0, t, full_above=t - chance[arch], fraction=0.5 - t)
+        for arch in full
+        for l0 in (8, 16)
+        for t in [table(full[arch], draw=l0 + len(arch))]
+    ]
+    study = Study([], cells, claims(cells), [], ((), 0))
+    said = findings(study)[0]
+    assert said["Architectures"][0].startswith("At the same L0, jumprelu has less full absorption than topk: jumprelu")
+    assert "By the fraction it has more: jumprelu minus topk +0.050" in said["Architectures"][0]
+    assert "topk has less full absorption above random SAEs’ than jumprelu" in said["Above chance"][-1]
+    without = claims([cell("topk", w, 8, table(0.1, draw=w)) for w in (64, 128)])
+    assert "full_above" not in {claim.metric for claim in without}
+
+
+def test_a_trend_that_turns_round_on_its_way_says_so_and_a_sign_is_that_of_the_value():
+    means = {8: 0.10, 16: 0.14, 32: 0.02}
+    cells = [cell("topk", 64, l0, table(m, draw=l0)) for l0, m in means.items()]
+    said = claim_of(cells, "l0").sentence
+    assert "falls with L0, but not at every step (0.100 → 0.140 → 0.020)" in said
+    assert "step" not in claim_of(cells[1:], "l0").sentence
+    assert (signed(0.0004), signed(-0.0004), signed(0.0), signed(0.05)) == ("+0.000", "−0.000", "0.000", "+0.050")
+
+
+def test_the_page_says_what_it_is_about_and_where_the_best_latent_tells_most(studied):
+    page = " ".join((studied / "study.html").read_text().split())
+    for words in (
+        "4 sparse autoencoders (SAEs) of the activations of speller at",
+        "topk, width 64 and 128, L0 4 and 8, 1 training seed, 13,000 training tokens each",
+        "measured on 600 words",
+        "F1 of the best latent is highest",
+    ):
+        assert words in page  # fmt: skip
 
 
 def test_no_architecture_is_the_least_where_a_pair_cannot_be_told_apart():

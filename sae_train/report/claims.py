@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import width_label
@@ -22,17 +22,20 @@ if TYPE_CHECKING:
 
 METRICS = {
     "full": "full absorption",
+    "full_above": "full absorption above random SAEs’",
     "fraction": "the absorption fraction",
     "full_family": "family-corrected full absorption",
     "precision_main": "precision of the main latents",
     "recall_main": "recall of the main latents",
     "n_split": "the number of main latents per letter",
 }
+ABSORPTION = ("full", "full_above", "fraction", "full_family")
 # What the paper and others found: +1 rises with the trait, −1 falls, 0 nothing is expected.
 EXPECTED = {
-    "width": {"full": 1, "fraction": 1, "full_family": 1, "precision_main": 1, "recall_main": -1, "n_split": 1},
-    "l0": {"full": -1, "fraction": -1, "full_family": -1, "precision_main": -1, "recall_main": 1, "n_split": 0},
+    "width": dict.fromkeys(ABSORPTION, 1) | {"precision_main": 1, "recall_main": -1, "n_split": 1},
+    "l0": dict.fromkeys(ABSORPTION, -1) | {"precision_main": -1, "recall_main": 1, "n_split": 0},
 }
+COMPARED = ("full", "full_above", "fraction")  # of architectures
 HOLDS, FAILS, UNSEEN, FEW = "holds", "fails, the other way round", "not distinguishable", "too few seeds"
 FOUND = "distinguishable"
 
@@ -96,7 +99,15 @@ class Claim:
         if self.verdict not in (HOLDS, FAILS, FOUND):
             return f"{name} with {trait}{self._open()}"
         moves = "rises" if self.difference and self.difference.mean > 0 else "falls"
-        return f"{name} {moves} with {trait}{', against what is expected' if self.verdict == FAILS else ''}"
+        against = ", against what is expected" if self.verdict == FAILS else ""
+        return f"{name} {moves} with {trait}{against}{self._turns()}"
+
+    def _turns(self) -> str:
+        """The means in order, where they do not all move the same way."""
+        steps = [b - a for a, b in pairwise(self.means)]
+        if all(step >= 0 for step in steps) or all(step <= 0 for step in steps):
+            return ""
+        return f", but not at every step ({' → '.join(map(fixed, self.means))})"
 
     def _say_of_architectures(self, name: str) -> str:
         first, last = self.ends
@@ -111,15 +122,15 @@ class Claim:
 
 
 def signed(value: float) -> str:
-    """Write +0.050 or −0.012."""
-    text = fixed(value)
-    return f"+{text}" if value > 0 and float(text) else text.replace("-", "−")
+    """Write +0.050 or −0.012; the sign is that of the value, however it is rounded."""
+    return f"{'+' if value > 0 else '−' if value < 0 else ''}{fixed(abs(value))}"
 
 
 def claims(cells: list[Cell]) -> list[Claim]:
-    """Every claim of a study, main ones before their parts."""
+    """Every claim of a study on what was measured, main ones before their parts."""
     made = [claim for trait in ("width", "l0") for claim in _trends(cells, trait)]
-    return [*made, *_splitting(cells), *_architectures(cells)]
+    measured = {metric for metric in METRICS if any(cell.having(metric) for cell in cells)}
+    return [c for c in (*made, *_splitting(cells), *_architectures(cells)) if c.metric in measured]
 
 
 @dataclass(frozen=True)
@@ -207,10 +218,10 @@ def _architectures(cells: list[Cell]) -> Iterator[Claim]:
             by_width = {w: pairs for w in widths if (pairs := _alike(pairs_of(a, b, w, cells)))}
             every = _alike([pair for pairs in by_width.values() for pair in pairs])
             reason = how if every else f"not compared: no {matched} that both reach"
-            for metric in ("full", "fraction"):
+            for metric in COMPARED:
                 about = {"question": f"arch at {matched}", "metric": metric, "ends": (a, b), "expected": 0}
                 if len(by_width) != 1:
-                    where = f"at the same {matched}, mean over {len(every)} widths and {matched}"
+                    where = f"at the same {matched}, mean over {len(every)} pairs of width and {matched}"
                     yield _compare(every, reason, where=where, pooled=True, **about)
                 for width, pairs in by_width.items():
                     where = f"at the same {matched}, width {width_label(width)}, mean over {len(pairs)} {matched}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sae_train.config.record import BY_LETTER
 from sae_train.evals.outcomes import OUTCOMES
 from sae_train.report.readers import read_absorption, read_events, read_facts, read_history, read_latents
 from sae_train.report.text import noun_of, nouns, number, span
@@ -225,7 +226,8 @@ def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> T
     final = {key: value for row in history for key, value in row.items() if value is not None}
     final |= {key: value for key, value in (entry.get("final") or {}).items() if value is not None}
     final = _add_dead_fraction(final, width)
-    beside = entry.get("baseline") or {}
+    beside = {name: own for name, own in (entry.get("baseline") or {}).items() if isinstance(own, dict)}
+    chance = beside.get("random", {}).get(BY_LETTER) or {}
     return TrainedSAE(
         arch=str(entry.get("arch") or known["name"].split("-")[0]),
         width=None if width is None else int(width),
@@ -235,11 +237,17 @@ def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> T
         failed=entry.get("failed"),
         invalid=_invalid(entry, final),
         final=final,
-        baselines={name: figures for name, figures in beside.items() if isinstance(figures, dict)},
+        baselines=beside,
         history=history,
-        letters=[{"tokens": tokens.get(row["step"])} | row for row in letters],
+        letters=[{"tokens": tokens.get(row["step"])} | row | _above(row, chance) for row in letters],
         **known,
     )
+
+
+def _above(row: dict[str, Any], chance: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """What a letter's full absorption is above that of random SAEs; nothing where that was not measured."""
+    full, random = number(row.get("full")), number(chance.get(str(row.get("letter")), {}).get("full"))
+    return {} if full is None or random is None else {"full_above": full - random}
 
 
 def _add_dead_fraction(row: dict[str, Any], width: float | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sae_train.config import width_label
 from sae_train.errors import UserError
 from sae_train.report.cells import Cell, cells
 from sae_train.report.claims import FEW, HOLDS, METRICS, UNSEEN, Claim, claims
@@ -40,7 +41,7 @@ QUESTIONS = {  # of a claim: the heading, what others found
     "main": (
         "How do precision and recall of the main latents move?",
         "The paper (figures 4 and 5): precision of the best latents falls and recall rises with L0, and F1 is best at "
-        "an L0 of 25 to 100.",
+        "an L0 of 25 to 100. Wider SAEs' are more precise and recall less.",
     ),
     "splitting": (
         "Where does splitting set in?",
@@ -142,15 +143,22 @@ def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     answers = {
         "Width": of("width", "full"),
         "L0": of("l0", "full"),
-        "Architectures": [line for matched in ("L0", "EV") if (line := least(study, matched))],
+        "Architectures": _least_at(study, "full"),
+        "Above chance": of("width", "full_above") + of("l0", "full_above") + _least_at(study, "full_above"),
         "Splitting": [onset(c) for c in study.main if c.question == "splitting"],
         "What the cells are worth": list(_doubts(study)),
     }
+    several = len({c.ends for c in study.main if "arch" in c.question}) > 1  # of one pair all is said above
+    pairs = ("full", "full_above", "fraction") if several else ("fraction",)
     rest = {
         "The fraction": of("width", "fraction") + of("l0", "fraction"),
-        "Pairs of architectures": of("arch at L0", "full") + of("arch at EV", "full"),
-        "Precision and recall": [
-            line for trait in ("width", "l0") for metric in MAIN_LATENTS for line in of(trait, metric)
+        "Pairs of architectures": [
+            line for metric in pairs for matched in ("L0", "EV") for line in of(f"arch at {matched}", metric)
+        ],
+        "Precision, recall, number of main latents": [
+            *(line for trait in ("width", "l0") for metric in MAIN_LATENTS for line in of(trait, metric)),
+            *of("l0", "n_split"),
+            *_best_l0(study),
         ],
     }
     return tuple({about: lines for about, lines in group.items() if lines} for group in (answers, rest))
@@ -177,21 +185,49 @@ def _named(cells: Sequence[str]) -> str:
     return f" ({'; '.join(cells)})" if 0 < len(cells) <= MOST_NAMED else ""
 
 
-def least(study: Study, matched: str) -> str:
+def _best_l0(study: Study) -> Iterator[str]:
+    """At which L0 the best latent tells the letter best, for each architecture and width with several L0."""
+    best = []
+    for arch, width in dict.fromkeys((cell.arch, cell.width) for cell in study.cells):
+        f1 = {c.l0: own.mean for c in study.cells if (c.arch, c.width) == (arch, width)
+              if (own := study.interval(c, "f1_k1"))}  # fmt: skip
+        if len(f1) > 1:
+            best.append(f"{max(f1, key=f1.__getitem__):g} ({arch}, {width_label(width)}: {fixed(max(f1.values()))})")
+    if best:
+        yield f"F1 of the best latent is highest at L0 {listed(best, len(best))}."
+
+
+def _least_at(study: Study, metric: str) -> list[str]:
+    return [line for matched in ("L0", "EV") if (line := least(study, matched, metric))]
+
+
+def least(study: Study, matched: str, metric: str = "full") -> str:
     """Name the architecture that absorbs less than every other one at the same L0 or EV, or say that none does."""
-    pairs = [c for c in study.main if c.question == f"arch at {matched}" and c.metric == "full"]
+    pairs = [c for c in study.main if c.question == f"arch at {matched}" and c.metric == metric]
     archs = dict.fromkeys(arch for c in pairs for arch in c.ends)
     for arch in archs:
         own = [c for c in pairs if arch in c.ends]
         if len(own) == len(archs) - 1 and all(_less(c, arch) for c in own):
             others = next(a for a in archs if a != arch) if len(own) == 1 else "every other architecture"
-            pairs_said = "; ".join(f"{c.ends[1]} minus {c.ends[0]} {c.figures}" for c in own)
-            return f"At the same {matched}, {arch} has less full absorption than {others}: {pairs_said}."
+            said = f"At the same {matched}, {arch} has less {METRICS[metric]} than {others}: {_minus(own)}."
+            return said + (_more_by_fraction(study, matched, arch) if metric == "full" else "")
     if not pairs:
         return ""
     missing = [f"{' and '.join(c.ends)} ({c.verdict}{_visible(c)})" for c in pairs if not _is_judged(c)]
     why = f": open are {listed(missing)}" if missing else ""
-    return f"At the same {matched}, no architecture is shown to absorb less than every other one{why}."
+    than = "absorb less" if metric == "full" else f"have less {METRICS[metric]}"
+    return f"At the same {matched}, no architecture is shown to {than} than every other one{why}."
+
+
+def _minus(pairs: Sequence[Claim]) -> str:
+    return "; ".join(f"{c.ends[1]} minus {c.ends[0]} {c.figures}" for c in pairs)
+
+
+def _more_by_fraction(study: Study, matched: str, arch: str) -> str:
+    """Which pairs the fraction puts the other way round."""
+    own = [c for c in study.main if c.question == f"arch at {matched}" and c.metric == "fraction" and arch in c.ends]
+    other = [c for c in own if _is_judged(c) and not _less(c, arch)]
+    return f" By the fraction it has more: {_minus(other)}." if other else ""
 
 
 def _less(claim: Claim, arch: str) -> bool:

@@ -63,8 +63,8 @@ class _Drawing:
         series: list[Series] = [(name, f"c{i % COLOURS} d0 o0", self._points(own, x, y)) for i, name, own in lines]
         if all(len(points) < 2 for _, _, points in series):
             return []
-        beside = [("random SAEs", f"c{i % COLOURS} d2 o2", self._random(own, x)) for i, _, own in lines if y == "full"]
-        beside = [one for one in beside if one[2]]
+        beside = [("random SAEs", f"c{i % COLOURS} d2 o2", self._random(own, x)) for i, _, own in lines]
+        beside = [one for one in beside if one[2] and y == "full" and x != "ev"]  # their EV is far below
         note = NOTE + ("; faint and dotted: random SAEs" if beside else "") + ("; joined by L0" if "main" in x else "")
         legend = [(f"part c{i % COLOURS}", name) for i, name, _ in lines]
         zero = y in ("full", "f1_k1")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_train.config import width_label
 from sae_train.errors import explaining
 from sae_train.files import write_json, write_text
 from sae_train.report.cells import SETTINGS
@@ -13,7 +14,7 @@ from sae_train.report.data import load_runs
 from sae_train.report.render import render
 from sae_train.report.study import LETTER_METRICS, QUESTIONS, Study, findings, onset, random_level, read_study
 from sae_train.report.study_charts import figures_of
-from sae_train.report.text import number
+from sae_train.report.text import listed, noun_of, number, plural, target
 
 if TYPE_CHECKING:
     from sae_train.evals.intervals import Interval
@@ -64,6 +65,8 @@ def _page(study: Study, main: dict[str, list[str]], rest: dict[str, list[str]]) 
         "study.html",
         title=f"What width and L0 do to absorption: {first.setting('model')}, {first.setting('hook')}",
         study=study,
+        lead=_lead(study),
+        n_claims=sum(len(study.of(question)) for question in QUESTIONS),
         main=main,
         rest=rest,
         questions=QUESTIONS,
@@ -79,6 +82,24 @@ def _page(study: Study, main: dict[str, list[str]], rest: dict[str, list[str]]) 
         },
         words=[],
         latents=[],
+    )
+
+
+def _lead(study: Study) -> str:
+    """What the page is about, for those who have only the page."""
+    first, saes = study.runs[0], [sae for cell in study.cells for sae in cell.saes]
+    traits = {name: sorted({getattr(cell, name) for cell in study.cells}) for name in ("arch", "width", "l0")}
+    labels = {"width": width_label, "l0": target}
+    said = {name: listed([str(labels.get(name, str)(v)) for v in own], len(own)) for name, own in traits.items()}
+    words, tokens = first.setting("eval_words"), number(first.setting("tokens"))
+    noun = noun_of(first.setting("hierarchy"))
+    return (
+        f"{plural(len(saes), 'sparse autoencoder')} (SAEs) of the activations of {first.setting('model')} at "
+        f"{first.setting('hook')}: {said['arch']}, width {said['width']}, L0 {said['l0']}, "
+        f"{plural(max(len(cell.saes) for cell in study.cells), 'training seed')}, "
+        f"{f'{tokens:,.0f}' if tokens else 'some'} training tokens each. Absorption: a latent that seems to stand for "
+        f"{'a first letter' if noun == 'letter' else f'one {noun}'} stays silent on some of its words, because another "
+        f"latent took the job over; measured on {f'{words:,} words' if words else 'all words of the vocabulary'}."
     )
 
 
