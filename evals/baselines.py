@@ -115,6 +115,7 @@ def random_score(
     figures = [*scores, "f1_k1", "recall_main", "lost_carried", "lost_below", "lost_nobody"]
     return replace(
         results[0],
+        l0=sum(result.l0 for result in results) / draws,
         words=mean([result.words for result in results], scores),
         by_letter=mean([result.by_letter for result in results], figures),
     )

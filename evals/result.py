@@ -86,7 +86,7 @@ class AbsorptionResult:
         for name in ("mean_fraction", "mean_full"):
             low, high = self.interval(name)
             out |= {name: getattr(self, name), f"{name}_low": low, f"{name}_high": high}
-        return out | {name: getattr(self, name) for name in _BESIDE}
+        return out | {name: getattr(self, name) for name in _BESIDE} | {"l0_words": self.l0}
 
     def metrics(self) -> dict[str, Any]:
         """The same under the names of metrics.jsonl."""

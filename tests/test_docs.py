@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -35,7 +34,6 @@ from hub_fixture import hub  # noqa: F401
 from sae_train.config import CONFIGS
 from sae_train.config.page import page
 from sae_train.config.units import ARCHITECTURES
-from sae_train.evals import baselines
 from sae_train.report import export
 from sae_train.report.export import gallery
 from sae_train.runs import run as runs
@@ -57,7 +55,6 @@ def quick(monkeypatch):
         small = SMALL_RUN | (SMALL_TEXT if has_text else {})
         return train(*given, activations=activations, **settings | small)
 
-    monkeypatch.setattr(baselines, "random_score", partial(baselines.random_score, draws=1))
     monkeypatch.setattr(export, "gallery", lambda runs: gallery(runs)[:3])
     monkeypatch.setattr(runs, "train", quick_train)
     with patch.dict(TRAINED), patch.dict(ARCHITECTURES):

@@ -68,6 +68,8 @@ def test_a_study_leaves_runs_tables_and_a_page_that_loads_nothing(studied):
     assert rise["difference"] == pytest.approx(by_width[1] - by_width[0], abs=2e-6)
     letters = pd.read_csv(studied / "letters.csv")
     np.testing.assert_allclose(letters["full_above"], letters["full"] - 0.01, atol=2e-6)
+    saes = pd.read_csv(studied / "saes.csv")
+    np.testing.assert_allclose(saes["l0_words"], saes["l0"])  # topk: as many on every token
 
 
 def test_parts_of_a_design_pool_to_the_tables_of_the_whole_by_their_letters_alone(studied, tmp_path):
@@ -193,7 +195,7 @@ def test_the_shipped_designs_are_those_of_the_documentation():
 # --- what is said of planted tables ---
 
 
-def cell(arch, width, l0, scores, reached=None, ev=0.9, dead=0.0, **more) -> Cell:
+def cell(arch, width, l0, scores, reached=None, ev=0.9, dead=0.0, words_l0=None, **more) -> Cell:
     """A cell from planted scores (seeds, letters) of full absorption, and of other metrics in `more`."""
     tables = {"full": scores, "fraction": scores} | more
     saes = []
@@ -203,6 +205,7 @@ def cell(arch, width, l0, scores, reached=None, ev=0.9, dead=0.0, **more) -> Cel
             for i, letter in enumerate(LETTERS)
         ]
         final = {"metrics/l0": reached or l0, "metrics/explained_variance": ev, "sparsity/dead_fraction": dead}
+        final |= {"absorption/l0_words": words_l0} if words_l0 else {}
         saes.append(TrainedSAE(
             name="", label="", run="", arch=arch, width=width, l0=l0, seed=seed, failed=None, invalid=None,
             final=final, baselines={}, history=[], letters=letters, words=[],
@@ -336,6 +339,24 @@ def test_the_page_says_what_it_is_about_and_where_the_best_latent_tells_most(stu
         "F1 of the best latent is highest",
     ):
         assert words in page  # fmt: skip
+
+
+def test_architectures_that_are_denser_on_the_words_are_also_compared_at_their_l0_there():
+    """Three times as many latents on the words: at the same L0 there they absorb as much, at that on text less."""
+    score = lambda words_l0: 0.3 - 0.05 * math.log2(words_l0)  # noqa: E731
+    cells = [
+        cell(arch, 64, l0, table(score(times * l0), draw=l0 + times), words_l0=times * l0)
+        for arch, times in (("topk", 1), ("jumprelu", 4))
+        for l0 in (8, 16, 32, 64)
+    ]
+    on_text, on_words = claim_of(cells, "arch at L0"), claim_of(cells, "arch at L0 on the words")
+    assert on_text.difference.mean == pytest.approx(-0.1) and on_text.verdict == FOUND
+    assert on_words.difference.mean == pytest.approx(0.0, abs=1e-9) and on_words.verdict == UNSEEN
+    assert on_words.where == "at the same L0 on the words, width 64, mean over 2 L0 on the words"  # 32 and 64
+    said = findings(Study([], cells, claims(cells), [], ((), 0)))[0]
+    assert said["What the cells are worth"] == [
+        "L0 on the eval's words is not that on text, but so many times as much: topk 1.00 and jumprelu 4.00."
+    ]
 
 
 def test_no_architecture_is_the_least_where_a_pair_cannot_be_told_apart():

@@ -55,6 +55,11 @@ class Cell:
         return self.mean_of("metrics/l0")
 
     @property
+    def words_l0(self) -> float | None:
+        """Mean L0 on the words of the eval, which may be another; None where one was not measured."""
+        return self.mean_of("absorption/l0_words")
+
+    @property
     def ev(self) -> float | None:
         """Mean explained variance on held-out text; None where one was not measured."""
         return self.mean_of("metrics/explained_variance")

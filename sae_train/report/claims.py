@@ -7,8 +7,10 @@ the main claim is the mean over them: scores are averaged letter by letter and s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ EXPECTED = {
     "l0": dict.fromkeys(ABSORPTION, -1) | {"precision_main": -1, "recall_main": 1, "n_split": 0},
 }
 COMPARED = ("full", "full_above", "fraction")  # of architectures
+L0, WORDS_L0, EV = MATCHED = ("L0", "L0 on the words", "EV")  # at which they are compared
 HOLDS, FAILS, UNSEEN, FEW = "holds", "fails, the other way round", "not distinguishable", "too few seeds"
 FOUND = "distinguishable"
 
@@ -48,7 +51,7 @@ class Claim:
     """A difference (last − first end) of one metric, or why there is none (`how`)."""
 
     question: str
-    """width, l0, arch at L0, arch at EV, or splitting"""
+    """width, l0, arch at L0 (or another of MATCHED), or splitting"""
     metric: str
     where: str
     """what is held fixed"""
@@ -210,13 +213,19 @@ def _splitting(cells: list[Cell]) -> Iterator[Claim]:
 
 
 def _architectures(cells: list[Cell]) -> Iterator[Claim]:
-    """All pairs of architectures at matched L0 and at matched EV, over all widths and at each."""
-    ways = (("L0", _pairs_at_l0, "L0 as reached or interpolated"), ("EV", _pairs_at_ev, "EV interpolated"))
+    """All pairs of architectures at matched L0, L0 on the eval's words and EV, over all widths and at each."""
+    ways = (
+        (L0, _pairs_at_l0, "L0 as reached or interpolated"),
+        (WORDS_L0, partial(_pairs_along, of=_log_words_l0), "L0 on the words interpolated"),
+        (EV, partial(_pairs_along, of=lambda cell: cell.ev), "EV interpolated"),
+    )
     widths = sorted({cell.width for cell in cells})
     for a, b in combinations(dict.fromkeys(cell.arch for cell in cells), 2):
         for matched, pairs_of, how in ways:
             by_width = {w: pairs for w in widths if (pairs := _alike(pairs_of(a, b, w, cells)))}
             every = _alike([pair for pairs in by_width.values() for pair in pairs])
+            if matched == WORDS_L0 and not every:  # not measured, or as on text
+                continue
             reason = how if every else f"not compared: no {matched} that both reach"
             for metric in COMPARED:
                 about = {"question": f"arch at {matched}", "metric": metric, "ends": (a, b), "expected": 0}
@@ -234,19 +243,23 @@ def _pairs_at_l0(a: str, b: str, width: int, cells: list[Cell]) -> list[Places]:
     return [pair for l0 in shared if (pair := match_l0((at[a, l0], at[b, l0]), cells)[0])]
 
 
-def _pairs_at_ev(a: str, b: str, width: int, cells: list[Cell]) -> list[Places]:
-    """Both sides at every EV that one of them has and both reach, interpolated between the L0 of each."""
+def _pairs_along(a: str, b: str, width: int, cells: list[Cell], of: Callable[[Cell], float | None]) -> list[Places]:
+    """Both sides at every EV (or what `of` reads) that one has and both reach, interpolated between the L0 of each."""
     along = {}
     for arch in (a, b):
-        own = [cell for cell in cells if (cell.arch, cell.width) == (arch, width) and cell.ev is not None]
+        own = [cell for cell in cells if (cell.arch, cell.width) == (arch, width) and of(cell) is not None]
         along[arch] = _alike([(cell,) for cell in own])
     sides = {arch: [cell for (cell,) in places] for arch, places in along.items()}
     if not all(len(side) > 1 for side in sides.values()):
         return []
-    low = max(min(cell.ev for cell in side) for side in sides.values())
-    high = min(max(cell.ev for cell in side) for side in sides.values())
-    points = sorted({cell.ev for side in sides.values() for cell in side if low <= cell.ev <= high})
-    return [tuple(Side(sides[arch][0], sides[arch], lambda c: c.ev, ev) for arch in (a, b)) for ev in points]
+    low = max(min(of(cell) for cell in side) for side in sides.values())
+    high = min(max(of(cell) for cell in side) for side in sides.values())
+    points = sorted({of(cell) for side in sides.values() for cell in side if low <= of(cell) <= high})
+    return [tuple(Side(sides[arch][0], sides[arch], of, point) for arch in (a, b)) for point in points]
+
+
+def _log_words_l0(cell: Cell) -> float | None:
+    return math.log(cell.words_l0) if cell.words_l0 else None
 
 
 def _alike(rows: list[Places]) -> list[Places]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sae_train.config import width_label
 from sae_train.errors import UserError
 from sae_train.report.cells import Cell, cells
-from sae_train.report.claims import FEW, HOLDS, METRICS, UNSEEN, Claim, claims
+from sae_train.report.claims import FEW, HOLDS, MATCHED, METRICS, UNSEEN, Claim, claims
 from sae_train.report.data import Run
 from sae_train.report.text import fixed, listed, number, percent
 
@@ -20,6 +20,7 @@ LETTER_METRICS = (*METRICS, "f1_k1")
 MAIN_LATENTS = ("precision_main", "recall_main")
 CLOSE_L0 = 0.02
 MANY_DEAD = 0.1  # of a cell's latents
+MUCH_MORE = 1.1  # times as many latents on the words
 MOST_NAMED = 6  # cells in a sentence
 QUESTIONS = {  # of a claim: the heading, what others found
     "width": (
@@ -153,7 +154,7 @@ def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     rest = {
         "The fraction": of("width", "fraction") + of("l0", "fraction"),
         "Pairs of architectures": [
-            line for metric in pairs for matched in ("L0", "EV") for line in of(f"arch at {matched}", metric)
+            line for metric in pairs for matched in MATCHED for line in of(f"arch at {matched}", metric)
         ],
         "Precision, recall, number of main latents": [
             *(line for trait in ("width", "l0") for metric in MAIN_LATENTS for line in of(trait, metric)),
@@ -173,12 +174,25 @@ def _doubts(study: Study) -> Iterator[str]:
             f"{_named(above)}; elsewhere it may be chance."
         )
     shares = {cell.name: cell.mean_of("sparsity/dead_fraction") for cell in study.cells}
+    yield from _other_l0(study)
     dead = [f"{name}: {percent(share)}" for name, share in shares.items() if share is not None and share > MANY_DEAD]
     if dead:
         yield (
             f"More than a tenth of the latents are dead in {len(dead)} of {len(study.cells)} cells{_named(dead)}: what "
             "rests on them says little about their width and L0."
         )
+
+
+def _other_l0(study: Study) -> Iterator[str]:
+    """Where architectures of the same L0 on text have different ones on the words, on which absorption is measured."""
+    shares: dict[str, list[float]] = {}
+    for cell in study.cells:
+        if cell.words_l0 and cell.reached:
+            shares.setdefault(cell.arch, []).append(cell.words_l0 / cell.reached)
+    means = {arch: sum(own) / len(own) for arch, own in shares.items()}
+    if means and max(means.values()) > MUCH_MORE * min(means.values()):
+        said = [f"{arch} {fixed(mean, 2)}" for arch, mean in means.items()]
+        yield f"L0 on the eval's words is not that on text, but so many times as much: {listed(said)}."
 
 
 def _named(cells: Sequence[str]) -> str:
@@ -198,7 +212,7 @@ def _best_l0(study: Study) -> Iterator[str]:
 
 
 def _least_at(study: Study, metric: str) -> list[str]:
-    return [line for matched in ("L0", "EV") if (line := least(study, matched, metric))]
+    return [line for matched in MATCHED if (line := least(study, matched, metric))]
 
 
 def least(study: Study, matched: str, metric: str = "full") -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DIGITS = 6  # of what the files hold
 BESIDE = {
-    "l0_reached": "metrics/l0", "explained_variance": "metrics/explained_variance",
+    "l0_reached": "metrics/l0", "l0_words": "absorption/l0_words", "explained_variance": "metrics/explained_variance",
     "loss_recovered": "metrics/ce_loss_score", "dead": "sparsity/dead_fraction",
 }  # fmt: skip
 
