@@ -62,7 +62,7 @@ def trained(row: dict[str, Any], of: dict[tuple, pd.DataFrame], run: str) -> Tra
         failed=row["left_out"],
         invalid=None,
         final=scores | {metric: row[name] for name, metric in BESIDE.items()},
-        baselines={"random": {f"mean_{score}": row[f"random_{score}"] for score in ("full", "fraction")}},
+        baselines={"random_words": {f"mean_{score}": row[f"random_{score}"] for score in ("full", "fraction")}},
         history=[],
         letters=[{"step": 0, "counts": True} | letter for letter in letters],
         words=[],

@@ -1,7 +1,8 @@
 """What to read a score against: the scores of SAEs that have learnt nothing, and of the best possible one.
 
-Nulls: random SAEs as wide and as sparse; the SAE itself with the words' labels shuffled, or with random directions in
-the probe's place. Upper bound: an SAE whose latents are the probe's own read-outs, which absorbs nothing.
+Nulls: random SAEs as wide and as sparse, on text and on the eval's words; the SAE itself with the words' labels
+shuffled, or with random directions in the probe's place. Upper bound: an SAE whose latents are the probe's own
+read-outs, which absorbs nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from sae_train.protocols import SAE, LanguageModel
 
 TEXT, WORDS = "held-out text", "the eval's words"
-"""what random SAEs are fitted on: the activations of text, or, where there is none, of the words"""
+"""what random SAEs are fitted on: the activations of text, or of the words"""
 _CHUNK_ELEMENTS = 2**24
 _DRAWS = 3
 
@@ -67,17 +68,22 @@ def all_scores(
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Figures of every baseline by name, beside the result of the SAE itself, whose preset and seed they take.
 
-    Random SAEs are fitted on the activations of `text`, on which they have the L0 of `sae`; without text on those of
-    the words. Their figures say which by `fitted_on`, and have the scores letter by letter too. `progress` hears what
-    is being measured.
+    `random` SAEs are fitted on the activations of `text`, on which they have the L0 of `sae`; without text on those of
+    the words. Their figures say which by `fitted_on`. `random_words` are fitted on the words in any case, and have the
+    scores letter by letter too: what a study takes for chance. `progress` hears what is being measured.
     """
     preset, seed = result.thresholds, result.seed
-    x, fitted_on = (assets.x, WORDS) if text is None else (text, TEXT)
     latents = Evaluation(sae, assets, preset, seed, lm).encode()
-    chance = random_score(sae, x, assets, preset, seed, lm=lm, progress=progress)
-    ev = explained_variance(random_sae(sae, x, seed=seed * _DRAWS), x)
+
+    def random(x: Tensor, fitted_on: str) -> tuple[dict[str, Any], AbsorptionResult]:
+        score = random_score(sae, x, assets, preset, seed, lm=lm, progress=progress, fitted_on=fitted_on)
+        ev = explained_variance(random_sae(sae, x, seed=seed * _DRAWS), x)
+        return score.figures() | {"explained_variance": ev, "fitted_on": fitted_on}, score
+
+    on_words, score = random(assets.x, WORDS)
     return {
-        "random": chance.figures() | {"explained_variance": ev, "fitted_on": fitted_on, "by_letter": by_letter(chance)},
+        "random": on_words if text is None else random(text, TEXT)[0],
+        "random_words": on_words | {"by_letter": by_letter(score)},
         "shuffled_labels": shuffled_labels_score(sae, assets, preset, seed, latents, progress).figures(),
         "random_directions": random_directions_score(sae, assets, result, latents),
         "probe": probe_score(assets, preset, seed).figures(),
@@ -94,7 +100,7 @@ def by_letter(result: AbsorptionResult) -> dict[str, dict[str, float]]:
 
 def random_score(
     like: SAE, x: Float[Tensor, "n d_in"], assets: Assets, preset: str | Preset = "saebench", seed: int = 0,
-    draws: int = _DRAWS, lm: LanguageModel | None = None, progress: Progress = show_nothing,
+    draws: int = _DRAWS, lm: LanguageModel | None = None, progress: Progress = show_nothing, fitted_on: str = TEXT,
 ) -> AbsorptionResult:  # fmt: skip
     """Score of random SAEs as wide and as sparse as `like`: the mean over several draws, word by word.
 
@@ -102,7 +108,7 @@ def random_score(
     """
     results = []
     for draw in range(draws):
-        progress("measuring random SAEs", draw, draws)
+        progress(f"measuring random SAEs fitted on {fitted_on}", draw, draws)
         sae = random_sae(like, x, seed=seed * draws + draw)
         results.append(evaluate(sae, assets, preset=preset, seed=seed, lm=lm, baseline=True))
     if not all(result.valid for result in results):

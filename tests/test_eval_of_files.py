@@ -37,7 +37,7 @@ def test_an_sae_of_any_precision_is_evaluated_to_the_end(architecture, dtype, tm
     content = json.loads((folder / "absorption.json").read_text())
     assert content["eval_result_unstructured"]["valid"]
     assert set(content["eval_result_unstructured"]["baselines"]) == {
-        "random", "shuffled_labels", "random_directions", "probe",
+        "random", "random_words", "shuffled_labels", "random_directions", "probe",
     }  # fmt: skip
 
 

@@ -55,8 +55,12 @@ def sae_in(run: Path, arch: str) -> Path:
 
 def evaluate(sae: Path, out: Path, *more: str) -> dict:
     """The random SAE's figures that `sae-train eval` writes."""
+    return evaluate_beside(sae, out, *more)["random"]
+
+
+def evaluate_beside(sae: Path, out: Path, *more: str) -> dict:
     assert main(["eval", str(sae), "--eval-words", "600", "--out", str(out), *more]) == 0
-    return json.loads((out / "absorption.json").read_text())["eval_result_unstructured"]["baselines"]["random"]
+    return json.loads((out / "absorption.json").read_text())["eval_result_unstructured"]["baselines"]
 
 
 @pytest.mark.parametrize(
@@ -65,13 +69,16 @@ def evaluate(sae: Path, out: Path, *more: str) -> dict:
 def test_a_run_and_its_evaluation_have_the_same_random_sae(name, arch, seed, runs, tmp_path, capsys):
     info = json.loads((runs[name] / "run.json").read_text())
     assert (info["outliers"]["held_out"] > 0) is (name == "own")
-    of_run = next(entry for entry in info["saes"] if entry["arch"] == arch)["baseline"]["random"]
+    entry = next(entry for entry in info["saes"] if entry["arch"] == arch)
+    of_run, on_words = entry["baseline"]["random"], entry["baseline"]["random_words"]
     capsys.readouterr()
-    of_eval = evaluate(sae_in(runs[name], arch), tmp_path, "--eval-seed", str(seed))
-    assert of_eval == of_run and of_run["fitted_on"] == TEXT
-    letters = pd.DataFrame(of_run["by_letter"]).T
-    assert letters["full"].mean() == pytest.approx(of_run["mean_full"]) and len(letters) == of_run["n_letters"]
-    assert letters["fraction"].mean() == pytest.approx(of_run["mean_fraction"])
+    of_eval = evaluate_beside(sae_in(runs[name], arch), tmp_path, "--eval-seed", str(seed))
+    assert of_eval["random"] == of_run and of_run["fitted_on"] == TEXT
+    assert of_eval["random_words"] == on_words and on_words["fitted_on"] == WORDS
+    assert on_words["l0_words"] == pytest.approx(entry["final"]["absorption/l0_words"], rel=0.1)
+    letters = pd.DataFrame(on_words["by_letter"]).T
+    assert letters["full"].mean() == pytest.approx(on_words["mean_full"]) and len(letters) == on_words["n_letters"]
+    assert letters["fraction"].mean() == pytest.approx(on_words["mean_fraction"])
     shown = f"(random SAE {of_run['mean_fraction']:.4f} [{of_run['mean_fraction_low']:.4f}"
     assert shown in capsys.readouterr().out and shown in (sae_in(runs[name], arch) / "README.md").read_text()
     for page in (runs[name] / "report.html", tmp_path / "absorption.html"):
@@ -95,7 +102,9 @@ def test_without_text_it_is_fitted_on_the_words_and_everything_says_so(gone, run
         info["activations"] = {"file": "x.npy"}
     write_json(run / "run.json", info)
     sae = sae_in(run, "topk")
-    random = evaluate(sae, sae)
+    beside = evaluate_beside(sae, sae)
+    random = beside["random"]
+    assert beside["random_words"] == random | {"by_letter": beside["random_words"]["by_letter"]}
     assert random["fitted_on"] == WORDS and random != info["saes"][0]["baseline"]["random"]
     assert "are fitted on the eval's words (" in capsys.readouterr().out
     assert "fitted on the eval&#39;s words" in (sae / "absorption.html").read_text()

@@ -31,7 +31,7 @@ SMALL = {
     "eval_words": 600, "absorption_evals": 1, "device": "cpu",
     "grids": [{"arch": "topk", "width": [64, 128], "l0": [4, 8]}],
 }  # fmt: skip
-BESIDE = {"random": {"mean_full": 0.01, "by_letter": {letter.upper(): {"full": 0.01} for letter in LETTERS}}}
+BESIDE = {"random_words": {"mean_full": 0.01, "by_letter": {letter.upper(): {"full": 0.01} for letter in LETTERS}}}
 PARTS = ["topk-64-l0_4+8-seed_0", "topk-128-l0_4+8-seed_0"]
 TABLES = ("study.json", "claims.csv", "cells.csv", "saes.csv", "letters.csv", "study.html")
 

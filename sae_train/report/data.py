@@ -75,6 +75,11 @@ class TrainedSAE:
         return self.baselines.get("random", {})
 
     @property
+    def chance(self) -> dict[str, Any]:
+        """Scores of the random SAE that is as sparse on the eval's words; of a run without it, of the other one."""
+        return self.baselines.get("random_words") or self.baseline
+
+    @property
     def causal(self) -> bool:
         """Whether `full` is the causal rate, which asks the language model."""
         return str(self.preset).startswith("paper")
@@ -227,7 +232,7 @@ def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> T
     final |= {key: value for key, value in (entry.get("final") or {}).items() if value is not None}
     final = _add_dead_fraction(final, width)
     beside = {name: own for name, own in (entry.get("baseline") or {}).items() if isinstance(own, dict)}
-    chance = beside.get("random", {}).get(BY_LETTER) or {}
+    chance = beside.get("random_words", {}).get(BY_LETTER) or {}
     return TrainedSAE(
         arch=str(entry.get("arch") or known["name"].split("-")[0]),
         width=None if width is None else int(width),

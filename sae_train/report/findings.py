@@ -44,10 +44,11 @@ def against_zero(sae: TrainedSAE, measure: str) -> bool | None:
 
 
 def against_random(sae: TrainedSAE, measure: str) -> bool | None:
-    """Whether the interval lies above the random SAE's (its value, if that has no interval)."""
+    """Whether the interval lies above those of the random SAEs (their values, if these have no interval)."""
     low, key = sae.usable(f"{MEASURES[measure]}_low"), f"mean_{measure}"
-    random = number(sae.baseline.get(f"{key}_high", sae.baseline.get(key)))
-    return None if low is None or random is None else low > random
+    random = [number(figures.get(f"{key}_high", figures.get(key))) for figures in (sae.baseline, sae.chance)]
+    known = [value for value in random if value is not None]
+    return low > max(known) if known and low is not None else None
 
 
 def above_random(sae: TrainedSAE) -> list[str]:

@@ -117,7 +117,7 @@ def read_study(runs: list[Run]) -> Study:
 
 def random_level(cell: Cell, score: str = "full") -> float | None:
     """Mean score of the random SAEs beside a cell's."""
-    levels = [level for sae in cell.saes if (level := number(sae.baseline.get(f"mean_{score}"))) is not None]
+    levels = [level for sae in cell.saes if (level := number(sae.chance.get(f"mean_{score}"))) is not None]
     return sum(levels) / len(levels) if levels else None
 
 
@@ -170,8 +170,8 @@ def _doubts(study: Study) -> Iterator[str]:
     above, beside = study.above_random
     if beside:
         yield (
-            f"Full absorption is above that of random SAEs of the same width and L0 in {len(above)} of {beside} cells"
-            f"{_named(above)}; elsewhere it may be chance."
+            f"Full absorption is above that of random SAEs as wide, and as sparse on the words, in {len(above)} of "
+            f"{beside} cells{_named(above)}; elsewhere it may be chance."
         )
     shares = {cell.name: cell.mean_of("sparsity/dead_fraction") for cell in study.cells}
     yield from _other_l0(study)

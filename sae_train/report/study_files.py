@@ -159,7 +159,7 @@ def _sae_rows(study: Study) -> list[dict[str, Any]]:
             for key, value in sorted(sae.final.items())
             if key.startswith("absorption/mean")
         }
-        | {f"random_{key}": _rounded(number(sae.baseline.get(f"mean_{key}"))) for key in ("full", "fraction")}
+        | {f"random_{key}": _rounded(number(sae.chance.get(f"mean_{key}"))) for key in ("full", "fraction")}
         for run in study.runs
         for sae in run.saes
     ]

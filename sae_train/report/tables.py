@@ -20,6 +20,7 @@ TRUTH = {
 }
 BASELINES = {
     "random": ("random SAE", "random directions, same width and L0"),
+    "random_words": ("random SAE, on words", "the same, as sparse as this SAE on the words"),
     "shuffled_labels": ("shuffled labels", "this SAE, asked for labels dealt at random"),
     "random_directions": ("random directions", "this SAE, random vectors for the probe"),
     "probe": ("probe", "its read-outs as latents: upper bound of recall"),
@@ -45,8 +46,9 @@ def own_names(saes: list[TrainedSAE]) -> list[str]:
 
 
 def baselines_beside(saes: list[TrainedSAE]) -> list[str]:
-    """Baselines that stand beside some SAE, the random SAE always."""
-    return [name for name in BASELINES if name == "random" or any(sae.baselines.get(name) for sae in saes)]
+    """Baselines that stand beside some SAE, the random SAE always; that of the words stands with each SAE alone."""
+    shown = [name for name in BASELINES if name != "random_words"]
+    return [name for name in shown if name == "random" or any(sae.baselines.get(name) for sae in saes)]
 
 
 def score_heads(saes: list[TrainedSAE], with_family: bool) -> list[str]:

@@ -38,7 +38,7 @@ LONE = 6  # what a lone token behind a shared context costs, in tokens of a long
 PROBE_STEP = 250e-6  # seconds
 ENCODING = 0.8  # of an SAE's latents, in encoder products at a step's efficiency
 RANKING = 3.0e-6  # seconds for an active latent of a word
-BASELINES = 10  # of an SAE, in looks: three random SAEs; shuffled labels, which are hard to rank by; its own latents
+BASELINES = 13  # of an SAE, in looks: six random SAEs; shuffled labels, which are hard to rank by; its own latents
 FIDELITY = 2 * FIDELITY_TOKENS  # tokens that go through the whole language model in a look at an SAE
 END = 4.0  # seconds: files and report
 
