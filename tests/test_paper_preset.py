@@ -180,8 +180,9 @@ def test_baselines_bracket_the_score(lm, planted):
     result = absorption.evaluate(planted, built)
     heard = set()
     found = baselines.all_scores(planted, built.x, built, result, progress=lambda doing, *counted: heard.add(doing))
-    assert heard >= {f"measuring {what}" for what in ("random SAEs", "shuffled labels, ranking latents")}
-    assert set(found) == {"random", "shuffled_labels", "random_directions", "probe"}
+    kinds = (f"random SAEs fitted on {baselines.WORDS}", "shuffled labels, ranking latents")
+    assert heard >= {f"measuring {what}" for what in kinds}
+    assert set(found) == {"random", "random_words", "shuffled_labels", "random_directions", "probe"}
     assert found["probe"]["mean_full"] == found["probe"]["mean_fraction"] == 0
     assert found["probe"]["mean_f1"] > 0.95 and found["probe"]["mean_recall_main"] > 0.95
     assert 0 <= found["random_directions"]["mean_full"] < 0.5

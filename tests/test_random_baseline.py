@@ -79,7 +79,8 @@ def test_a_run_and_its_evaluation_have_the_same_random_sae(name, arch, seed, run
     letters = pd.DataFrame(on_words["by_letter"]).T
     assert letters["full"].mean() == pytest.approx(on_words["mean_full"]) and len(letters) == on_words["n_letters"]
     assert letters["fraction"].mean() == pytest.approx(on_words["mean_fraction"])
-    shown = f"(random SAE {of_run['mean_fraction']:.4f} [{of_run['mean_fraction_low']:.4f}"
+    shown = f"(random SAE {of_run['mean_fraction']:.4f} [{of_run['mean_fraction_low']:.4f}, "
+    shown += f"{of_run['mean_fraction_high']:.4f}], on the words {on_words['mean_fraction']:.4f})"
     assert shown in capsys.readouterr().out and shown in (sae_in(runs[name], arch) / "README.md").read_text()
     for page in (runs[name] / "report.html", tmp_path / "absorption.html"):
         assert f"same width and L0, fitted on {TEXT}" in page.read_text()

@@ -99,10 +99,11 @@ def _common_row(sae: dict[str, Any]) -> list[str]:
 
 
 def _text_row(sae: dict[str, Any]) -> list[str]:
-    random = sae["baseline"].get("random") or {}
+    random, on_words = (sae["baseline"].get(name) or {} for name in ("random", "random_words"))
     cells = [_number(sae["final"].get("metrics/ce_loss_score"), ".4f")]
     for name in ("mean_fraction", "mean_full"):
-        beside = f" (random SAE {random[name]:.4f})" if number(random.get(name)) is not None else ""
+        also = f", on the words {on_words[name]:.4f}" if number(on_words.get(name)) is not None else ""
+        beside = f" (random SAE {random[name]:.4f}{also})" if number(random.get(name)) is not None else ""
         cells.append(_estimate(sae["final"], f"absorption/{name}") + beside)
     return [*cells, _number(sae["final"].get("absorption/mean_f1"), ".2f")]
 
@@ -118,8 +119,8 @@ def _reading(saes: list[dict[str, Any]]) -> str:
         text += (
             " Absorption is the first-letter eval of Chanin et al. 2024 in SAEBench's form. In brackets are 95 % "
             "bootstrap intervals over its words: another training seed may lie outside them. The random SAE has the "
-            f"same width and L0{_fitted(saes)}. F1 is the letter latents' mean: where it is low, absorption is low for "
-            "no merit."
+            f"same width and L0{_fitted(saes)}.{_on_words(saes)} F1 is the letter latents' mean: where it is low, "
+            "absorption is low for no merit."
         )
     reasons = dict.fromkeys(f["absorption/reason"] for f in finals if f.get("absorption/valid") is False)
     return text + "".join(
@@ -134,6 +135,11 @@ def _fitted(saes: list[dict[str, Any]]) -> str:
     if len(what) > 1:
         return ", fitted on " + ", ".join(f"{on} (beside `{name}`)" for name, on in random.items() if on)
     return "".join(f", fitted on {on}" for on in what)
+
+
+def _on_words(saes: list[dict[str, Any]]) -> str:
+    beside = any(sae["baseline"].get("random_words") for sae in saes)
+    return " *On the words*: one that is fitted on the eval's words, and as sparse there." if beside else ""
 
 
 def _reproduce(origin: Origin) -> str:

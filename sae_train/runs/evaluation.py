@@ -89,7 +89,7 @@ def _evaluate(
         if text is not None and not (out / SPARSITY).exists():  # the SAE's maker may have counted on more text
             own_notes.append(f"written: {save_sparsity(encode(sae, text).frequency(), out)}")
         beside = baselines.all_scores(sae, text, built, result, lm, display)
-    for line in [*own_notes, *notes, absorption_line(result.metrics(), beside.get("random"), how.hierarchy)]:
+    for line in [*own_notes, *notes, absorption_line(result.metrics(), beside, how.hierarchy)]:
         display.say(line)
     changes = None
     if result.valid:

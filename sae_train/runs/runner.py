@@ -281,7 +281,7 @@ class Runner:
         for described in self.info["saes"]:
             if described["failed"] is None:
                 hierarchy = self.info["settings"]["hierarchy"]
-                measured = measured_line(described["final"], described["baseline"].get("random"), hierarchy)
+                measured = measured_line(described["final"], described["baseline"], hierarchy)
                 info = at_hook(self.info, described.get("hook_name"))
                 write_card(self.folder / "saes" / described["name"], described, info, measured)
         self.display("writing the report")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from sae_train.files import own_figures
 from sae_train.report.text import leaves_out, left_out, noun_of, nouns
+
+Baselines = Mapping[str, Mapping[str, Any]]
+NO_BASELINES: Baselines = MappingProxyType({})
 
 
 def summary_lines(info: dict[str, Any]) -> list[str]:
@@ -30,7 +35,7 @@ def _one(sae: dict[str, Any], hierarchy: str | None) -> list[str]:
     ]
     lines = [
         f"{sae['name']}: " + ", ".join(figures),
-        "  " + measured_line(final, sae["baseline"].get("random"), hierarchy),
+        "  " + measured_line(final, sae["baseline"], hierarchy),
     ]
     own = [f"{name} {value:.4g}" for name, value in own_figures(final).items() if isinstance(value, int | float)]
     return [*lines, "  " + ", ".join(own)] if own else lines
@@ -49,9 +54,9 @@ def epochs_note(epochs: int) -> str:
     return f"the training data was used up and begun anew {times}: fewer tokens, or more data, would not repeat it"
 
 
-def measured_line(final: dict[str, Any], random: dict[str, Any] | None = None, hierarchy: str | None = None) -> str:
+def measured_line(final: dict[str, Any], baselines: Baselines = NO_BASELINES, hierarchy: str | None = None) -> str:
     """A toy's truth where there is one, else the absorption eval's result."""
-    return truth_line(final) if "toy/mcc" in final else absorption_line(final, random, hierarchy)
+    return truth_line(final) if "toy/mcc" in final else absorption_line(final, baselines, hierarchy)
 
 
 def truth_line(final: dict[str, Any]) -> str:
@@ -68,9 +73,9 @@ def truth_line(final: dict[str, Any]) -> str:
     return "truth: " + ", ".join(parts)
 
 
-def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None, hierarchy: str | None = None) -> str:
-    """Absorption in one line: both scores with intervals over words, the random SAE's beside them, letters (or a
-    hierarchy's labels by their name) and F1."""
+def absorption_line(final: dict[str, Any], baselines: Baselines = NO_BASELINES, hierarchy: str | None = None) -> str:
+    """Absorption in one line: both scores with intervals over words, those of the random SAEs beside them, letters (or
+    a hierarchy's labels by their name) and F1."""
     if final.get("absorption/valid") is None:
         return "absorption: not measured"
     if not final["absorption/valid"]:
@@ -78,19 +83,27 @@ def absorption_line(final: dict[str, Any], random: dict[str, Any] | None = None,
     parts = []
     for name, label in (("mean_fraction", "fraction"), ("mean_full", "full")):
         key = f"absorption/{name}"
-        beside = f" (random SAE {_estimate(random, name)})" if random and random.get(name) is not None else ""
-        parts.append(f"{label} {_estimate(final, key)}{beside}")
+        parts.append(f"{label} {_estimate(final, key)}{_chance(baselines, name)}")
     n_labels, f1 = final.get("absorption/n_letters"), _number(final, "absorption/mean_f1", ".3f")
     letters = f"{n_labels} {nouns(noun_of(hierarchy))} count, mean F1 {f1}"
     return "absorption, 95 % intervals over words: " + ", ".join([*parts, letters])
 
 
-def _estimate(values: dict[str, Any], name: str) -> str:
+def _chance(baselines: Baselines, name: str) -> str:
+    """The random SAE's score, and that of the one which is as sparse on the words."""
+    random, on_words = (baselines.get(kind, {}) for kind in ("random", "random_words"))
+    if random.get(name) is None:
+        return ""
+    also = "" if on_words.get(name) is None else f", on the words {on_words[name]:.4f}"
+    return f" (random SAE {_estimate(random, name)}{also})"
+
+
+def _estimate(values: Mapping[str, Any], name: str) -> str:
     """A mean with its 95 % interval."""
     low, high = (_number(values, f"{name}_{end}", ".4f") for end in ("low", "high"))
     return f"{_number(values, name, '.4f')} [{low}, {high}]"
 
 
-def _number(values: dict[str, Any], name: str, form: str) -> str:
+def _number(values: Mapping[str, Any], name: str, form: str) -> str:
     value = values.get(name)
     return "–" if value is None else format(value, form)
