@@ -69,33 +69,25 @@ def all_scores(
     """Figures of every baseline by name, beside the result of the SAE itself, whose preset and seed they take.
 
     `random` SAEs are fitted on the activations of `text`, on which they have the L0 of `sae`; without text on those of
-    the words. Their figures say which by `fitted_on`. `random_words` are fitted on the words in any case, and have the
-    scores letter by letter too: what a study takes for chance. `progress` hears what is being measured.
+    the words. Their figures say which by `fitted_on`. `random_words` are fitted on the words in any case: what a study
+    takes for chance. `progress` hears what is being measured.
     """
     preset, seed = result.thresholds, result.seed
     latents = Evaluation(sae, assets, preset, seed, lm).encode()
 
-    def random(x: Tensor, fitted_on: str) -> tuple[dict[str, Any], AbsorptionResult]:
+    def random(x: Tensor, fitted_on: str) -> dict[str, Any]:
         score = random_score(sae, x, assets, preset, seed, lm=lm, progress=progress, fitted_on=fitted_on)
         ev = explained_variance(random_sae(sae, x, seed=seed * _DRAWS), x)
-        return score.figures() | {"explained_variance": ev, "fitted_on": fitted_on}, score
+        return score.figures() | {"explained_variance": ev, "fitted_on": fitted_on}
 
-    on_words, score = random(assets.x, WORDS)
+    on_words = random(assets.x, WORDS)
     return {
-        "random": on_words if text is None else random(text, TEXT)[0],
-        "random_words": on_words | {"by_letter": by_letter(score)},
+        "random": on_words if text is None else random(text, TEXT),
+        "random_words": on_words,
         "shuffled_labels": shuffled_labels_score(sae, assets, preset, seed, latents, progress).figures(),
         "random_directions": random_directions_score(sae, assets, result, latents),
         "probe": probe_score(assets, preset, seed).figures(),
     }
-
-
-def by_letter(result: AbsorptionResult) -> dict[str, dict[str, float]]:
-    """Full and fraction of each letter that counts."""
-    if not result.valid:
-        return {}
-    counting = result.by_letter[result.by_letter["counts"]].set_index("letter")[["full", "fraction"]]
-    return counting.astype(float).to_dict("index")
 
 
 def random_score(

@@ -76,9 +76,6 @@ def test_a_run_and_its_evaluation_have_the_same_random_sae(name, arch, seed, run
     assert of_eval["random"] == of_run and of_run["fitted_on"] == TEXT
     assert of_eval["random_words"] == on_words and on_words["fitted_on"] == WORDS
     assert on_words["l0_words"] == pytest.approx(entry["final"]["absorption/l0_words"], rel=0.1)
-    letters = pd.DataFrame(on_words["by_letter"]).T
-    assert letters["full"].mean() == pytest.approx(on_words["mean_full"]) and len(letters) == on_words["n_letters"]
-    assert letters["fraction"].mean() == pytest.approx(on_words["mean_fraction"])
     shown = f"(random SAE {of_run['mean_fraction']:.4f} [{of_run['mean_fraction_low']:.4f}, "
     shown += f"{of_run['mean_fraction_high']:.4f}], on the words {on_words['mean_fraction']:.4f})"
     assert shown in capsys.readouterr().out and shown in (sae_in(runs[name], arch) / "README.md").read_text()
@@ -105,7 +102,7 @@ def test_without_text_it_is_fitted_on_the_words_and_everything_says_so(gone, run
     sae = sae_in(run, "topk")
     beside = evaluate_beside(sae, sae)
     random = beside["random"]
-    assert beside["random_words"] == random | {"by_letter": beside["random_words"]["by_letter"]}
+    assert beside["random_words"] == random
     assert random["fitted_on"] == WORDS and random != info["saes"][0]["baseline"]["random"]
     assert "are fitted on the eval's words (" in capsys.readouterr().out
     assert "fitted on the eval&#39;s words" in (sae / "absorption.html").read_text()

@@ -31,7 +31,7 @@ SMALL = {
     "eval_words": 600, "absorption_evals": 1, "device": "cpu",
     "grids": [{"arch": "topk", "width": [64, 128], "l0": [4, 8]}],
 }  # fmt: skip
-BESIDE = {"random_words": {"mean_full": 0.01, "by_letter": {letter.upper(): {"full": 0.01} for letter in LETTERS}}}
+BESIDE = {"random_words": {"mean_full": 0.1, "mean_recall_main": 0.5}}  # a fifth of what is missed is carried
 PARTS = ["topk-64-l0_4+8-seed_0", "topk-128-l0_4+8-seed_0"]
 TABLES = ("study.json", "claims.csv", "cells.csv", "saes.csv", "letters.csv", "study.html")
 
@@ -67,7 +67,10 @@ def test_a_study_leaves_runs_tables_and_a_page_that_loads_nothing(studied):
     by_width = [np.mean([sae["mean_full"] for sae in found["saes"] if sae["width"] == w]) for w in (64, 128)]
     assert rise["difference"] == pytest.approx(by_width[1] - by_width[0], abs=2e-6)
     letters = pd.read_csv(studied / "letters.csv")
-    np.testing.assert_allclose(letters["full_above"], letters["full"] - 0.01, atol=2e-6)
+    missed = 1 - letters["recall_main"]
+    np.testing.assert_allclose(letters["full_beyond"], letters["full"] - 0.2 * missed, atol=2e-6)
+    chance = pd.read_csv(studied / "cells.csv")["chance"]
+    np.testing.assert_allclose(chance, 0.2 * missed.groupby([letters["width"], letters["l0"]]).mean(), atol=2e-6)
     saes = pd.read_csv(studied / "saes.csv")
     np.testing.assert_allclose(saes["l0_words"], saes["l0"])  # topk: as many on every token
 
@@ -303,11 +306,11 @@ def test_architectures_at_the_same_ev_are_interpolated_between_their_l0():
 
 
 def test_what_chance_gives_is_taken_away_letter_by_letter_and_may_turn_a_comparison_round():
-    """One architecture has less full absorption, but its random SAEs have still less."""
+    """One architecture has less full absorption, but by chance it would have still less."""
     full = {"topk": 0.20, "jumprelu": 0.15}
     chance = {"topk": 0.15, "jumprelu": 0.02}
     cells = [
-        cell(arch, 64, l0, t, full_above=t - chance[arch], fraction=0.5 - t)
+        cell(arch, 64, l0, t, full_beyond=t - chance[arch], fraction=0.5 - t)
         for arch in full
         for l0 in (8, 16)
         for t in [table(full[arch], draw=l0 + len(arch))]
@@ -316,9 +319,9 @@ def test_what_chance_gives_is_taken_away_letter_by_letter_and_may_turn_a_compari
     said = findings(study)[0]
     assert said["Architectures"][0].startswith("At the same L0, jumprelu has less full absorption than topk: jumprelu")
     assert "By the fraction it has more: jumprelu minus topk +0.050" in said["Architectures"][0]
-    assert "topk has less full absorption above random SAEs’ than jumprelu" in said["Above chance"][-1]
+    assert "topk has less full absorption beyond chance than jumprelu" in said["Beyond chance"][-1]
     without = claims([cell("topk", w, 8, table(0.1, draw=w)) for w in (64, 128)])
-    assert "full_above" not in {claim.metric for claim in without}
+    assert "full_beyond" not in {claim.metric for claim in without}
 
 
 def test_a_trend_that_turns_round_on_its_way_says_so_and_a_sign_is_that_of_the_value():
@@ -368,7 +371,7 @@ def test_no_architecture_is_the_least_where_a_pair_cannot_be_told_apart():
 def test_cells_at_chance_and_cells_with_many_dead_latents_are_named():
     cells = [cell("topk", w, 8, table(0.1, draw=w), dead=d) for w, d in ((64, 0.02), (128, 0.243))]
     said = findings(Study([], cells, claims(cells), [], (("topk, 64, L0 8",), 2)))[0]["What the cells are worth"]
-    assert "in 1 of 2 cells (topk, 64, L0 8); elsewhere it may be chance" in said[0]
+    assert "in 1 of 2 cells (topk, 64, L0 8); elsewhere it may be what random latents" in said[0]
     assert "dead in 1 of 2 cells (topk, 128, L0 8: 24.3\u00a0%)" in said[1] and len(said) == 2
 
 

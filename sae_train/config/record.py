@@ -21,8 +21,6 @@ WORDS = (
     "valid",
     "fitted_on",
 )  # figures that are no numbers, by the last part of their names
-BY_LETTER = "by_letter"
-"""of a baseline: its figures of each letter"""
 
 
 def check_name(name: str) -> str:
@@ -45,10 +43,7 @@ def _check_figures(figures: dict[str, Any]) -> dict[str, Any]:
         ours, last = name.split("/")[0] in OUR_FIGURES or "/" not in name, name.split("/")[-1]
         parts = value if isinstance(value, list) and last.endswith("histogram") else [value]
         kinds = (str, bool, type(None)) if last in WORDS else (int, float, type(None))
-        if name == BY_LETTER and isinstance(value, dict) and all(isinstance(own, dict) for own in value.values()):
-            for own in value.values():
-                _check_figures(own)
-        elif ours and not all(isinstance(part, kinds) for part in parts):
+        if ours and not all(isinstance(part, kinds) for part in parts):
             raise ValueError(f"{name} is {str(value)[:60]!r}, which is no figure")
     return figures
 

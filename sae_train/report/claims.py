@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 METRICS = {
     "full": "full absorption",
-    "full_above": "full absorption above random SAEs’",
+    "full_beyond": "full absorption beyond chance",
     "fraction": "the absorption fraction",
     "full_family": "family-corrected full absorption",
     "precision_main": "precision of the main latents",
     "recall_main": "recall of the main latents",
     "n_split": "the number of main latents per letter",
 }
-ABSORPTION = ("full", "full_above", "fraction", "full_family")
+ABSORPTION = ("full", "full_beyond", "fraction", "full_family")
 # What the paper and others found: +1 rises with the trait, −1 falls, 0 nothing is expected.
 EXPECTED = {
     "width": dict.fromkeys(ABSORPTION, 1) | {"precision_main": 1, "recall_main": -1, "n_split": 1},
     "l0": dict.fromkeys(ABSORPTION, -1) | {"precision_main": -1, "recall_main": 1, "n_split": 0},
 }
-COMPARED = ("full", "full_above", "fraction")  # of architectures
+COMPARED = ("full", "full_beyond", "fraction")  # of architectures
 L0, WORDS_L0, EV = MATCHED = ("L0", "L0 on the words", "EV")  # at which they are compared
 HOLDS, FAILS, UNSEEN, FEW = "holds", "fails, the other way round", "not distinguishable", "too few seeds"
 FOUND = "distinguishable"

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_train.config.record import BY_LETTER
 from sae_train.evals.outcomes import OUTCOMES
 from sae_train.report.readers import read_absorption, read_events, read_facts, read_history, read_latents
 from sae_train.report.text import noun_of, nouns, number, span
@@ -76,8 +75,8 @@ class TrainedSAE:
 
     @property
     def chance(self) -> dict[str, Any]:
-        """Scores of the random SAE that is as sparse on the eval's words; of a run without it, of the other one."""
-        return self.baselines.get("random_words") or self.baseline
+        """Scores of the random SAE that is as sparse on the eval's words; none in a run that did not measure it."""
+        return self.baselines.get("random_words", {})
 
     @property
     def causal(self) -> bool:
@@ -232,7 +231,7 @@ def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> T
     final |= {key: value for key, value in (entry.get("final") or {}).items() if value is not None}
     final = _add_dead_fraction(final, width)
     beside = {name: own for name, own in (entry.get("baseline") or {}).items() if isinstance(own, dict)}
-    chance = beside.get("random_words", {}).get(BY_LETTER) or {}
+    share = _carried_by_chance(beside.get("random_words", {}))
     return TrainedSAE(
         arch=str(entry.get("arch") or known["name"].split("-")[0]),
         width=None if width is None else int(width),
@@ -244,15 +243,21 @@ def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> T
         final=final,
         baselines=beside,
         history=history,
-        letters=[{"tokens": tokens.get(row["step"])} | row | _above(row, chance) for row in letters],
+        letters=[{"tokens": tokens.get(row["step"])} | row | _beyond(row, share) for row in letters],
         **known,
     )
 
 
-def _above(row: dict[str, Any], chance: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """What a letter's full absorption is above that of random SAEs; nothing where that was not measured."""
-    full, random = number(row.get("full")), number(chance.get(str(row.get("letter")), {}).get("full"))
-    return {} if full is None or random is None else {"full_above": full - random}
+def _carried_by_chance(random: dict[str, Any]) -> float | None:
+    """Of the words that random main latents miss, the share that one other random latent carries."""
+    full, recall = number(random.get("mean_full")), number(random.get("mean_recall_main"))
+    return full / (1 - recall) if full is not None and recall is not None and recall < 1 else None
+
+
+def _beyond(row: dict[str, Any], share: float | None) -> dict[str, float]:
+    """A letter's full absorption without what chance would carry of the words that its main latents miss."""
+    full, recall = number(row.get("full")), number(row.get("recall_main"))
+    return {} if None in (full, recall, share) else {"full_beyond": full - (1 - recall) * share}  # type: ignore
 
 
 def _add_dead_fraction(row: dict[str, Any], width: float | None) -> dict[str, Any]:

@@ -60,8 +60,8 @@ class Study:
     cells: list[Cell]
     claims: list[Claim]
     left_out: list[str]
-    above_random: tuple[tuple[str, ...], int]
-    """names of the cells whose full absorption is above their random SAEs', and how many have one"""
+    beyond_chance: tuple[tuple[str, ...], int]
+    """names of the cells whose full absorption is beyond chance, and of how many that is known"""
     intervals: dict[tuple[str, str], Interval] = field(default_factory=dict)
     """of each cell's metrics, by the cell's name and the metric"""
 
@@ -103,19 +103,25 @@ def read_study(runs: list[Run]) -> Study:
     intervals = {
         (cell.name, metric): cell.interval(metric) for cell in found for metric in LETTER_METRICS if cell.having(metric)
     }
-    beside = [(cell, level) for cell in found if (level := random_level(cell)) is not None]
-    above = tuple(cell.name for cell, level in beside if intervals[cell.name, "full"].low > level)
+    known = {cell.name: own for cell in found if (own := intervals.get((cell.name, "full_beyond")))}
+    beyond = tuple(name for name, own in known.items() if own.low > 0)
     return Study(
         runs=runs,
         cells=found,
         claims=claims(found),
         left_out=_left_out(runs, found),
-        above_random=(above, len(beside)),
+        beyond_chance=(beyond, len(known)),
         intervals=intervals,
     )
 
 
-def random_level(cell: Cell, score: str = "full") -> float | None:
+def chance_level(cell: Cell) -> float | None:
+    """Full absorption that chance gives on as many words as a cell's main latents miss."""
+    letters = sorted(cell.having("full_beyond"))
+    return float((cell.matrix("full", letters) - cell.matrix("full_beyond", letters)).mean()) if letters else None
+
+
+def random_level(cell: Cell, score: str) -> float | None:
     """Mean score of the random SAEs beside a cell's."""
     levels = [level for sae in cell.saes if (level := number(sae.chance.get(f"mean_{score}"))) is not None]
     return sum(levels) / len(levels) if levels else None
@@ -145,12 +151,12 @@ def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         "Width": of("width", "full"),
         "L0": of("l0", "full"),
         "Architectures": _least_at(study, "full"),
-        "Above chance": of("width", "full_above") + of("l0", "full_above") + _least_at(study, "full_above"),
+        "Beyond chance": of("width", "full_beyond") + of("l0", "full_beyond") + _least_at(study, "full_beyond"),
         "Splitting": [onset(c) for c in study.main if c.question == "splitting"],
         "What the cells are worth": list(_doubts(study)),
     }
     several = len({c.ends for c in study.main if "arch" in c.question}) > 1  # of one pair all is said above
-    pairs = ("full", "full_above", "fraction") if several else ("fraction",)
+    pairs = ("full", "full_beyond", "fraction") if several else ("fraction",)
     rest = {
         "The fraction": of("width", "fraction") + of("l0", "fraction"),
         "Pairs of architectures": [
@@ -167,12 +173,10 @@ def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 
 def _doubts(study: Study) -> Iterator[str]:
     """What has to be known of the cells before a claim that rests on them is read."""
-    above, beside = study.above_random
-    if beside:
-        yield (
-            f"Full absorption is above that of random SAEs as wide, and as sparse on the words, in {len(above)} of "
-            f"{beside} cells{_named(above)}; elsewhere it may be chance."
-        )
+    beyond, known = study.beyond_chance
+    if known:
+        rest = "" if len(beyond) == known else "; elsewhere it may be what random latents would carry too"
+        yield f"Full absorption is beyond chance in {len(beyond)} of {known} cells{_named(beyond)}{rest}."
     shares = {cell.name: cell.mean_of("sparsity/dead_fraction") for cell in study.cells}
     yield from _other_l0(study)
     dead = [f"{name}: {percent(share)}" for name, share in shares.items() if share is not None and share > MANY_DEAD]

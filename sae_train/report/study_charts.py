@@ -1,6 +1,6 @@
 """Charts of a study, in the form of the paper's figures 4, 5, 8b and 9: a line joins the cells of one width or one L0.
 
-Bars are two-way 95 % intervals over letters and training seeds; the level of random SAEs is drawn in dots.
+Bars are two-way 95 % intervals over letters and training seeds; what chance gives is drawn in dots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Figures = dict[str, list[Chart]]
 IntervalOf = Callable[[Cell, str], "Interval | None"]
-RandomOf = Callable[[Cell, str], "float | None"]
+ChanceOf = Callable[[Cell], "float | None"]
 Series = tuple[str, str, list[Point]]
 NOTE = "95 % intervals over letters and seeds"
 LOG = ("l0", "width")
@@ -30,10 +30,10 @@ TITLES = {
 }  # fmt: skip
 
 
-def figures_of(cells: Sequence[Cell], interval: IntervalOf, random: RandomOf) -> Figures:
+def figures_of(cells: Sequence[Cell], interval: IntervalOf, chance: ChanceOf) -> Figures:
     """The charts under each question; a question may have none."""
     archs, widths = dict.fromkeys(cell.arch for cell in cells), sorted({cell.width for cell in cells})
-    draw = _Drawing(interval, random)
+    draw = _Drawing(interval, chance)
     charts: Figures = {question: [] for question in ("width", "l0", "arch", "main", "splitting")}
     for arch in archs:
         own = [cell for cell in cells if cell.arch == arch]
@@ -53,8 +53,8 @@ def figures_of(cells: Sequence[Cell], interval: IntervalOf, random: RandomOf) ->
 class _Drawing:
     """Makes a chart of cells: `by` tells the lines apart, `x` is a trait or a metric, `y` a metric."""
 
-    def __init__(self, interval: IntervalOf, random: RandomOf):
-        self.interval, self.random = interval, random
+    def __init__(self, interval: IntervalOf, chance: ChanceOf):
+        self.interval, self.chance = interval, chance
 
     def __call__(self, key: str, title: str, cells: list[Cell], by: str, x: str, y: str) -> list[Chart]:
         """The chart; none where no line would have two points."""
@@ -63,9 +63,9 @@ class _Drawing:
         series: list[Series] = [(name, f"c{i % COLOURS} d0 o0", self._points(own, x, y)) for i, name, own in lines]
         if all(len(points) < 2 for _, _, points in series):
             return []
-        beside = [("random SAEs", f"c{i % COLOURS} d2 o2", self._random(own, x)) for i, _, own in lines]
-        beside = [one for one in beside if one[2] and y == "full" and x != "ev"]  # their EV is far below
-        note = NOTE + ("; faint and dotted: random SAEs" if beside else "") + ("; joined by L0" if "main" in x else "")
+        beside = [("chance", f"c{i % COLOURS} d2 o2", self._by_chance(own, x)) for i, _, own in lines]
+        beside = [one for one in beside if one[2] and y == "full" and x != "ev"]  # random SAEs' EV is far below
+        note = NOTE + ("; faint and dotted: by chance" if beside else "") + ("; joined by L0" if "main" in x else "")
         legend = [(f"part c{i % COLOURS}", name) for i, name, _ in lines]
         zero = y in ("full", "f1_k1")
         ticks = _ticks(cells, x)
@@ -80,11 +80,9 @@ class _Drawing:
                 points.append(Point(cell.name, at, found.mean, found.low, found.high))
         return points
 
-    def _random(self, cells: list[Cell], x: str) -> list[Point]:
-        known = [(self._at(cell, x), self.random(cell, "full"), cell.name) for cell in cells]
-        points = [
-            Point(f"random SAEs beside {name}", at, y) for at, y, name in known if at is not None and y is not None
-        ]
+    def _by_chance(self, cells: list[Cell], x: str) -> list[Point]:
+        known = [(self._at(cell, x), self.chance(cell), cell.name) for cell in cells]
+        points = [Point(f"chance beside {name}", at, y) for at, y, name in known if at is not None and y is not None]
         return sorted(points, key=lambda point: point.x)
 
     def _at(self, cell: Cell, x: str) -> float | None:

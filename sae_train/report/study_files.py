@@ -12,7 +12,16 @@ from sae_train.files import write_json, write_text
 from sae_train.report.cells import SETTINGS
 from sae_train.report.data import load_runs
 from sae_train.report.render import render
-from sae_train.report.study import LETTER_METRICS, QUESTIONS, Study, findings, onset, random_level, read_study
+from sae_train.report.study import (
+    LETTER_METRICS,
+    QUESTIONS,
+    Study,
+    chance_level,
+    findings,
+    onset,
+    random_level,
+    read_study,
+)
 from sae_train.report.study_charts import figures_of
 from sae_train.report.text import listed, noun_of, number, plural, target
 
@@ -60,7 +69,7 @@ def write_tables(study: Study, out: Path) -> tuple[Path, list[str]]:
 
 def _page(study: Study, main: dict[str, list[str]], rest: dict[str, list[str]]) -> str:
     first = study.runs[0]
-    charts = figures_of(study.cells, study.interval, random_level)
+    charts = figures_of(study.cells, study.interval, chance_level)
     return render(
         "study.html",
         title=f"What width and L0 do to absorption: {first.setting('model')}, {first.setting('hook')}",
@@ -71,6 +80,7 @@ def _page(study: Study, main: dict[str, list[str]], rest: dict[str, list[str]]) 
         rest=rest,
         questions=QUESTIONS,
         charts=charts,
+        chance_level=chance_level,
         random_level=random_level,
         onset=onset,
         facts={
@@ -139,6 +149,7 @@ def _cell_rows(study: Study) -> list[dict[str, Any]]:
         row |= {name: _rounded(cell.mean_of(metric)) for name, metric in BESIDE.items()}
         for metric in LETTER_METRICS:
             row |= _spread(study.interval(cell, metric), metric)
+        row["chance"] = _rounded(chance_level(cell))
         rows.append(row | {f"random_{score}": _rounded(random_level(cell, score)) for score in ("full", "fraction")})
     return rows
 
