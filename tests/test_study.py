@@ -329,7 +329,7 @@ def test_a_trend_that_turns_round_on_its_way_says_so_and_a_sign_is_that_of_the_v
     means = {8: 0.10, 16: 0.14, 32: 0.02}
     cells = [cell("topk", 64, l0, table(m, draw=l0)) for l0, m in means.items()]
     said = claim_of(cells, "l0").sentence
-    assert "falls with L0, but not at every step (0.100 → 0.140 → 0.020)" in said
+    assert "falls with L0 (8 to 32, but not at every step: 0.100 → 0.140 → 0.020; topk" in said
     assert "step" not in claim_of(cells[1:], "l0").sentence
     assert (signed(0.0004), signed(-0.0004), signed(0.0), signed(0.05)) == ("+0.000", "−0.000", "0.000", "+0.050")
 

@@ -93,7 +93,7 @@ class Claim:
     def sentence(self) -> str:
         """The claim made from its numbers, whether it holds or not."""
         name, (first, last) = METRICS[self.metric], self.ends
-        among = f"({self.where})" if "arch" in self.question else f"({first} to {last}; {self.where})"
+        among = f"({self.where})" if "arch" in self.question else f"({first} to {last}{self._turns()}; {self.where})"
         said = self._say_of_architectures(name) if "arch" in self.question else self._say_of_trend(name)
         return f"{said} {among}: {self.figures}."
 
@@ -103,14 +103,14 @@ class Claim:
             return f"{name} with {trait}{self._open()}"
         moves = "rises" if self.difference and self.difference.mean > 0 else "falls"
         against = ", against what is expected" if self.verdict == FAILS else ""
-        return f"{name} {moves} with {trait}{against}{self._turns()}"
+        return f"{name} {moves} with {trait}{against}"
 
     def _turns(self) -> str:
-        """The means in order, where they do not all move the same way."""
+        """The means in order, where a trend that is claimed does not go the same way at every step."""
         steps = [b - a for a, b in pairwise(self.means)]
-        if all(step >= 0 for step in steps) or all(step <= 0 for step in steps):
-            return ""
-        return f", but not at every step ({' → '.join(map(fixed, self.means))})"
+        one_way = all(step >= 0 for step in steps) or all(step <= 0 for step in steps)
+        claimed = self.verdict in (HOLDS, FAILS, FOUND)
+        return "" if one_way or not claimed else f", but not at every step: {' → '.join(map(fixed, self.means))}"
 
     def _say_of_architectures(self, name: str) -> str:
         first, last = self.ends

@@ -156,12 +156,10 @@ def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         "What the cells are worth": list(_doubts(study)),
     }
     several = len({c.ends for c in study.main if "arch" in c.question}) > 1  # of one pair all is said above
-    pairs = ("full", "full_beyond", "fraction") if several else ("fraction",)
+    pairs = "full" if several else "fraction"
     rest = {
         "The fraction": of("width", "fraction") + of("l0", "fraction"),
-        "Pairs of architectures": [
-            line for metric in pairs for matched in MATCHED for line in of(f"arch at {matched}", metric)
-        ],
+        "Pairs of architectures": [line for matched in MATCHED for line in of(f"arch at {matched}", pairs)],
         "Precision, recall, number of main latents": [
             *(line for trait in ("width", "l0") for metric in MAIN_LATENTS for line in of(trait, metric)),
             *of("l0", "n_split"),
@@ -231,8 +229,10 @@ def least(study: Study, matched: str, metric: str = "full") -> str:
             return said + (_more_by_fraction(study, matched, arch) if metric == "full" else "")
     if not pairs:
         return ""
+    shown = [f"{less} less than {more}" for c in pairs if _is_judged(c) for less, more in [_in_order(c)]]
     missing = [f"{' and '.join(c.ends)} ({c.verdict}{_visible(c)})" for c in pairs if not _is_judged(c)]
-    why = f": open are {listed(missing)}" if missing else ""
+    said = ([f"shown is {listed(shown)}"] if shown else []) + ([f"open are {listed(missing)}"] if missing else [])
+    why = f": {'; '.join(said)}" if said else ""
     than = "absorb less" if metric == "full" else f"have less {METRICS[metric]}"
     return f"At the same {matched}, no architecture is shown to {than} than every other one{why}."
 
@@ -246,6 +246,11 @@ def _more_by_fraction(study: Study, matched: str, arch: str) -> str:
     own = [c for c in study.main if c.question == f"arch at {matched}" and c.metric == "fraction" and arch in c.ends]
     other = [c for c in own if _is_judged(c) and not _less(c, arch)]
     return f" By the fraction it has more: {_minus(other)}." if other else ""
+
+
+def _in_order(claim: Claim) -> tuple[str, str]:
+    """The architectures of a pair that was told apart, the one with less first."""
+    return claim.ends[::-1] if _less(claim, claim.ends[1]) else claim.ends
 
 
 def _less(claim: Claim, arch: str) -> bool:

@@ -46,7 +46,7 @@ def write_study(folders: Sequence[Path], out: Path, missing: Sequence[str] = ())
 
 
 def write_tables(study: Study, out: Path) -> tuple[Path, list[str]]:
-    """Write study.html, study.json and four tables as CSV; return the page, and the findings as sentences.
+    """Write study.html, study.json and four tables as CSV; return the page, and the answers as sentences.
 
     The same runs give the same files, byte by byte.
     """
@@ -64,7 +64,7 @@ def write_tables(study: Study, out: Path) -> tuple[Path, list[str]]:
         found = {"findings": answers | rest, "settings": settings, "left_out": study.left_out}
         write_json(out / "study.json", found | tables)
         write_text(page, _page(study, answers, rest))
-    return page, [line for group in found["findings"].values() for line in group]
+    return page, [line for group in answers.values() for line in group]
 
 
 def _page(study: Study, main: dict[str, list[str]], rest: dict[str, list[str]]) -> str:
