@@ -14,6 +14,7 @@ from sae_train.errors import UserError
 from sae_train.evals.presets import get_preset
 from sae_train.evals.result import AbsorptionResult
 from sae_train.report import write_eval_page
+from sae_train.runs.summary import absorption_line
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ABOUT = {"SAE": "topk-16k-l0_8", "model": "speller", "hook": "blocks.1.hook_resid_post"}
@@ -23,6 +24,7 @@ BASELINES = {
     "random_directions": {},
     "probe": {"mean_fraction": 0.0, "mean_full": 0.0, "mean_f1": 0.987, "mean_recall_main": 0.976},
 }
+MEANS = ("mean_fraction", "mean_full")
 OUTCOMES = ("carried", "below", "nobody", "recalled", "recalled")
 
 
@@ -79,6 +81,28 @@ def test_the_verdict_has_scores_intervals_the_random_sae_and_where_recall_goes(t
         "on “aword0” the A-latents 11, 12 are silent; latent 4000 fires instead",
     ):
         assert sentence in text, sentence
+
+
+@pytest.mark.parametrize(
+    ("random", "on_words", "said"),
+    [
+        ((0.01, 0.002), (0.9, 0.8), "L0 scores 0.010 (fraction) and 0.002 (full), and one that is as sparse on the "
+         "words 0.900 (fraction) and 0.800 (full): it is not distinguishable from that"),
+        (None, (0.02, 0.01), "A random SAE that is as sparse on the words scores 0.020 (fraction) and 0.010 (full): "
+         "both scores are"),
+        (None, None, "No random SAE was evaluated beside it"),
+    ],
+)  # fmt: skip
+def test_the_verdict_asks_for_a_score_above_both_random_saes(random, on_words, said, tmp_path):
+    kinds = {"random": random, "random_words": on_words}
+    beside = {
+        kind: {"valid": False, "reason": "silent"} if scores is None else dict(zip(MEANS, scores, strict=True))
+        for kind, scores in kinds.items()
+    }
+    assert said in written(tmp_path, baselines=beside)[0].text
+    line = absorption_line(planted().metrics(), beside)
+    assert ("random SAE" in line) is (random is not None or on_words is not None)
+    assert (on_words is None) or f"on the words {on_words[1]:.4f}" in line
 
 
 def test_baselines_stand_beside_the_sae_with_dashes_for_what_is_missing(tmp_path):

@@ -200,7 +200,7 @@ def test_eval_command_reproduces_the_run_s_own_score(finished, tmp_path, capsys)
     fires, at_the_end = (load_file(at / "sparsity.safetensors") for at in (tmp_path, finished / "saes" / NAME))
     assert torch.equal(fires["sparsity"], at_the_end["sparsity"])
     beside = content["eval_result_unstructured"]["baselines"]
-    assert set(beside) == {"random", "shuffled_labels", "random_directions", "probe"}
+    assert set(beside) == {"random", "random_words", "shuffled_labels", "random_directions", "probe"}
     page = (tmp_path / "absorption.html").read_text()
     assert "shuffled labels" in page and f"{now[now['counts']]['fraction'].mean():.3f}" in page
     assert "random SAE" in capsys.readouterr().out

@@ -102,8 +102,9 @@ def _text_row(sae: dict[str, Any]) -> list[str]:
     random, on_words = (sae["baseline"].get(name) or {} for name in ("random", "random_words"))
     cells = [_number(sae["final"].get("metrics/ce_loss_score"), ".4f")]
     for name in ("mean_fraction", "mean_full"):
-        also = f", on the words {on_words[name]:.4f}" if number(on_words.get(name)) is not None else ""
-        beside = f" (random SAE {random[name]:.4f}{also})" if number(random.get(name)) is not None else ""
+        said = [f"{random[name]:.4f}"] if number(random.get(name)) is not None else []
+        said += [f"on the words {on_words[name]:.4f}"] if number(on_words.get(name)) is not None else []
+        beside = f" (random SAE {', '.join(said)})" if said else ""
         cells.append(_estimate(sae["final"], f"absorption/{name}") + beside)
     return [*cells, _number(sae["final"].get("absorption/mean_f1"), ".2f")]
 

@@ -90,12 +90,11 @@ def absorption_line(final: dict[str, Any], baselines: Baselines = NO_BASELINES, 
 
 
 def _chance(baselines: Baselines, name: str) -> str:
-    """The random SAE's score, and that of the one which is as sparse on the words."""
+    """The random SAE's score, and that of the one which is as sparse on the words, where they are valid."""
     random, on_words = (baselines.get(kind, {}) for kind in ("random", "random_words"))
-    if random.get(name) is None:
-        return ""
-    also = "" if on_words.get(name) is None else f", on the words {on_words[name]:.4f}"
-    return f" (random SAE {_estimate(random, name)}{also})"
+    said = [] if random.get(name) is None else [_estimate(random, name)]
+    said += [] if on_words.get(name) is None else [f"on the words {on_words[name]:.4f}"]
+    return f" (random SAE {', '.join(said)})" if said else ""
 
 
 def _estimate(values: Mapping[str, Any], name: str) -> str:
