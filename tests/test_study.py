@@ -300,7 +300,8 @@ def test_architectures_at_the_same_ev_are_interpolated_between_their_l0():
     assert at_ev.difference.mean == pytest.approx(theirs - mine) and at_ev.verdict == FOUND
     study = Study([], cells, claims(cells), [], ((), 0))
     assert least(study, "L0") == (
-        f"At the same L0, matryoshka has less full absorption than topk: matryoshka minus topk {at_l0.figures}."
+        "At the same L0, matryoshka has less full absorption than topk (width 64, mean over 2 L0): matryoshka minus "
+        f"topk {at_l0.figures}."
     )
     assert "is less in matryoshka than in topk" in findings(study)[1]["Pairs of architectures"][0]
     assert all("fraction" in line for line in findings(study)[1]["Pairs of architectures"]), "full is said above"
@@ -318,7 +319,7 @@ def test_what_chance_gives_is_taken_away_letter_by_letter_and_may_turn_a_compari
     ]
     study = Study([], cells, claims(cells), [], ((), 0))
     said = findings(study)[0]
-    assert said["Architectures"][0].startswith("At the same L0, jumprelu has less full absorption than topk: jumprelu")
+    assert said["Architectures"][0].startswith("At the same L0, jumprelu has less full absorption than topk (width 64")
     assert "By the fraction it has more: jumprelu minus topk +0.050" in said["Architectures"][0]
     assert "topk has less full absorption beyond chance than jumprelu" in said["Beyond chance"][-1]
     without = claims([cell("topk", w, 8, table(0.1, draw=w)) for w in (64, 128)])
@@ -359,7 +360,7 @@ def test_architectures_that_are_denser_on_the_words_are_also_compared_at_their_l
     assert on_words.where == "at the same L0 on the words, width 64, mean over 2 L0 on the words"  # 32 and 64
     said = findings(Study([], cells, claims(cells), [], ((), 0)))[0]
     assert said["What the cells are worth"] == [
-        "L0 on the eval's words is not that on text, but so many times as much: topk 1.00 and jumprelu 4.00."
+        "L0 on the eval's words is so many times that on text: topk 1.00 and jumprelu 4.00."
     ]
 
 

@@ -230,7 +230,10 @@ def _architectures(cells: list[Cell]) -> Iterator[Claim]:
             for metric in COMPARED:
                 about = {"question": f"arch at {matched}", "metric": metric, "ends": (a, b), "expected": 0}
                 if len(by_width) != 1:
-                    where = f"at the same {matched}, mean over {len(every)} pairs of width and {matched}"
+                    used = ", ".join(
+                        width_label(w) for w, own in by_width.items() if any(pair in every for pair in own)
+                    )
+                    where = f"at the same {matched}, mean over {len(every)} pairs of width ({used}) and {matched}"
                     yield _compare(every, reason, where=where, pooled=True, **about)
                 for width, pairs in by_width.items():
                     where = f"at the same {matched}, width {width_label(width)}, mean over {len(pairs)} {matched}"

@@ -194,7 +194,7 @@ def _other_l0(study: Study) -> Iterator[str]:
     means = {arch: sum(own) / len(own) for arch, own in shares.items()}
     if means and max(means.values()) > MUCH_MORE * min(means.values()):
         said = [f"{arch} {fixed(mean, 2)}" for arch, mean in means.items()]
-        yield f"L0 on the eval's words is not that on text, but so many times as much: {listed(said)}."
+        yield f"L0 on the eval's words is so many times that on text: {listed(said)}."
 
 
 def _named(cells: Sequence[str]) -> str:
@@ -225,7 +225,8 @@ def least(study: Study, matched: str, metric: str = "full") -> str:
         own = [c for c in pairs if arch in c.ends]
         if len(own) == len(archs) - 1 and all(_less(c, arch) for c in own):
             others = next(a for a in archs if a != arch) if len(own) == 1 else "every other architecture"
-            said = f"At the same {matched}, {arch} has less {METRICS[metric]} than {others}: {_minus(own)}."
+            among = "; ".join(dict.fromkeys(c.where.split(", ", 1)[1] for c in own))
+            said = f"At the same {matched}, {arch} has less {METRICS[metric]} than {others} ({among}): {_minus(own)}."
             return said + (_more_by_fraction(study, matched, arch) if metric == "full" else "")
     if not pairs:
         return ""
