@@ -121,13 +121,16 @@ def entry(first: str, second: str) -> dict:
     l0, reached, ev, random_ev, recovered, dead = map(float, re.findall(r"(?<![\w-])\d+(?:\.\d+)?", first))
     _, *scores, n_letters, f1 = map(float, re.findall(r"(?<![\w-])\d+(?:\.\d+)?", second))
     names = [f"{name}{end}" for name in ("mean_fraction", "mean_full") for end in ("", "_low", "_high")]
-    own, random = scores[0:3] + scores[6:9], scores[3:6] + scores[9:12]
+    fraction, full = scores[:7], scores[7:]
+    own, random = fraction[0:3] + full[0:3], fraction[3:6] + full[3:6]
+    on_words = {"mean_fraction": fraction[6], "mean_full": full[6]}
     final = {f"absorption/{name}": score for name, score in zip(names, own, strict=True)}
     final |= {"metrics/l0": reached, "metrics/explained_variance": ev, "metrics/ce_loss_score": recovered,
               "sparsity/dead_fraction": dead / 100, "absorption/valid": True, "absorption/n_letters": int(n_letters),
               "absorption/mean_f1": f1}  # fmt: skip
     beside = {"explained_variance": random_ev, **dict(zip(names, random, strict=True))}
-    return {"name": first.split(":")[0], "l0": l0, "failed": None, "final": final, "baseline": {"random": beside}}
+    baseline = {"random": beside, "random_words": on_words}
+    return {"name": first.split(":")[0], "l0": l0, "failed": None, "final": final, "baseline": baseline}
 
 
 def test_the_lines_shown_in_the_readme_are_those_that_a_run_with_these_figures_prints():
