@@ -625,6 +625,16 @@ def test_the_answer_comes_first_in_plain_words(tmp_path):
     assert "What the words mean" in body
 
 
+def test_the_answer_names_the_random_sae_that_scores_higher(tmp_path):
+    """Nearly silent on the words, the one fitted on text would make any score look large."""
+    run = fake_run(tmp_path / "run", l0s=(8.0, 50.0))
+    facts = json.loads((run / "run.json").read_text())
+    for sae in facts["saes"]:
+        sae["baseline"]["random_words"] = {"mean_full": 0.3, "mean_fraction": 0.3}
+    (run / "run.json").write_text(json.dumps(facts))
+    assert "not distinguishably more than a random SAE (30.0 %)" in read(write_report(run)).text
+
+
 def test_an_upper_bound_of_zero_is_a_bound(tmp_path):
     run = fake_run(tmp_path / "run", l0s=(8.0, 50.0), words=30)
     facts = json.loads((run / "run.json").read_text())

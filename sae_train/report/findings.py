@@ -51,6 +51,12 @@ def against_random(sae: TrainedSAE, measure: str) -> bool | None:
     return low > max(known) if known and low is not None else None
 
 
+def random_mean(sae: TrainedSAE, measure: str) -> float | None:
+    """The random SAE's score; of that fitted on text and that on the words the higher one."""
+    means = [number(figures.get(f"mean_{measure}")) for figures in (sae.baseline, sae.chance)]
+    return max((mean for mean in means if mean is not None), default=None)
+
+
 def above_random(sae: TrainedSAE) -> list[str]:
     """Names of the scores that are distinguishably above the random SAE's."""
     return [measure_name(sae, measure) for measure in MEASURES if against_random(sae, measure)]

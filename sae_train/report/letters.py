@@ -6,7 +6,7 @@ from typing import Any
 
 from sae_train.evals.outcomes import OUTCOMES
 from sae_train.report.data import TrainedSAE, outcomes_of
-from sae_train.report.findings import MEASURES, OUTCOME_LEGEND, measure_name
+from sae_train.report.findings import MEASURES, OUTCOME_LEGEND, measure_name, random_mean
 from sae_train.report.shapes import Chart, Dots, Mark, Row, Stacked
 from sae_train.report.text import number
 
@@ -32,7 +32,7 @@ def recall_bars(saes: list[TrainedSAE]) -> list[Chart]:
 
 def _scores(sae: TrainedSAE, measure: str) -> Chart | None:
     family = not (sae.causal and measure == "full")
-    mean, random = sae.get(MEASURES[measure]), number(sae.baseline.get(f"mean_{measure}"))
+    mean, random = sae.get(MEASURES[measure]), random_mean(sae, measure)
     rows = [Row(str(row["letter"]), *_marks(row, measure, family)) for row in sae.last_letters]
     if not any(row.marks for row in rows):
         return None

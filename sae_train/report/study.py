@@ -175,8 +175,8 @@ def _doubts(study: Study) -> Iterator[str]:
     if known:
         rest = "" if len(beyond) == known else "; elsewhere it may be what random latents would carry too"
         yield f"Full absorption is beyond chance in {len(beyond)} of {known} cells{_named(beyond)}{rest}."
-    shares = {cell.name: cell.mean_of("sparsity/dead_fraction") for cell in study.cells}
     yield from _other_l0(study)
+    shares = {cell.name: cell.mean_of("sparsity/dead_fraction") for cell in study.cells}
     dead = [f"{name}: {percent(share)}" for name, share in shares.items() if share is not None and share > MANY_DEAD]
     if dead:
         yield (
