@@ -29,10 +29,8 @@ def main() -> int:
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    settings = [json.loads((folder / "study.json").read_text())["settings"] for folder in args.studies]
-    settings = [each | {"dataset": Path(each["dataset"]).name} for each in settings]
-    other = sorted({name for each in settings for name in each if each[name] != settings[0].get(name)})
-    if other:
+    settings = [settings_of(folder) for folder in args.studies]
+    if other := differing(settings):
         print(f"pool_studies: the studies differ in {', '.join(other)}: pool those of one design", file=sys.stderr)
         return 2
     saes, letters = (
@@ -47,6 +45,17 @@ def main() -> int:
     page, found = write_tables(read_study([run]), args.out)
     print("\n".join([*found, f"{len(run.saes)} SAEs: {page}"]))
     return 0
+
+
+def settings_of(study: Path) -> dict[str, Any]:
+    """What all SAEs of a study share; of its text the name alone."""
+    settings = json.loads((study / "study.json").read_text())["settings"]
+    return settings | {"dataset": Path(settings["dataset"]).name}
+
+
+def differing(settings: list[dict[str, Any]]) -> list[str]:
+    """The names of settings that are not the same in all."""
+    return sorted({name for each in settings for name in each if each[name] != settings[0].get(name)})
 
 
 def trained(row: dict[str, Any], of: dict[tuple, pd.DataFrame], run: str) -> TrainedSAE:

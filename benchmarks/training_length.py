@@ -1,89 +1,138 @@
-"""How an SAE's figures move with its training length: each length is a run of its own, with its own schedule, on the
-same text, seed and activation cache.
+"""How SAEs move with their training length: studies of one design that differ in their tokens alone.
 
-    python benchmarks/training_length.py --model smollm2 --dataset english_mix.parquet --out checkpoints/length
+    python benchmarks/training_length.py --design configs/training_length.yaml --out checkpoints/length
+    python benchmarks/training_length.py                                # what was found here; trains nothing
 
-By default topk and jumprelu, 4k latents, L0 32 and 128, from 250k to 4M tokens. Runs that are finished are not made
-again, and an interrupted one is gone on with. It prints Markdown and writes rows to
-benchmarks/results/training_length.csv, with the columns of absorption_grid.csv.
+Each length is a study of its own below --out, with its own schedule, on one cache of activations; what is finished is
+not made again, and an interrupted study goes on. `--made STUDY...` adds lengths that are there. The tables of all
+lengths, `saes.csv` and `letters.csv`, are kept in --tables, and all that is printed is made from them: the figures of
+each length, then the longest minus the shortest and minus the one before it, paired over letters, with a 95 % interval
+over letters and seeds and the smallest difference that would be seen.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from absorption_grid import COLUMNS, row
-from csv_rows import append
+import pandas as pd
+import torch
+import yaml
+from pool_studies import differing, settings_of
 
-if TYPE_CHECKING:
-    from sae_train import Run
+from sae_train.config.units import width_label
+from sae_train.errors import UserError
+from sae_train.evals.intervals import paired_difference
+from sae_train.runs.study import run_study
 
-RESULTS = Path(__file__).resolve().parent / "results" / "training_length.csv"
-BATCH_TOKENS = 2048  # 122 steps for the shortest
-HEADER = "| | tokens | L0 | EV | loss recovered | dead | mean F1 | fraction (random SAE's) | full (random SAE's) |"
+TABLES = Path(__file__).resolve().parent / "results" / "training_length"
+FILES = ("saes", "letters")
+CELL = ["arch", "width", "l0"]
+ABOUT = {"l0_reached": 2, "explained_variance": 3, "loss_recovered": 3, "dead": 3}
+SCORES = ("f1_k1", "precision_main", "recall_main", "full", "full_beyond", "fraction", "n_split")
 
 
-def main() -> None:
+def main() -> int:
     args = _arguments()
-    runs = [trained(args, tokens) for tokens in args.tokens.split(",")]
-    rows = [row(sae, run.info, None) for run in runs for sae in run.info["saes"] if not sae["failed"]]
-    print(table(rows))
-    args.results.unlink(missing_ok=True)
-    append(args.results, COLUMNS, rows)
+    try:
+        studies = [trained(args, tokens) for tokens in args.tokens.split(",")] if args.design else []
+        if studies := [*studies, *args.made]:
+            keep(studies, args.tables)
+        saes, letters = (pd.read_csv(args.tables / f"{name}.csv") for name in FILES)
+    except (UserError, OSError) as error:
+        print(f"training_length: {error}", file=sys.stderr)
+        return 2
+    print(figures(saes, letters))
+    print(differences(letters))
+    return 0
 
 
-def trained(args: argparse.Namespace, tokens: str) -> Run:
-    """The run of one length, as it lies in the folder, gone on with or made."""
-    from sae_train import Run, resume, train
-
-    folder = args.out / tokens
-    if folder.exists():
-        return Run(folder) if (folder / "report.html").exists() else resume(folder)
-    given = {name: value for name in ("model", "hook", "dataset") if (value := getattr(args, name)) is not None}
-    return train(
-        **given, arch=args.arch, width=args.width, l0=args.l0, seed=args.seed, tokens=tokens, name=tokens,
-        batch_tokens=BATCH_TOKENS, absorption_evals=1, out=str(args.out),
-        activation_cache=str(args.out / "activations"),
-    )  # fmt: skip
+def trained(args: argparse.Namespace, tokens: str) -> Path:
+    """The study of one length."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    file, folder = args.out / f"{tokens}.yaml", args.out / tokens
+    design = yaml.safe_load(args.design.read_text())
+    file.write_text(yaml.safe_dump(design | {"tokens": tokens, "activation_cache": str(args.out / "activations")}))
+    run_study(file, folder)
+    return folder
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: an SAE's lengths stand under one another."""
-    ordered = sorted(rows, key=lambda it: (it["arch"], it["width"], it["l0_asked"], it["seed"], it["tokens"]))
-    return "\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1), *map(_line, ordered)])
+def keep(studies: list[Path], tables: Path) -> None:
+    """Write the tables of all lengths; UserError if the studies differ in more than tokens."""
+    settings = [settings_of(study) for study in studies]
+    if other := [name for name in differing(settings) if name != "tokens"]:
+        raise UserError(f"the studies differ in {', '.join(other)}: only their tokens may differ")
+    tables.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        parts = [
+            pd.read_csv(study / f"{name}.csv").assign(tokens=own["tokens"])
+            for study, own in zip(studies, settings, strict=True)
+        ]
+        _of_every_length(pd.concat(parts, ignore_index=True)).to_csv(tables / f"{name}.csv", index=False)
 
 
-def _line(it: dict[str, Any]) -> str:
-    recovered = "–" if it["loss_recovered"] is None else f"{it['loss_recovered']:.3f}"
-    f1 = "–" if it["mean_f1"] is None else f"{it['mean_f1']:.2f}"
-    cells = [
-        it["sae"], f"{it['tokens']:,}", f"{it['l0']:.2f}", f"{it['ev']:.3f}", recovered, f"{100 * it['dead']:.0f} %",
-        f1, *(_score(it, score) for score in ("fraction", "full")),
-    ]  # fmt: skip
+def _of_every_length(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of architectures, widths and L0 that were trained at every length."""
+    lengths = table.groupby(CELL)["tokens"].transform("nunique")
+    return table[lengths == table["tokens"].nunique()].sort_values([*CELL, "tokens", "seed"])
+
+
+def figures(saes: pd.DataFrame, letters: pd.DataFrame) -> str:
+    """Markdown: means over seeds; an SAE's lengths stand under one another."""
+    beside = saes.groupby([*CELL, "tokens"])[list(ABOUT)].mean()
+    scores = letters.groupby([*CELL, "tokens"])[list(SCORES)].mean()
+    seeds = saes.groupby([*CELL, "tokens"])["seed"].nunique()
+    lines = [_row("", "tokens", "seeds", *ABOUT, *SCORES), _row(*["---"] * (3 + len(ABOUT) + len(SCORES)))]
+    for key in beside.index:
+        cells = [f"{beside.loc[key, name]:.{digits}f}" for name, digits in ABOUT.items()]
+        cells += [f"{scores.loc[key, name]:.3f}" for name in SCORES]
+        lines.append(_row(_name(key[:3]), f"{key[3]:,}", str(seeds[key]), *cells))
+    return "\n".join([*lines, ""])
+
+
+def differences(letters: pd.DataFrame) -> str:
+    """Markdown: the longest against the shortest and against the one before it, of each SAE and of their mean."""
+    lengths = sorted(letters["tokens"].unique())
+    pairs = [(lengths[0], lengths[-1])] + [(lengths[-2], lengths[-1])] * (len(lengths) > 2)
+    lines = [_row("", "tokens", *SCORES), _row(*["---"] * (2 + len(SCORES)))]
+    own = {_name(key): rows for key, rows in letters.groupby(CELL)}
+    own |= {f"{arch}, mean": rows for arch, rows in letters.groupby("arch")} if len(own) > 1 else {}
+    for (name, rows), (first, last) in product(own.items(), pairs):
+        cells = [_difference(rows, score, first, last) for score in SCORES]
+        lines.append(_row(name, f"{last:,} minus {first:,}", *cells))
+    return "\n".join(lines)
+
+
+def _difference(rows: pd.DataFrame, score: str, first: int, last: int) -> str:
+    """A score at the last length minus the first, meaned over SAEs, over the letters that all have at both."""
+    table = rows.pivot(index=["tokens", "seed"], columns=["letter", *CELL], values=score)
+    both = [table.loc[tokens] for tokens in (last, first)]
+    complete = pd.concat(both).notna().all().groupby(level="letter").all()
+    sides = [side.T.groupby(level="letter").mean()[complete].T.to_numpy(copy=True) for side in both]
+    found = paired_difference(*map(torch.from_numpy, sides))
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], visible {found.visible:.3f}"
+
+
+def _name(key: tuple) -> str:
+    arch, width, l0 = key
+    return f"{arch}, {width_label(width)}, L0 {l0:g}"
+
+
+def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _score(it: dict[str, Any], score: str) -> str:
-    if it[score] is None:
-        return "–"
-    random = it[f"random_{score}"]
-    beside = "" if random is None else f" ({random:.3f})"
-    return f"{it[score]:.3f} [{it[f'{score}_low']:.3f}, {it[f'{score}_high']:.3f}]{beside}"
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("model", "speller"), ("hook", None), ("dataset", None), ("arch", "topk,jumprelu"), ("width", "4k"),
-        ("l0", "32,128"), ("seed", "0"), ("tokens", "250k,500k,1M,2M,4M"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", default=default)
+    parser.add_argument("--design", type=Path, help="of a study, as `sae-train study --config` takes it")
+    parser.add_argument("--tokens", default="250k,500k,1M,2M", help="the lengths to train")
+    parser.add_argument("--made", nargs="*", type=Path, default=[], metavar="STUDY", help="lengths that are there")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/length"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--tables", type=Path, default=TABLES)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -99,6 +99,32 @@ def test_parts_of_a_design_pool_to_the_tables_of_the_whole_by_their_letters_alon
     assert said.returncode == 2 and "differ in tokens" in said.stderr
 
 
+def test_training_lengths_are_compared_letter_by_letter_and_only_by_their_tokens(studied, tmp_path):
+    longer = tmp_path / "longer"
+    longer.mkdir()
+    found = json.loads((studied / "study.json").read_text())
+    found["settings"]["tokens"] *= 2
+    (longer / "study.json").write_text(json.dumps(found))
+    pd.read_csv(studied / "saes.csv").to_csv(longer / "saes.csv", index=False)
+    letters = pd.read_csv(studied / "letters.csv")
+    shorter = letters[letters["letter"] != letters["letter"].max()]  # a letter that is not at both lengths is left out
+    shorter.assign(full=shorter["full"] + 0.05, n_split=1.0).to_csv(longer / "letters.csv", index=False)
+    compare = [sys.executable, ROOT / "benchmarks/training_length.py", "--tables", tmp_path / "tables"]
+    said = subprocess.run([*compare, "--made", longer, studied], capture_output=True, text=True, check=True).stdout
+    again = subprocess.run(compare, capture_output=True, text=True, check=True).stdout
+    moved = [line.split(" | ") for line in said.splitlines() if "26,000 minus 13,000" in line]
+    assert again == said and [line[0] for line in moved][-1] == "| topk, mean" and len(moved) == 5
+    kept = sorted(set(shorter["letter"]))
+    for cells, (_, own) in zip(moved, [*letters.groupby(["width", "l0"]), ("", letters)], strict=True):
+        assert cells[5].startswith("+0.050 [+0.050, +0.050], visible 0.000")
+        fewer = 1 - own[own["letter"].isin(kept)]["n_split"].mean()
+        assert float(cells[8].split(" [")[0]) == pytest.approx(fewer, abs=1e-3)
+    found["settings"]["eval_words"] = 599
+    (longer / "study.json").write_text(json.dumps(found))
+    wrong = subprocess.run([*compare, "--made", longer, studied], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "differ in eval_words" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
 def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_same_tables(
     studied, tmp_path, monkeypatch, capsys
 ):  # fmt: skip
