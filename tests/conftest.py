@@ -18,6 +18,11 @@ import jaxtyping
 import pytest
 import torch
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreted
+
+    interpreted.quicken()
+
 ROOT = Path(__file__).resolve().parents[1]
 # Seams whose shapes are checked in tests at every call, but for a learner's steps after its first ones. The library
 # imports their annotations' names for type checkers alone, so that users need no jaxtyping; here they are found among
