@@ -61,7 +61,7 @@ def parts(args: argparse.Namespace) -> Iterator[Part]:
     words = ("--eval-words", "600") if tiny else ()
     set_up = (*python, "benchmarks/eval_contexts.py", "--set-up", "--model", "speller", *words)
     yield Part("set-up of the absorption eval", 40, set_up)
-    few = ("--width", "256", "--tokens", "6400", "--batch-tokens", "64", "--held-out-tokens", "1024", *words)
+    few = ("--width", "64", "--tokens", "6400", "--batch-tokens", "64", "--held-out-tokens", "1024", *words)
     run = (*few, "--absorption-evals", "1") if tiny else ("--width", "16k", "--tokens", "2m", "--absorption-evals", "5")
     train = (*module, "sae_train", "--l0", "8", *device, *run, "--out", str(out), "--name", "looked-at")
     yield Part("a run with absorption looks", 60, train)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sae_train import load_sae, train
 from sae_train.cli import main
+from sae_train.runs import finisher
 from sae_train.runs.run import Run
 
 SMALL = {
@@ -52,6 +53,12 @@ def finished(tmp_path_factory) -> Path:
     """One small run of five architectures."""
     out = tmp_path_factory.mktemp("runs")
     return train(**SMALL, arch=ARCHS, out=str(out), name="five").path
+
+
+@pytest.fixture
+def no_baselines(monkeypatch) -> None:
+    """For tests of weights: scores of random SAEs and the like take half of a small run's time."""
+    monkeypatch.setattr(finisher.baselines, "all_scores", lambda *_: {})
 
 
 def rows_of(run: Path) -> list[dict]:
@@ -144,7 +151,7 @@ def test_an_sae_of_a_grid_equals_the_one_trained_alone(finished, tmp_path):
     assert_equal_weights(finished / "saes" / NAME, alone / "saes" / NAME)
 
 
-def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(finished, tmp_path):
+def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(finished, tmp_path, no_baselines):
     folder = tmp_path / "killed"
     given = SMALL | {"arch": ARCHS, "out": tmp_path, "name": "killed", "save_every": 10}
     process = subprocess.Popen(
@@ -161,7 +168,7 @@ def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(finished, tmp_p
     assert again == whole
 
 
-def test_ctrl_c_saves_says_how_to_resume_and_the_resumed_run_is_the_unbroken_one(finished, tmp_path):
+def test_ctrl_c_saves_says_how_to_resume_and_the_resumed_run_is_the_unbroken_one(finished, tmp_path, no_baselines):
     folder = tmp_path / "broken"
     given = SMALL | {"arch": "topk", "out": tmp_path, "name": "broken"}
     process = subprocess.Popen(
