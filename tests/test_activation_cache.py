@@ -1,5 +1,6 @@
 """Activations on disk: the same bits with and without, whatever the model computes in, and nothing stale is read."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,5 +150,9 @@ def test_the_key_follows_settings_contents_and_files(tmp_path):
     }
     (tmp_path / "a.txt").write_text("xy")
     keys.add(key_of({"files": files_of(tmp_path), "context": 1}, torch.zeros(2)))
-    assert len(keys) == 5
+    (tmp_path / "a.txt").write_text("xz")
+    keys.add(key_of({"files": files_of(tmp_path), "context": 1}, torch.zeros(2)))
+    assert len(keys) == 6
+    os.utime(tmp_path / "a.txt", (1, 1))
+    assert key_of({"files": files_of(tmp_path), "context": 1}, torch.zeros(2)) in keys
     assert files_of("owner/name-of-a-hub-dataset") == []

@@ -141,6 +141,17 @@ def test_activations_that_were_asked_to_be_kept_serve_the_next_run(unbroken, tmp
     assert_same_saes(unbroken, second, NAMES[:2])
 
 
+def test_activations_are_told_by_what_a_text_says_wherever_it_lies(tmp_path, capsys):
+    lines = ["the cat sat on the mat and saw a short story start", "some words begin with one letter and some do not"]
+    kept = SMALL | {"arch": "batchtopk", "width": "64", "activation_cache": str(tmp_path / "kept")}
+    for folder, text, found in (("a", lines, "0 read"), ("b", lines, "0 blocks written"), ("b", lines[::-1], "0 read")):
+        path = tmp_path / folder / "text.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(text * 500))
+        train(**kept, dataset=str(path), out=str(tmp_path / f"{folder}{text[0][:3]}"))
+        assert found in capsys.readouterr().out, folder
+
+
 def test_a_toy_s_passes_need_no_disk_and_end_alike(tmp_path, capsys):
     toy = {"model": "toy", "width": "32,64", "l0": 3, "tokens": 6400, "batch_tokens": 64, "device": "cpu"}
     toy |= {"absorption": False, "absorption_evals": 1, "held_out_tokens": 512, "out": str(tmp_path)}

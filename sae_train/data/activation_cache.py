@@ -172,10 +172,12 @@ def key_of(settings: dict[str, Any], *content: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def files_of(path: str | Path) -> list[tuple[str, int, int]]:
-    """Return name, size and time of change of a file, or of a folder's texts; nothing where there is no path."""
-    path = Path(path).expanduser()
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in data_files(path)]
+def files_of(path: str | Path) -> list[tuple[str, str]]:
+    """Return name and checksum of a file, or of a folder's texts; nothing where there is no path.
+
+    A text that was copied, moved or fetched again is the same text.
+    """
+    return [(file.name, _checksum(file)) for file in data_files(Path(path).expanduser())]
 
 
 def _shard(folder: Path, i: int) -> Path:

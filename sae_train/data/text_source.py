@@ -168,12 +168,14 @@ def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCach
     first = next(stream)
     stream.load_state_dict(start)
     weights = lm.weights or {}
+    files = stream.packages or files_of(settings.dataset)
+    apart = {"activation_cache", "buffer_tokens", *(["dataset"] if files else [])}  # where it lies says nothing
     named = weights.get("revision") or (weights.get("files") and all(each["sha256"] for each in weights["files"]))
     made_from = {
         "weights": weights if named else None, "dtype": str(lm.dtype), "hook": source.hook_name,
-        "data": settings.data.model_dump(mode="json", exclude={"activation_cache", "buffer_tokens"}),
+        "data": settings.data.model_dump(mode="json", exclude=apart),
         "block": rounded_up(settings.data.buffer_tokens, settings.train.batch_tokens),
-        "files": stream.packages or files_of(settings.dataset), "context": stream.context,
+        "files": files, "context": stream.context,
         "special": sorted(lm.special_ids), "skip_first": source.skip_first,
         "positions": 4,  # how the place after a block is written
     }  # fmt: skip
