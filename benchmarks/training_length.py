@@ -6,8 +6,8 @@
 Each length is a study of its own below --out, with its own schedule, on one cache of activations; what is finished is
 not made again, and an interrupted study goes on. `--made STUDY...` adds lengths that are there. The tables of all
 lengths, `saes.csv` and `letters.csv`, are kept in --tables, and all that is printed is made from them: the figures of
-each length, then the longest minus the shortest and minus the one before it, paired over letters, with a 95 % interval
-over letters and seeds and the smallest difference that would be seen.
+each length; the longest minus the shortest and minus the one before it; the highest L0 minus the lowest at each length.
+Differences are paired over letters, with a 95 % interval over letters and seeds and the smallest that would be seen.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def main() -> int:
         print(f"training_length: {error}", file=sys.stderr)
         return 2
     print(figures(saes, letters))
-    print(differences(letters))
+    print(by_tokens(letters))
+    print(by_l0(letters))
     return 0
 
 
@@ -92,23 +93,35 @@ def figures(saes: pd.DataFrame, letters: pd.DataFrame) -> str:
     return "\n".join([*lines, ""])
 
 
-def differences(letters: pd.DataFrame) -> str:
+def by_tokens(letters: pd.DataFrame) -> str:
     """Markdown: the longest against the shortest and against the one before it, of each SAE and of their mean."""
     lengths = sorted(letters["tokens"].unique())
     pairs = [(lengths[0], lengths[-1])] + [(lengths[-2], lengths[-1])] * (len(lengths) > 2)
-    lines = [_row("", "tokens", *SCORES), _row(*["---"] * (2 + len(SCORES)))]
     own = {_name(key): rows for key, rows in letters.groupby(CELL)}
     own |= {f"{arch}, mean": rows for arch, rows in letters.groupby("arch")} if len(own) > 1 else {}
+    lines = [_row("", "tokens", *SCORES), _row(*["---"] * (2 + len(SCORES)))]
     for (name, rows), (first, last) in product(own.items(), pairs):
-        cells = [_difference(rows, score, first, last) for score in SCORES]
+        cells = [_difference(rows, score, "tokens", first, last) for score in SCORES]
         lines.append(_row(name, f"{last:,} minus {first:,}", *cells))
+    return "\n".join([*lines, ""])
+
+
+def by_l0(letters: pd.DataFrame) -> str:
+    """Markdown: the highest against the lowest L0 of each architecture and width, length by length."""
+    lines = [_row("", "tokens", "L0", *SCORES), _row(*["---"] * (3 + len(SCORES)))]
+    for (arch, width, tokens), rows in letters.groupby(["arch", "width", "tokens"]):
+        low, high = rows["l0"].min(), rows["l0"].max()
+        if high > low:
+            cells = [_difference(rows, score, "l0", low, high) for score in SCORES]
+            lines.append(_row(f"{arch}, {width_label(width)}", f"{tokens:,}", f"{high:g} minus {low:g}", *cells))
     return "\n".join(lines)
 
 
-def _difference(rows: pd.DataFrame, score: str, first: int, last: int) -> str:
-    """A score at the last length minus the first, meaned over SAEs, over the letters that all have at both."""
-    table = rows.pivot(index=["tokens", "seed"], columns=["letter", *CELL], values=score)
-    both = [table.loc[tokens] for tokens in (last, first)]
+def _difference(rows: pd.DataFrame, score: str, trait: str, first: float, last: float) -> str:
+    """A score at the last value of a trait minus the first: means over SAEs, of the letters that all have at both."""
+    others = [name for name in (*CELL, "tokens") if name != trait]
+    table = rows.pivot(index=[trait, "seed"], columns=["letter", *others], values=score)
+    both = [table.loc[value] for value in (last, first)]
     complete = pd.concat(both).notna().all().groupby(level="letter").all()
     sides = [side.T.groupby(level="letter").mean()[complete].T.to_numpy(copy=True) for side in both]
     found = paired_difference(*map(torch.from_numpy, sides))

@@ -119,6 +119,11 @@ def test_training_lengths_are_compared_letter_by_letter_and_only_by_their_tokens
         assert cells[5].startswith("+0.050 [+0.050, +0.050], visible 0.000")
         fewer = 1 - own[own["letter"].isin(kept)]["n_split"].mean()
         assert float(cells[8].split(" [")[0]) == pytest.approx(fewer, abs=1e-3)
+    sparser = [line.split(" | ") for line in said.splitlines() if " | 13,000 | 8 minus 4 | " in line]
+    full = letters.groupby(["width", "l0"])["full"].mean()
+    assert [float(cells[6].split(" [")[0]) for cells in sparser] == [
+        pytest.approx(full[width, 8] - full[width, 4], abs=1e-3) for width in (64, 128)
+    ]
     found["settings"]["eval_words"] = 599
     (longer / "study.json").write_text(json.dumps(found))
     wrong = subprocess.run([*compare, "--made", longer, studied], capture_output=True, text=True)
