@@ -3,8 +3,9 @@
     python benchmarks/told_letters.py checkpoints/study_two_widths [--floor 0.5]
 
 A letter is told at an L0 if its best latent has a mean F1 of at least the floor over the training seeds. For each
-architecture and width: the letters told at each L0, and full and fraction on them; then each L0 against the lowest on
-the letters told at both, with a 95 % interval over letters and seeds and the smallest difference that would be seen.
+architecture and width: the letters told at each L0, and full and fraction on them; then each L0 against the lowest, on
+all letters and on those told at both, with a 95 % interval over letters and seeds and the smallest difference that
+would be seen.
 Over all letters the score also counts those for which there is no letter latent to absorb anything.
 """
 
@@ -26,8 +27,8 @@ def main() -> int:
     args = _arguments()
     table = pd.read_csv(args.study / "letters.csv").sort_values(["arch", "width", "l0"])
     scores = "full, all | full, told | fraction, all | fraction, told"
-    print(f"| | L0 | letters told | {scores} | full, minus lowest L0 (letters) |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| | L0 | letters told | {scores} | full, minus lowest L0, all (letters) | told at both |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for (arch, width), rows in table.groupby(["arch", "width"], sort=False):
         cells = {l0: cell for l0, cell in rows.groupby("l0")}
         lowest = min(cells)
@@ -37,8 +38,12 @@ def main() -> int:
                 [cell[name].mean() for name in SCORES],
                 [cell[cell["letter"].isin(told)][name].mean() for name in SCORES],
             )
+            every = sorted(set.intersection(*(set(rows["letter"]) for rows in (cells[lowest], cell))))
             both = sorted(told & told_letters(cells[lowest], args.floor))
-            against = difference(cells[lowest], cell, both) if l0 > lowest and len(both) > 1 else "–"
+            against = " | ".join(
+                difference(cells[lowest], cell, letters) if l0 > lowest and len(letters) > 1 else "–"
+                for letters in (every, both)
+            )
             figures = " | ".join(f"{a:.3f} | {b:.3f}" for a, b in zip(*means, strict=True))
             print(f"| {arch}, {width} | {l0:g} | {len(told)} | {figures} | {against} |", flush=True)
     return 0
