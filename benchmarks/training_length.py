@@ -1,6 +1,6 @@
 """How SAEs move with their training length: studies of one design that differ in their tokens alone.
 
-    python benchmarks/training_length.py --design configs/training_length.yaml --out checkpoints/length
+    python benchmarks/training_length.py --design configs/study_length.yaml --out checkpoints/length
     python benchmarks/training_length.py                                # what was found here; trains nothing
 
 Each length is a study of its own below --out, with its own schedule, on one cache of activations; what is finished is

@@ -216,15 +216,18 @@ def test_quick_and_a_design_are_not_asked_for_together(capsys):
 
 
 def test_the_shipped_designs_are_those_of_the_documentation():
-    files = FULL, QUICK, CONFIGS / "study_speller.yaml", CONFIGS / "study_two_widths.yaml"
-    full, quick, whole, two = (read_design(file, "out") for file in files)
+    names = ("study", "study_quick", "study_speller", "study_two_widths", "study_low_l0", "study_length")
+    full, quick, whole, two, low, length = (read_design(CONFIGS / f"{name}.yaml", "out") for name in names)
+    assert (CONFIGS / "study.yaml", CONFIGS / "study_quick.yaml") == (FULL, QUICK)
+    small = read_design(CONFIGS / "study_length_speller.yaml", "out")
     count = lambda parts: sum(len(part.specs) for part in parts)  # noqa: E731
     assert [(len(parts), count(parts)) for parts in (full, quick, whole)] == [(12, 96), (9, 54), (9, 144)]
-    assert (len(two), count(two)) == (12, 96)
+    assert [(len(parts), count(parts)) for parts in (two, low, length, small)] == [(12, 96), (3, 6), (3, 12), (3, 6)]
     assert sum(part in full for part in two) == 8, "its relu and matryoshka have two more training seeds"
-    assert {part.train.tokens for part in full} == {2_000_000} and full[0].lm.dtype == "bfloat16"
+    assert {part.train.tokens for part in full + two + low} == {2_000_000} and full[0].lm.dtype == "bfloat16"
+    assert {part.train.batch_tokens for part in two + low + length} == {2048}, "so that their SAEs can be compared"
     assert {part.data.activation_cache for part in full + quick} == {"out/activations"}
-    assert {path.name for path in CONFIGS.glob("study*")} == {file.name for file in files}
+    assert {path.stem for path in CONFIGS.glob("study*")} == {*names, "study_length_speller"}
 
 
 # --- what is said of planted tables ---
