@@ -22,9 +22,11 @@ import torch
 import yaml
 from pool_studies import differing, settings_of
 
+from sae_train.config.merge import read_yaml
 from sae_train.config.units import width_label
 from sae_train.errors import UserError
 from sae_train.evals.intervals import paired_difference
+from sae_train.files import write_text
 from sae_train.runs.study import run_study
 
 TABLES = Path(__file__).resolve().parent / "results" / "training_length"
@@ -54,8 +56,8 @@ def trained(args: argparse.Namespace, tokens: str) -> Path:
     """The study of one length."""
     args.out.mkdir(parents=True, exist_ok=True)
     file, folder = args.out / f"{tokens}.yaml", args.out / tokens
-    design = yaml.safe_load(args.design.read_text())
-    file.write_text(yaml.safe_dump(design | {"tokens": tokens, "activation_cache": str(args.out / "activations")}))
+    design = read_yaml(args.design)
+    write_text(file, yaml.safe_dump(design | {"tokens": tokens, "activation_cache": str(args.out / "activations")}))
     run_study(file, folder)
     return folder
 
@@ -65,13 +67,12 @@ def keep(studies: list[Path], tables: Path) -> None:
     settings = [settings_of(study) for study in studies]
     if other := [name for name in differing(settings) if name != "tokens"]:
         raise UserError(f"the studies differ in {', '.join(other)}: only their tokens may differ")
-    tables.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         parts = [
             pd.read_csv(study / f"{name}.csv").assign(tokens=own["tokens"])
             for study, own in zip(studies, settings, strict=True)
         ]
-        _of_every_length(pd.concat(parts, ignore_index=True)).to_csv(tables / f"{name}.csv", index=False)
+        write_text(tables / f"{name}.csv", _of_every_length(pd.concat(parts, ignore_index=True)).to_csv(index=False))
 
 
 def _of_every_length(table: pd.DataFrame) -> pd.DataFrame:
@@ -121,11 +122,18 @@ def _difference(rows: pd.DataFrame, score: str, trait: str, first: float, last: 
     """A score at the last value of a trait minus the first: means over SAEs, of the letters that all have at both."""
     others = [name for name in (*CELL, "tokens") if name != trait]
     table = rows.pivot(index=[trait, "seed"], columns=["letter", *others], values=score)
-    both = [table.loc[value] for value in (last, first)]
+    both = [_whole(table.loc[value], others) for value in (last, first)]
+    if not all(map(len, both)):
+        return "–"
     complete = pd.concat(both).notna().all().groupby(level="letter").all()
     sides = [side.T.groupby(level="letter").mean()[complete].T.to_numpy(copy=True) for side in both]
     found = paired_difference(*map(torch.from_numpy, sides))
     return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], visible {found.visible:.3f}"
+
+
+def _whole(side: pd.DataFrame, others: list[str]) -> pd.DataFrame:
+    """The training seeds of which no SAE is missing, as one that failed is."""
+    return side[side.T.groupby(level=others).count().gt(0).all()]
 
 
 def _name(key: tuple) -> str:
