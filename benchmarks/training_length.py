@@ -97,7 +97,7 @@ def figures(saes: pd.DataFrame, letters: pd.DataFrame) -> str:
 def by_tokens(letters: pd.DataFrame) -> str:
     """Markdown: the longest against the shortest and against the one before it, of each SAE and of their mean."""
     lengths = sorted(letters["tokens"].unique())
-    pairs = [(lengths[0], lengths[-1])] + [(lengths[-2], lengths[-1])] * (len(lengths) > 2)
+    pairs = dict.fromkeys((first, lengths[-1]) for first in (lengths[0], *lengths[-2:-1]) if first < lengths[-1])
     own = {_name(key): rows for key, rows in letters.groupby(CELL)}
     own |= {f"{arch}, mean": rows for arch, rows in letters.groupby("arch")} if len(own) > 1 else {}
     lines = [_row("", "tokens", *SCORES), _row(*["---"] * (2 + len(SCORES)))]

@@ -130,6 +130,8 @@ def test_training_lengths_are_compared_letter_by_letter_and_only_by_their_tokens
     without = subprocess.run(compare, capture_output=True, text=True, check=True).stdout
     mean = [[line for line in printed.splitlines() if line.startswith("| topk, mean")] for printed in (said, without)]
     assert mean[0] == mean[1] and "nan" not in without
+    alone = [*compare[:-1], tmp_path / "alone", "--made", studied]
+    assert "minus 13,000" not in subprocess.run(alone, capture_output=True, text=True, check=True).stdout
     found["settings"]["eval_words"] = 599
     (longer / "study.json").write_text(json.dumps(found))
     wrong = subprocess.run([*compare, "--made", longer, studied], capture_output=True, text=True)
