@@ -4,7 +4,8 @@
 
 Each STUDY is the folder that `sae-train study` wrote; `saes.csv` and `letters.csv` of it are enough, with `study.json`
 for the settings, which have to be the same in all. FOLDER then holds the page and the tables of all SAEs together, so
-that it can be pooled in its turn. Of an SAE that several have, the first one's counts. Nothing is trained.
+that it can be pooled in its turn. Of an SAE that several have, the first one's counts that was not left out. Nothing is
+trained.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from sae_train.errors import UserError
 from sae_train.report.data import Run, TrainedSAE
 from sae_train.report.study import LETTER_METRICS, read_study
 from sae_train.report.study_files import BESIDE, write_tables
@@ -29,22 +31,33 @@ def main() -> int:
     parser.add_argument("studies", nargs="+", type=Path, metavar="STUDY")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    settings = [settings_of(folder) for folder in args.studies]
-    if other := differing(settings):
-        print(f"pool_studies: the studies differ in {', '.join(other)}: pool those of one design", file=sys.stderr)
+    try:
+        page, found, n_saes = pooled(args.studies, args.out)
+    except (UserError, OSError) as error:
+        print(f"pool_studies: {error}", file=sys.stderr)
         return 2
+    print("\n".join([*found, f"{n_saes} SAEs: {page}"]))
+    return 0
+
+
+def pooled(studies: list[Path], out: Path) -> tuple[Path, list[str], int]:
+    """Write page and tables of all; return the page, its answers and how many SAEs there are.
+
+    UserError for studies that are of several designs, and where no SAE has a score.
+    """
+    settings = [settings_of(folder) for folder in studies]
+    if other := differing(settings):
+        raise UserError(f"the studies differ in {', '.join(other)}: pool those of one design")
     saes, letters = (
-        pd.concat([pd.read_csv(folder / name) for folder in args.studies], ignore_index=True)
+        pd.concat([pd.read_csv(folder / name).assign(study=i) for i, folder in enumerate(studies)], ignore_index=True)
         for name in ("saes.csv", "letters.csv")
     )
-    saes, letters = saes.drop_duplicates(KEY), letters.drop_duplicates([*KEY, "letter"])
-    of = {key: rows for key, rows in letters.groupby(KEY)}
-    run = Run(args.out, args.out.name, {"settings": settings[0]}, [])
+    saes = saes.sort_values("left_out", key=pd.Series.notna, kind="stable").drop_duplicates(KEY)
+    of = {key: rows for key, rows in letters.groupby(["study", *KEY])}
+    run = Run(out, out.name, {"settings": settings[0]}, [])
     run.saes.extend(trained(row, of, run.name) for row in saes.sort_values(KEY).to_dict("records"))
-    args.out.mkdir(parents=True, exist_ok=True)
-    page, found = write_tables(read_study([run]), args.out)
-    print("\n".join([*found, f"{len(run.saes)} SAEs: {page}"]))
-    return 0
+    out.mkdir(parents=True, exist_ok=True)
+    return *write_tables(read_study([run]), out), len(run.saes)
 
 
 def settings_of(study: Path) -> dict[str, Any]:
@@ -61,7 +74,7 @@ def differing(settings: list[dict[str, Any]]) -> list[str]:
 def trained(row: dict[str, Any], of: dict[tuple, pd.DataFrame], run: str) -> TrainedSAE:
     """An SAE from its rows of the tables."""
     row = {name: None if pd.isna(value) else value for name, value in row.items()}
-    own = of.get(tuple(row[name] for name in KEY))
+    own = of.get(tuple(row[name] for name in ("study", *KEY)))
     letters = [] if own is None else own.reindex(columns=["letter", *LETTER_METRICS]).to_dict("records")
     scores = {f"absorption/{name}": value for name, value in row.items() if name.startswith("mean_")}
     return TrainedSAE(

@@ -25,7 +25,11 @@ SCORES = ("full", "fraction")
 
 def main() -> int:
     args = _arguments()
-    table = pd.read_csv(args.study / "letters.csv").sort_values(["arch", "width", "l0"])
+    try:
+        table = pd.read_csv(args.study / "letters.csv").sort_values(["arch", "width", "l0"])
+    except OSError as error:
+        print(f"told_letters: {error}", file=sys.stderr)
+        return 2
     scores = "full, all | full, told | fraction, all | fraction, told"
     print(f"| | L0 | letters told | {scores} | full, minus lowest L0, all (letters) | told at both |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -38,8 +42,8 @@ def main() -> int:
                 [cell[name].mean() for name in SCORES],
                 [cell[cell["letter"].isin(told)][name].mean() for name in SCORES],
             )
-            every = sorted(set.intersection(*(set(rows["letter"]) for rows in (cells[lowest], cell))))
-            both = sorted(told & told_letters(cells[lowest], args.floor))
+            every = sorted(whole_letters(cells[lowest]) & whole_letters(cell))
+            both = sorted(told & told_letters(cells[lowest], args.floor) & set(every))
             against = " | ".join(
                 difference(cells[lowest], cell, letters) if l0 > lowest and len(letters) > 1 else "–"
                 for letters in (every, both)
@@ -52,6 +56,12 @@ def main() -> int:
 def told_letters(cell: pd.DataFrame, floor: float) -> set[str]:
     f1 = cell.groupby("letter")["f1_k1"].mean()
     return set(f1.index[f1 >= floor])
+
+
+def whole_letters(cell: pd.DataFrame) -> set[str]:
+    """Letters that have a score in all training seeds."""
+    by_letter = cell.dropna(subset=SCORES).groupby("letter")["seed"].nunique()
+    return set(by_letter.index[by_letter == cell["seed"].nunique()])
 
 
 def difference(low: pd.DataFrame, high: pd.DataFrame, letters: list[str]) -> str:

@@ -8,6 +8,7 @@ not made again, and an interrupted study goes on. `--made STUDY...` adds lengths
 lengths, `saes.csv` and `letters.csv`, are kept in --tables, and all that is printed is made from them: the figures of
 each length; the longest minus the shortest and minus the one before it; the highest L0 minus the lowest at each length.
 Differences are paired over letters, with a 95 % interval over letters and seeds and the smallest that would be seen.
+Kept are SAEs whose training seed is there at every length: where one length has one seed, one of each is left.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from sae_train.config.units import width_label
 from sae_train.errors import UserError
 from sae_train.evals.intervals import paired_difference
 from sae_train.files import write_text
+from sae_train.report.matched import SEEDS_ASKED
+from sae_train.report.text import plural
 from sae_train.runs.study import run_study
 
 TABLES = Path(__file__).resolve().parent / "results" / "training_length"
@@ -67,18 +70,38 @@ def keep(studies: list[Path], tables: Path) -> None:
     settings = [settings_of(study) for study in studies]
     if other := [name for name in differing(settings) if name != "tokens"]:
         raise UserError(f"the studies differ in {', '.join(other)}: only their tokens may differ")
-    for name in FILES:
-        parts = [
-            pd.read_csv(study / f"{name}.csv").assign(tokens=own["tokens"])
-            for study, own in zip(studies, settings, strict=True)
-        ]
-        write_text(tables / f"{name}.csv", _of_every_length(pd.concat(parts, ignore_index=True)).to_csv(index=False))
+    if twice := {own["tokens"] for own in settings if [each["tokens"] for each in settings].count(own["tokens"]) > 1}:
+        raise UserError(
+            f"two studies have {', '.join(map(str, sorted(twice)))} tokens: pool them by pool_studies.py first"
+        )
+    saes, letters = (
+        pd.concat(
+            [
+                pd.read_csv(study / f"{name}.csv").assign(tokens=own["tokens"])
+                for study, own in zip(studies, settings, strict=True)
+            ],
+            ignore_index=True,
+        )
+        for name in FILES
+    )
+    scored = letters[[*CELL, "tokens", "seed"]].drop_duplicates()
+    saes = _of_every_length(saes[saes["left_out"].isna()].merge(scored))
+    if saes.empty:
+        raise UserError("no SAE of one architecture, width, L0 and training seed is there at every length")
+    write_text(tables / "saes.csv", saes.to_csv(index=False))
+    write_text(tables / "letters.csv", _of(saes, letters).to_csv(index=False))
 
 
-def _of_every_length(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of architectures, widths and L0 that were trained at every length."""
-    lengths = table.groupby(CELL)["tokens"].transform("nunique")
-    return table[lengths == table["tokens"].nunique()].sort_values([*CELL, "tokens", "seed"])
+def _of_every_length(saes: pd.DataFrame) -> pd.DataFrame:
+    """SAEs of which architecture, width, L0 and training seed are there at every length."""
+    lengths = saes.groupby([*CELL, "seed"])["tokens"].transform("nunique")
+    return saes[lengths == saes["tokens"].nunique()].sort_values([*CELL, "tokens", "seed"])
+
+
+def _of(saes: pd.DataFrame, letters: pd.DataFrame) -> pd.DataFrame:
+    """The letters of these SAEs."""
+    key = [*CELL, "tokens", "seed"]
+    return letters.merge(saes[key], on=key).sort_values(key, kind="stable")
 
 
 def figures(saes: pd.DataFrame, letters: pd.DataFrame) -> str:
@@ -127,8 +150,9 @@ def _difference(rows: pd.DataFrame, score: str, trait: str, first: float, last: 
         return "–"
     complete = pd.concat(both).notna().all().groupby(level="letter").all()
     sides = [side.T.groupby(level="letter").mean()[complete].T.to_numpy(copy=True) for side in both]
-    found = paired_difference(*map(torch.from_numpy, sides))
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], visible {found.visible:.3f}"
+    found, n_seeds = paired_difference(*map(torch.from_numpy, sides)), min(map(len, sides))
+    few = f", {plural(n_seeds, 'seed')}: too few for a claim" if n_seeds < SEEDS_ASKED else ""
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], visible {found.visible:.3f}{few}"
 
 
 def _whole(side: pd.DataFrame, others: list[str]) -> pd.DataFrame:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from planted_cells import cell, claim_of, table
+from scripts import script
 
 from sae_train.cli import main
 from sae_train.config import CONFIGS
 from sae_train.config.study import FULL, QUICK, read_design
 from sae_train.report.cells import Cell
 from sae_train.report.claims import FAILS, FEW, FOUND, HOLDS, UNSEEN, claims, signed
-from sae_train.report.data import TrainedSAE
 from sae_train.report.study import Study, findings, least, onset
 from sae_train.runs import estimate, finisher
 from sae_train.runs.plan import make_plan
 from sae_train.training.learner import Learner
 
-ROOT = Path(__file__).resolve().parents[1]
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SMALL = {
     "model": "speller", "tokens": 13_000, "batch_tokens": 128, "buffer_tokens": 2048, "held_out_tokens": 1024,
     "eval_words": 600, "absorption_evals": 1, "device": "cpu",
@@ -83,8 +82,8 @@ def test_parts_of_a_design_pool_to_the_tables_of_the_whole_by_their_letters_alon
         for name in ("saes.csv", "letters.csv"):
             table = pd.read_csv(studied / name)
             table[table["width"] == width].to_csv(part / name, index=False)
-    pool = [sys.executable, ROOT / "benchmarks/pool_studies.py", "--out", tmp_path / "pooled"]
-    subprocess.run([*pool, tmp_path / "128", tmp_path / "64", tmp_path / "64"], check=True)
+    pool = partial(script, "pool_studies", "--out", tmp_path / "pooled")
+    assert pool(tmp_path / "128", tmp_path / "64", tmp_path / "64").returncode == 0
     for name in ("claims.csv", "cells.csv", "saes.csv", "letters.csv"):
         whole, pooled = (pd.read_csv(folder / name) for folder in (studied, tmp_path / "pooled"))
         for metric in whole.columns.difference(["sentence"]):
@@ -92,11 +91,36 @@ def test_parts_of_a_design_pool_to_the_tables_of_the_whole_by_their_letters_alon
                 np.testing.assert_allclose(pooled[metric], whole[metric], atol=2e-5, err_msg=f"{name}, {metric}")
             elif metric != "means":
                 assert list(pooled[metric].fillna("")) == list(whole[metric].fillna("")), (name, metric)
+    letters = pd.read_csv(tmp_path / "64/letters.csv")
+    other = tmp_path / "other"  # has more letters of the SAEs of 64, one of which failed there
+    shutil.copytree(tmp_path / "64", other)
+    saes = pd.read_csv(other / "saes.csv")
+    saes.assign(left_out=np.where(saes["l0"] == 4, "it failed", None)).to_csv(other / "saes.csv", index=False)
+    denser = letters[letters["l0"] == 8]
+    pd.concat([denser, denser.head(1).assign(letter="é")]).to_csv(other / "letters.csv", index=False)
+    assert pool(other, tmp_path / "64").returncode == 0
+    pooled = pd.read_csv(tmp_path / "pooled/letters.csv")
+    assert len(pooled) == len(letters) + 1, (
+        "of an SAE that both have the first one's letters, of the failed the other's"
+    )
     found = json.loads((tmp_path / "64/study.json").read_text())
     found["settings"]["tokens"] += 1
     (tmp_path / "64/study.json").write_text(json.dumps(found))
-    said = subprocess.run([*pool, tmp_path / "128", tmp_path / "64"], capture_output=True, text=True)
+    said = pool(tmp_path / "128", tmp_path / "64")
     assert said.returncode == 2 and "differ in tokens" in said.stderr
+    said = pool(tmp_path / "none")
+    assert said.returncode == 2 and "none/study.json" in said.stderr
+
+
+def test_letters_that_a_seed_lacks_are_left_out_of_differences_between_l0(studied, tmp_path):
+    letters = pd.read_csv(studied / "letters.csv")
+    seeds = pd.concat([letters, letters.assign(seed=1)])
+    lacking = (seeds["letter"] == letters["letter"].min()) & (seeds["seed"] == 1) & (seeds["l0"] == 8)
+    seeds[~lacking].to_csv(tmp_path / "letters.csv", index=False)
+    said = script("told_letters", tmp_path, "--floor", "0").stdout
+    assert "nan" not in said and said.count("(25)") == 4  # all letters, and those told, of two widths
+    wrong = script("told_letters", tmp_path / "none")
+    assert wrong.returncode == 2 and "letters.csv" in wrong.stderr
 
 
 def test_training_lengths_are_compared_letter_by_letter_and_only_by_their_tokens(studied, tmp_path):
@@ -109,9 +133,8 @@ def test_training_lengths_are_compared_letter_by_letter_and_only_by_their_tokens
     letters = pd.read_csv(studied / "letters.csv")
     shorter = letters[letters["letter"] != letters["letter"].max()]  # a letter that is not at both lengths is left out
     shorter.assign(full=shorter["full"] + 0.05, n_split=1.0).to_csv(longer / "letters.csv", index=False)
-    compare = [sys.executable, ROOT / "benchmarks/training_length.py", "--tables", tmp_path / "tables"]
-    said = subprocess.run([*compare, "--made", longer, studied], capture_output=True, text=True, check=True).stdout
-    again = subprocess.run(compare, capture_output=True, text=True, check=True).stdout
+    compare = partial(script, "training_length", "--tables", tmp_path / "tables")
+    said, again = compare("--made", longer, studied).stdout, compare().stdout
     moved = [line.split(" | ") for line in said.splitlines() if "26,000 minus 13,000" in line]
     assert again == said and [line[0] for line in moved][-1] == "| topk, mean" and len(moved) == 5
     kept = sorted(set(shorter["letter"]))
@@ -127,15 +150,23 @@ def test_training_lengths_are_compared_letter_by_letter_and_only_by_their_tokens
     more = pd.read_csv(tmp_path / "tables/letters.csv")
     of_a_seed = more.assign(seed=1)[more["width"] == 64]  # whose other SAEs failed: it is in no mean over SAEs
     pd.concat([more, of_a_seed]).to_csv(tmp_path / "tables/letters.csv", index=False)
-    without = subprocess.run(compare, capture_output=True, text=True, check=True).stdout
+    without = compare().stdout
     mean = [[line for line in printed.splitlines() if line.startswith("| topk, mean")] for printed in (said, without)]
     assert mean[0] == mean[1] and "nan" not in without
-    alone = [*compare[:-1], tmp_path / "alone", "--made", studied]
-    assert "minus 13,000" not in subprocess.run(alone, capture_output=True, text=True, check=True).stdout
+    saes = pd.read_csv(longer / "saes.csv")  # one was idle, of one nothing was scored: other lengths leave them out too
+    saes.assign(left_out=np.where(saes["l0"] == 4, "idle", None))[saes["width"] == 64].to_csv(
+        longer / "saes.csv", index=False
+    )
+    fewer = compare("--made", longer, studied).stdout
+    assert {line.split(" | ")[0] for line in fewer.splitlines()[2:4]} == {"| topk, 64, L0 8"} and "1 seed: too" in fewer
+    twice = compare("--made", studied, studied)
+    assert twice.returncode == 2 and "two studies have 13000 tokens" in twice.stderr
+    alone = compare("--tables", tmp_path / "alone", "--made", studied)
+    assert alone.returncode == 0 and "minus 13,000" not in alone.stdout
     found["settings"]["eval_words"] = 599
     (longer / "study.json").write_text(json.dumps(found))
-    wrong = subprocess.run([*compare, "--made", longer, studied], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "differ in eval_words" in wrong.stderr and "Traceback" not in wrong.stderr
+    wrong = compare("--made", longer, studied)
+    assert wrong.returncode == 2 and "differ in eval_words" in wrong.stderr
 
 
 def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_same_tables(
@@ -224,47 +255,25 @@ def test_quick_and_a_design_are_not_asked_for_together(capsys):
 
 
 def test_the_shipped_designs_are_those_of_the_documentation():
-    names = ("study", "study_quick", "study_speller", "study_two_widths", "study_low_l0", "study_length")
-    full, quick, whole, two, low, length = (read_design(CONFIGS / f"{name}.yaml", "out") for name in names)
+    names = ("study", "study_quick", "study_speller", "study_two_widths", "study_low_l0", "study_length", "study_16k")
+    full, quick, whole, two, low, length, wide = (read_design(CONFIGS / f"{name}.yaml", "out") for name in names)
     assert (CONFIGS / "study.yaml", CONFIGS / "study_quick.yaml") == (FULL, QUICK)
     small = read_design(CONFIGS / "study_length_speller.yaml", "out")
     count = lambda parts: sum(len(part.specs) for part in parts)  # noqa: E731
     assert [(len(parts), count(parts)) for parts in (full, quick, whole)] == [(12, 96), (9, 54), (9, 144)]
-    assert [(len(parts), count(parts)) for parts in (two, low, length, small)] == [(12, 96), (3, 6), (3, 12), (3, 6)]
+    assert [(len(parts), count(parts)) for parts in (two, low, length, small, wide)] == [
+        (12, 96), (3, 6), (3, 12), (3, 6), (3, 12)
+    ]  # fmt: skip
     assert sum(part in full for part in two) == 8, "its relu and matryoshka have two more training seeds"
-    assert {part.train.tokens for part in full + two + low} == {2_000_000} and full[0].lm.dtype == "bfloat16"
-    assert {part.train.batch_tokens for part in two + low + length} == {2048}, "so that their SAEs can be compared"
+    assert {part.train.tokens for part in full + two + low + wide} == {2_000_000} and full[0].lm.dtype == "bfloat16"
+    assert {part.train.batch_tokens for part in two + low + length + wide} == {2048}, (
+        "so that their SAEs can be compared"
+    )
     assert {part.data.activation_cache for part in full + quick} == {"out/activations"}
     assert {path.stem for path in CONFIGS.glob("study*")} == {*names, "study_length_speller"}
 
 
 # --- what is said of planted tables ---
-
-
-def cell(arch, width, l0, scores, reached=None, ev=0.9, dead=0.0, words_l0=None, **more) -> Cell:
-    """A cell from planted scores (seeds, letters) of full absorption, and of other metrics in `more`."""
-    tables = {"full": scores, "fraction": scores} | more
-    saes = []
-    for seed in range(len(scores)):
-        letters = [
-            {"step": 1, "letter": letter, "counts": True} | {name: float(t[seed][i]) for name, t in tables.items()}
-            for i, letter in enumerate(LETTERS)
-        ]
-        final = {"metrics/l0": reached or l0, "metrics/explained_variance": ev, "sparsity/dead_fraction": dead}
-        final |= {"absorption/l0_words": words_l0} if words_l0 else {}
-        saes.append(TrainedSAE(
-            name="", label="", run="", arch=arch, width=width, l0=l0, seed=seed, failed=None, invalid=None,
-            final=final, baselines={}, history=[], letters=letters, words=[],
-        ))  # fmt: skip
-    return Cell((), arch, width, float(l0), tuple(saes))
-
-
-def table(mean: float, seeds: int = 3, draw: int = 0) -> np.ndarray:
-    """Scores whose mean is exactly so: letters differ much, training seeds little."""
-    rng = np.random.default_rng(draw)
-    letters = np.random.default_rng(99).normal(0, 0.1, 26)
-    values = letters + rng.normal(0, 0.004, (seeds, 1)) + rng.normal(0, 0.02, (seeds, 26))
-    return mean + values - values.mean()
 
 
 def numpy_bootstrap(a: np.ndarray, b: np.ndarray, n: int = 8_000) -> np.ndarray:
@@ -276,10 +285,6 @@ def numpy_bootstrap(a: np.ndarray, b: np.ndarray, n: int = 8_000) -> np.ndarray:
         rows_a, rows_b = rng.integers(0, len(a), len(a)), rng.integers(0, len(b), len(b))
         draws[i] = b[rows_b][:, letters].mean() - a[rows_a][:, letters].mean()
     return draws
-
-
-def claim_of(cells, question="width", metric="full", pooled=True):
-    return next(c for c in claims(cells) if (c.question, c.metric, c.pooled) == (question, metric, pooled))
 
 
 @pytest.mark.parametrize(

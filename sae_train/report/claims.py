@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sae_train.config import width_label
 from sae_train.report.cells import Cell
 from sae_train.report.matched import SEEDS_ASKED, Side, match_l0
+from sae_train.report.rows import Places, alike, pools_of, rows_along
 from sae_train.report.text import fixed
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ COMPARED = ("full", "full_beyond", "fraction")  # of architectures
 L0, WORDS_L0, EV = MATCHED = ("L0", "L0 on the words", "EV")  # at which they are compared
 HOLDS, FAILS, UNSEEN, FEW = "holds", "fails, the other way round", "not distinguishable", "too few seeds"
 FOUND = "distinguishable"
-
-Place = Cell | Side
-Places = tuple[Place, ...]
+NOT_COMPARED = "not compared: "
 
 
 @dataclass(frozen=True)
@@ -136,48 +135,24 @@ def claims(cells: list[Cell]) -> list[Claim]:
     return [c for c in (*made, *_splitting(cells), *_architectures(cells)) if c.metric in measured]
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Cells of one architecture along a trait, at one value of the other; `places` are they as they can be compared."""
-
-    at: float
-    cells: list[Cell]
-    places: Places
-    how: str
-
-    def values(self, trait: str) -> tuple[float, ...]:
-        return tuple(getattr(cell, trait) for cell in self.cells)
-
-
 def _trends(cells: list[Cell], trait: str) -> Iterator[Claim]:
-    """From the least to the most of a trait: the mean over all values of the other trait, then at each of them."""
+    """From the least to the most of a trait: the mean over values of the other trait, then at each of them."""
     other = "l0" if trait == "width" else "width"
     for arch in dict.fromkeys(cell.arch for cell in cells):
-        rows = list(_rows([cell for cell in cells if cell.arch == arch], trait, other))
-        longest = max((row.values(trait) for row in rows if row.places), key=len, default=())
-        whole = [row for row in rows if row.places and row.values(trait) == longest]
-        kept = _alike([row.places for row in whole])
-        pooled = [row for row in whole if any(row.places is places for places in kept)]
+        rows = rows_along(trait, [cell for cell in cells if cell.arch == arch])
+        pools = pools_of(rows)
         for metric, expected in EXPECTED[trait].items():
             about = {"question": trait, "metric": metric, "expected": expected}
-            if len(pooled) > 1:
-                where = f"{arch}, mean over {_noun(other)} {', '.join(_label(other, row.at) for row in pooled)}"
-                how = _hows(row.how for row in pooled)
-                yield _compare(kept, how, where=where, ends=_ends(longest, trait), pooled=True, **about)
+            for pool in pools:
+                if len(pool.rows) > 1:
+                    where = f"{arch}, mean over {_noun(other)} {', '.join(_label(other, row.at) for row in pool.rows)}"
+                    how, ends = _hows(row.how for row in pool.rows), _ends(pool.values, trait)
+                    yield _compare(pool.places, how, where=where, ends=ends, pooled=True, **about)
             for row in rows:
-                main = len(pooled) < 2 and (row in pooled or not pooled)
-                where, ends = f"{arch} at {_noun(other)} {_label(other, row.at)}", _ends(row.values(trait), trait)
-                yield _compare(
-                    [row.places] if row.places else [], row.how, where=where, ends=ends, pooled=main, **about
-                )
-
-
-def _rows(own: list[Cell], trait: str, other: str) -> Iterator[_Row]:
-    """Rows of at least two cells."""
-    for at in sorted({getattr(cell, other) for cell in own}):
-        row = sorted((c for c in own if getattr(c, other) == at), key=lambda cell: getattr(cell, trait))
-        if len(row) > 1:
-            yield _Row(at, row, *(match_l0(row, own) if trait == "width" else (tuple(row), "several L0")))
+                main = not pools or any(len(pool.rows) == 1 and pool.rows[0] is row for pool in pools)
+                where, ends = f"{arch} at {_noun(other)} {_label(other, row.at)}", _ends(row.values, trait)
+                places = [row.places] if row.places else []
+                yield _compare(places, row.how, where=where, ends=ends, pooled=main, **about)
 
 
 def _ends(values: Sequence[float], trait: str) -> tuple[str, str]:
@@ -188,28 +163,39 @@ def _hows(ways: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(ways))
 
 
+def _why(reasons: Iterable[str]) -> str:
+    """Several reasons why there is no difference, in one."""
+    each = dict.fromkeys(reason.removeprefix(NOT_COMPARED) for reason in reasons)
+    return f"{NOT_COMPARED}{'; '.join(each)}" if each else ""
+
+
 def _splitting(cells: list[Cell]) -> Iterator[Claim]:
-    """For each architecture the first width with distinguishably more main latents per letter than the narrowest."""
+    """For each architecture the first width with distinguishably more main latents per letter than the narrowest.
+
+    Where no width has, the widest that could be compared.
+    """
     for arch in dict.fromkeys(cell.arch for cell in cells):
         own = [cell for cell in cells if cell.arch == arch]
-        widths, claim = sorted({cell.width for cell in own}), None
-        for width in widths[1:]:
-            pairs = []
-            for l0 in sorted({cell.l0 for cell in own}):
-                pair = [cell for w in (widths[0], width) for cell in own if (cell.width, cell.l0) == (w, l0)]
-                matched, how = match_l0(pair, cells) if len(pair) == 2 else ((), "")
-                pairs += [(matched, how)] if matched else []
-            how = _hows(way for _, way in pairs) or "not compared: no two widths at one L0"
-            ends = _label("width", widths[0]), _label("width", width)
-            kept = _alike([pair for pair, _ in pairs])
-            where = f"{arch}, mean over {len(kept)} L0"
-            claim = _compare(
-                kept, how, question="splitting", metric="n_split", where=where, ends=ends, expected=1, pooled=True
-            )
-            if claim.verdict == HOLDS:
+        narrowest, *wider = sorted({cell.width for cell in own})
+        claims = []
+        for width in wider:
+            claims.append(_more_latents(arch, narrowest, width, own))
+            if claims[-1].verdict == HOLDS:
                 break
-        if claim:
-            yield claim
+        if claims:
+            yield next((claim for claim in reversed(claims) if claim.difference), claims[-1])
+
+
+def _more_latents(arch: str, narrow: int, wide: int, own: list[Cell]) -> Claim:
+    """The number of main latents per letter at one width minus that at another, over all L0 that both have."""
+    at = {(cell.width, cell.l0): cell for cell in own}
+    shared = [l0 for l0 in sorted({cell.l0 for cell in own}) if (narrow, l0) in at and (wide, l0) in at]
+    tried = [match_l0((at[narrow, l0], at[wide, l0]), own) for l0 in shared]
+    pairs = [(places, how) for places, how in tried if places]
+    how = _hows(how for _, how in pairs) or _why(how for _, how in tried) or "not compared: no two widths at one L0"
+    kept = alike([places for places, _ in pairs])
+    where, ends = f"{arch}, mean over {len(kept)} L0", (_label("width", narrow), _label("width", wide))
+    return _compare(kept, how, question="splitting", metric="n_split", where=where, ends=ends, expected=1, pooled=True)
 
 
 def _architectures(cells: list[Cell]) -> Iterator[Claim]:
@@ -219,14 +205,14 @@ def _architectures(cells: list[Cell]) -> Iterator[Claim]:
         (WORDS_L0, partial(_pairs_along, of=_log_words_l0), "L0 on the words interpolated"),
         (EV, partial(_pairs_along, of=lambda cell: cell.ev), "EV interpolated"),
     )
-    widths = sorted({cell.width for cell in cells})
+    widths, has_words = sorted({cell.width for cell in cells}), any(cell.words_l0 for cell in cells)
     for a, b in combinations(dict.fromkeys(cell.arch for cell in cells), 2):
-        for matched, pairs_of, how in ways:
-            by_width = {w: pairs for w in widths if (pairs := _alike(pairs_of(a, b, w, cells)))}
-            every = _alike([pair for pairs in by_width.values() for pair in pairs])
-            if matched == WORDS_L0 and not every:  # not measured, or as on text
-                continue
-            reason = how if every else f"not compared: no {matched} that both reach"
+        for matched, pairs_of, how in ways if has_words else (ways[0], ways[2]):
+            tried = {width: pairs_of(a, b, width, cells) for width in widths}
+            by_width = {width: pairs for width, (found, _) in tried.items() if (pairs := alike(found))}
+            every = alike([pair for pairs in by_width.values() for pair in pairs])
+            reasons = _why(reason for _, reason in tried.values() if reason)
+            reason = how if every else reasons or f"not compared: no {matched} that both reach"
             for metric in COMPARED:
                 about = {"question": f"arch at {matched}", "metric": metric, "ends": (a, b), "expected": 0}
                 if len(by_width) != 1:
@@ -240,37 +226,34 @@ def _architectures(cells: list[Cell]) -> Iterator[Claim]:
                     yield _compare(pairs, how, where=where, pooled=len(by_width) == 1, **about)
 
 
-def _pairs_at_l0(a: str, b: str, width: int, cells: list[Cell]) -> list[Places]:
+def _pairs_at_l0(a: str, b: str, width: int, cells: list[Cell]) -> tuple[list[Places], str]:
+    """The pairs, and why there are none."""
     at = {(cell.arch, cell.l0): cell for cell in cells if cell.width == width}
     shared = sorted({l0 for arch, l0 in at if arch == a} & {l0 for arch, l0 in at if arch == b})
-    return [pair for l0 in shared if (pair := match_l0((at[a, l0], at[b, l0]), cells)[0])]
+    tried = [match_l0((at[a, l0], at[b, l0]), cells) for l0 in shared]
+    pairs = [places for places, _ in tried if places]
+    return pairs, "" if pairs else _why(how for _, how in tried)
 
 
-def _pairs_along(a: str, b: str, width: int, cells: list[Cell], of: Callable[[Cell], float | None]) -> list[Places]:
+def _pairs_along(
+    a: str, b: str, width: int, cells: list[Cell], of: Callable[[Cell], float | None]
+) -> tuple[list[Places], str]:
     """Both sides at every EV (or what `of` reads) that one has and both reach, interpolated between the L0 of each."""
     along = {}
     for arch in (a, b):
         own = [cell for cell in cells if (cell.arch, cell.width) == (arch, width) and of(cell) is not None]
-        along[arch] = _alike([(cell,) for cell in own])
+        along[arch] = alike([(cell,) for cell in own])
     sides = {arch: [cell for (cell,) in places] for arch, places in along.items()}
-    if not all(len(side) > 1 for side in sides.values()):
-        return []
+    if not all(sides.values()):
+        return [], ""
     low = max(min(of(cell) for cell in side) for side in sides.values())
     high = min(max(of(cell) for cell in side) for side in sides.values())
     points = sorted({of(cell) for side in sides.values() for cell in side if low <= of(cell) <= high})
-    return [tuple(Side(sides[arch][0], sides[arch], of, point) for arch in (a, b)) for point in points]
+    return [tuple(Side(sides[arch][0], sides[arch], of, point) for arch in (a, b)) for point in points], ""
 
 
 def _log_words_l0(cell: Cell) -> float | None:
     return math.log(cell.words_l0) if cell.words_l0 else None
-
-
-def _alike(rows: list[Places]) -> list[Places]:
-    """The most rows that have the same training seeds, place by place; of equal numbers those with more seeds."""
-    groups: dict[tuple, list[Places]] = {}
-    for row in rows:
-        groups.setdefault(tuple(place.seeds for place in row), []).append(row)
-    return max(groups.items(), key=lambda item: (len(item[1]), sum(map(len, item[0]))), default=((), []))[1]
 
 
 def _compare(rows: Sequence[Places], how: str, *, metric: str, **about: Any) -> Claim:
@@ -280,8 +263,9 @@ def _compare(rows: Sequence[Places], how: str, *, metric: str, **about: Any) -> 
     if not rows:
         return Claim(metric=metric, how=how, **about)
     labels = sorted(set.intersection(*(place.having(metric) for row in rows for place in row)))
-    if not labels:
-        return Claim(metric=metric, how="not compared: no letter has a value in all cells", **about)
+    if len(labels) < 2:  # of one alone nothing is known of how letters differ
+        few = "one letter" if labels else "no letter"
+        return Claim(metric=metric, how=f"{NOT_COMPARED}{few} has a value in all cells", **about)
     means = [sum(place.matrix(metric, labels) for place in places) / len(rows) for places in zip(*rows, strict=True)]
     return Claim(
         metric=metric,

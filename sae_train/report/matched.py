@@ -1,9 +1,10 @@
 """Comparisons of SAEs at matched L0, and of architectures also at matched EV, pair by pair.
 
-Two cells are compared as they are where their L0 differ by at most 2 %. Otherwise each side's scores, label by label
-and seed by seed, are interpolated on log L0 to the L0 asked for, if it has at least four L0 around it; else the pair is
-left out with its reason. At matched EV one side is as it was measured, and the other is interpolated on EV between two
-of its L0. Labels are paired; a pair needs the same words, which the same eval assets give.
+Two cells are compared as they are where their L0 differ by at most 2 %, and from the one asked for by at most 15 %.
+Otherwise each side's scores, label by label and seed by seed, are interpolated on log L0 to the L0 asked for, or to the
+nearest that all sides reach, if it has at least four L0 around it; else the pair is left out with its reason. At
+matched EV one side is as it was measured, and the other is interpolated on EV between two of its L0. Labels are paired;
+a pair needs the same words, which the same eval assets give.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sae_train.evals.intervals import Interval
 
 CLOSE_L0 = 0.02
+ON_TARGET = 0.15  # by so much of the L0 asked for an SAE may miss it and still stand for it
 LEAST_POINTS = 4  # L0 of a side that is interpolated
 SEEDS_ASKED = 3  # a side; fewer leave the noise of training out of sight
 
@@ -75,12 +77,36 @@ def match_l0(chosen: Sequence[Cell], cells: list[Cell]) -> tuple[tuple[Cell | Si
     if not all(cell.reached for cell in chosen):
         return (), "not compared: no L0"
     reached = [math.log(cell.reached or 0) for cell in chosen]
-    apart = max(reached) - min(reached)
-    if apart <= CLOSE_L0:
+    apart, missed = max(reached) - min(reached), next((cell for cell in chosen if not on_target(cell)), None)
+    if apart <= CLOSE_L0 and not missed:
         return tuple(chosen), "L0 as reached"
-    if all(_can_interpolate(cell, cells) for cell in chosen):
-        return tuple(Side(cell, series(cell, cells), _log_l0, math.log(cell.l0)) for cell in chosen), "L0 interpolated"
-    return (), f"not compared: L0 {percent(math.expm1(apart))} apart"
+    along = [series(cell, cells) for cell in chosen]
+    if target := _shared_l0(chosen[0].l0, reached, along):
+        at = f" to {target:.3g}" if target != chosen[0].l0 else ""
+        sides = [Side(cell, own, _log_l0, math.log(target)) for cell, own in zip(chosen, along, strict=True)]
+        return tuple(sides), f"L0 interpolated{at}"
+    if missed:
+        return (), f"not compared: {missed.name} reached {missed.l0_span}"
+    lacking = any(len(own) < LEAST_POINTS <= _n_l0(cell, cells) for cell, own in zip(chosen, along, strict=True))
+    seeds = ", and not interpolated: training seeds are missing at some L0" if lacking else ""
+    return (), f"not compared: L0 {percent(math.expm1(apart))} apart{seeds}"
+
+
+def on_target(cell: Cell) -> bool:
+    """Whether a cell came near enough to the L0 asked for to be named by it."""
+    return bool(cell.reached) and abs((cell.reached or 0) / cell.l0 - 1) <= ON_TARGET
+
+
+def _shared_l0(asked: float, reached: Sequence[float], along: Sequence[Sequence[Cell]]) -> float | None:
+    """The L0 asked for, if all series have it between their ends, or the nearest that they have among those reached."""
+    if any(len(own) < LEAST_POINTS for own in along):
+        return None
+    low = max(own[0].reached or 0 for own in along)
+    high = min(own[-1].reached or 0 for own in along)
+    if low <= asked <= high:
+        return asked
+    nearest = min(max(asked, low), high)
+    return nearest if low <= high and min(reached) <= math.log(nearest) <= max(reached) else None
 
 
 def _at_one_ev(a: Cell, b: Cell, cells: list[Cell]) -> Comparison | None:
@@ -140,13 +166,18 @@ def _compare(name: str, how: str, a: Cell | Side, b: Cell | Side) -> Comparison:
 
 def series(cell: Cell, cells: list[Cell]) -> list[Cell]:
     """The cell's own architecture and width at every L0, with as many seeds."""
-    own = [c for c in cells if (c.setting, c.arch, c.width) == (cell.setting, cell.arch, cell.width)]
-    return sorted((c for c in own if c.reached and c.seeds == cell.seeds), key=lambda c: c.reached or 0)
+    return sorted((c for c in _family(cell, cells) if c.seeds == cell.seeds), key=lambda c: c.reached or 0)
 
 
-def _can_interpolate(cell: Cell, cells: list[Cell]) -> bool:
-    own = series(cell, cells)
-    return len(own) >= LEAST_POINTS and (own[0].reached or 0) <= cell.l0 <= (own[-1].reached or 0)
+def _n_l0(cell: Cell, cells: list[Cell]) -> int:
+    return len(_family(cell, cells))
+
+
+def _family(cell: Cell, cells: list[Cell]) -> list[Cell]:
+    return [
+        c for c in cells
+        if (c.setting, c.arch, c.width) == (cell.setting, cell.arch, cell.width) and c.reached
+    ]  # fmt: skip
 
 
 def _log_l0(cell: Cell) -> float:

@@ -10,7 +10,8 @@ from sae_train.config import width_label
 from sae_train.errors import UserError
 from sae_train.report.cells import Cell, cells
 from sae_train.report.claims import FEW, HOLDS, MATCHED, METRICS, UNSEEN, Claim, claims
-from sae_train.report.data import Run
+from sae_train.report.data import Run, TrainedSAE
+from sae_train.report.matched import CLOSE_L0, SEEDS_ASKED, on_target
 from sae_train.report.text import fixed, listed, number, percent
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 LETTER_METRICS = (*METRICS, "f1_k1")
 MAIN_LATENTS = ("precision_main", "recall_main")
-CLOSE_L0 = 0.02
 MANY_DEAD = 0.1  # of a cell's latents
 MUCH_MORE = 1.1  # times as many latents on the words
 MOST_NAMED = 6  # cells in a sentence
@@ -61,7 +61,7 @@ class Study:
     claims: list[Claim]
     left_out: list[str]
     beyond_chance: tuple[tuple[str, ...], int]
-    """names of the cells whose full absorption is beyond chance, and of how many that is known"""
+    """names of the cells of enough seeds whose full absorption is beyond chance, and of how many that is known"""
     intervals: dict[tuple[str, str], Interval] = field(default_factory=dict)
     """of each cell's metrics, by the cell's name and the metric"""
 
@@ -95,21 +95,22 @@ def _heading(claim: Claim) -> str:
 
 def read_study(runs: list[Run]) -> Study:
     """Compare the SAEs of all parts; UserError where nothing can be."""
-    found = cells(runs)
-    settings = [cell.setting for cell in found]
-    found = [cell for cell in found if cell.setting == max(settings, key=settings.count)]
+    every = cells(runs)
+    settings = [cell.setting for cell in every]
+    found = [cell for cell in every if cell.setting == max(settings, key=settings.count)]
     if not found:
         raise UserError("no SAE of the study has a valid absorption score, so there is nothing to compare")
     intervals = {
         (cell.name, metric): cell.interval(metric) for cell in found for metric in LETTER_METRICS if cell.having(metric)
     }
-    known = {cell.name: own for cell in found if (own := intervals.get((cell.name, "full_beyond")))}
+    repeated = [cell for cell in found if len(cell.saes) >= SEEDS_ASKED]
+    known = {cell.name: own for cell in repeated if (own := intervals.get((cell.name, "full_beyond")))}
     beyond = tuple(name for name, own in known.items() if own.low > 0)
     return Study(
         runs=runs,
         cells=found,
         claims=claims(found),
-        left_out=_left_out(runs, found),
+        left_out=_left_out(runs, found, every),
         beyond_chance=(beyond, len(known)),
         intervals=intervals,
     )
@@ -127,18 +128,35 @@ def random_level(cell: Cell, score: str) -> float | None:
     return sum(levels) / len(levels) if levels else None
 
 
-def _left_out(runs: list[Run], found: list[Cell]) -> list[str]:
-    used = {(sae.run, sae.name) for cell in found for sae in cell.saes}
+def _left_out(runs: list[Run], found: list[Cell], every: list[Cell]) -> list[str]:
+    """SAEs that are in no cell with the reason, and cells that missed their L0 with what follows from it."""
+    used, other = ({(sae.run, sae.name) for cell in own for sae in cell.saes} for own in (found, every))
     lines = [
-        f"{sae.name}: {sae.failed or sae.invalid or 'it has no absorption score'}"
+        f"{sae.name}: {_why_not(sae, (sae.run, sae.name) in other)}"
         for run in runs
         for sae in run.saes
         if (sae.run, sae.name) not in used
     ]
     off = [cell for cell in found if cell.reached and abs(cell.reached / cell.l0 - 1) > CLOSE_L0]
-    return lines + [
-        f"{cell.name}: L0 reached is {cell.l0_span}, so it is compared by interpolation or not at all" for cell in off
-    ]
+    return lines + [f"{cell.name}: L0 reached is {cell.l0_span}, {_follows(cell)}" for cell in off]
+
+
+def _why_not(sae: TrainedSAE, is_scored_otherwise: bool) -> str:
+    if is_scored_otherwise:
+        return (
+            "its eval read other activations or words than that of most SAEs (another machine or number format will "
+            "do); benchmarks/pool_studies.py compares such parts"
+        )
+    if sae.failed or sae.invalid or not sae.last_letters:
+        return sae.failed or sae.invalid or "it has no absorption score"
+    return "no letter counts in all training seeds of its cell, or another SAE of the study is the same"
+
+
+def _follows(cell: Cell) -> str:
+    """What a cell's L0 means for comparisons at a matched one."""
+    if on_target(cell):
+        return "so at matched L0 it is compared with others of that L0, else by interpolation or not at all"
+    return "which is too far off to count as that L0: there it is compared by interpolation or not at all"
 
 
 def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:

@@ -177,12 +177,14 @@ def _sae_rows(study: Study) -> list[dict[str, Any]]:
 
 
 def _letter_rows(study: Study) -> list[dict[str, Any]]:
-    """Each SAE's letters that count, at its last look: all that claims are made from."""
+    """The letters that count, at its last look, of each SAE in a cell: all that claims are made from."""
+    used = {(sae.run, sae.name) for cell in study.cells for sae in cell.saes}
     return [
         {"arch": sae.arch, "width": sae.width, "l0": sae.l0, "seed": sae.seed, "letter": row["letter"]}
         | {metric: _rounded(number(row.get(metric))) for metric in LETTER_METRICS}
         for run in study.runs
         for sae in run.saes
+        if (sae.run, sae.name) in used
         for row in sae.last_letters
         if row.get("counts")
     ]

@@ -1,0 +1,149 @@
+"""Designs that are uneven, or came out so: what can be compared is, what is said of it is true, the rest is named."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planted_cells import cell, claim_of, table
+
+from sae_train.report.cells import Cell
+from sae_train.report.claims import FEW, HOLDS, UNSEEN, claims
+from sae_train.report.data import Run
+from sae_train.report.study import Study, findings, least, onset, read_study
+
+
+def grid(l0s: dict[int, tuple[int, ...]], of=lambda width, l0: 0.1, arch="topk", seeds=lambda width: 3, **more):
+    """Cells at the L0 of each width, with a planted mean."""
+    return [
+        cell(arch, width, l0, table(of(width, l0), seeds(width), draw=width + l0), **more)
+        for width, own in l0s.items()
+        for l0 in own
+    ]
+
+
+def main_of(cells, question, metric="full"):
+    return [c for c in claims(cells) if (c.question, c.metric, c.pooled) == (question, metric, True)]
+
+
+def study_of(cells) -> Study:
+    return Study([], cells, claims(cells), [], ((), 0))
+
+
+def test_a_width_with_fewer_l0_has_a_mean_of_its_own_beside_the_mean_of_all_l0():
+    cells = grid({64: (8, 16, 32, 64), 128: (8, 16, 32, 64), 256: (8, 32)}, lambda w, l0: w / 1000)
+    widest, narrow = main_of(cells, "width")
+    assert (widest.where, widest.ends) == ("topk, mean over L0 8, 32", ("64", "256"))
+    assert (narrow.where, narrow.ends) == ("topk, mean over L0 8, 16, 32, 64", ("64", "128"))
+    assert [c.difference.mean for c in (widest, narrow)] == pytest.approx([0.192, 0.064])
+    assert widest.means == pytest.approx((0.064, 0.128, 0.256))
+
+
+def test_a_range_of_l0_that_one_width_alone_has_does_not_take_the_place_of_what_widths_share():
+    cells = grid({64: (16, 32), 128: (4, 8, 16, 32)}, lambda w, l0: 0.1 + (l0 / 100 if w == 64 else 0.2 / l0))
+    (shared,) = main_of(cells, "l0")
+    assert (shared.where, shared.ends) == ("topk, mean over width 64, 128", ("16", "32"))
+    part = [c for c in claims(cells) if (c.question, c.metric, c.where) == ("l0", "full", "topk at width 128")]
+    assert [(c.ends, c.pooled, c.verdict) for c in part] == [(("4", "32"), False, HOLDS)]
+
+
+@pytest.mark.parametrize("question", ["l0", "arch at L0"])
+def test_the_main_claim_rests_on_what_has_enough_seeds_where_something_has(question):
+    seeds = lambda width: 3 if width == 64 else 1  # noqa: E731
+    cells = grid({64: (8, 16), 128: (8, 16), 256: (8, 16)}, lambda w, l0: 0.3 - l0 / 100, seeds=seeds)
+    cells += grid({64: (8, 16), 128: (8, 16), 256: (8, 16)}, lambda w, l0: 0.6 - l0 / 100, "relu", seeds)
+    claim = claim_of(cells, question)
+    assert claim.seeds == (3, 3) and "64" in claim.where and claim.verdict not in (FEW, UNSEEN)
+    study = study_of(cells)
+    assert "too few seeds" not in " ".join(findings(study)[0]["L0"])
+
+
+def test_widths_that_match_are_compared_beside_one_that_does_not():
+    cells = grid({64: (8, 32), 128: (8, 32)}, lambda w, l0: w / 1000, "jumprelu")
+    cells += [cell("jumprelu", 256, l0, table(0.3, draw=l0), reached=l0 * 1.05) for l0 in (8, 32)]
+    (claim,) = main_of(cells, "width")
+    assert (claim.ends, claim.where) == (("64", "128"), "jumprelu, mean over L0 8, 32")
+    others = {c.verdict for c in claims(cells) if (c.question, c.metric, c.ends) == ("width", "full", ("64", "256"))}
+    assert others == {"not compared: L0 5.0\u00a0% apart"}
+
+
+def test_splitting_is_looked_for_up_to_the_widest_that_can_be_compared():
+    cells = grid({64: (8, 16), 128: (8, 16)}, n_split=table(1.0))
+    wide = [cell("topk", 256, l0, table(0.1), reached=l0 * 1.05, n_split=table(2.0)) for l0 in (8, 16)]
+    claim = claim_of([*cells, *wide], "splitting", "n_split")
+    assert "is not seen to set in up to width 128" in onset(claim)
+    assert onset(claim_of([*cells[:2], *wide], "splitting", "n_split")) == (
+        "Splitting in topk: not compared: L0 5.0\u00a0% apart."
+    )
+
+
+def test_sides_that_overshoot_the_lowest_l0_are_interpolated_to_one_that_both_reach():
+    score = lambda l0: 0.3 - 0.05 * math.log2(l0)  # noqa: E731
+    cells = [
+        cell("relu", width, l0, table(score(l0 * over) + plus, draw=l0 + width), reached=l0 * over)
+        for width, over, plus in ((64, 1.01, 0.0), (128, 1.05, 0.1))
+        for l0 in (8, 16, 32, 64)
+    ]
+    parts = [c for c in claims(cells) if (c.question, c.metric, c.pooled) == ("width", "full", False)]
+    hows = ["L0 interpolated to 8.4", *["L0 interpolated"] * 3]
+    assert [c.how for c in parts] == hows
+    assert [c.difference.mean for c in parts] == pytest.approx([0.1] * 4)
+    whole = cells[6]
+    cells[6] = Cell(whole.setting, whole.arch, whole.width, whole.l0, whole.saes[:2])
+    said = {c.where: c.how for c in claims(cells) if (c.question, c.metric) == ("width", "full")}
+    assert said["relu at L0 16"].endswith("apart, and not interpolated: training seeds are missing at some L0")
+
+
+def test_an_l0_that_was_missed_by_far_stands_for_none():
+    cells = grid({64: (8, 16), 128: (8, 16)}, lambda w, l0: 0.3 - l0 / 100, "relu")
+    cells += [cell("relu", width, 32, table(0.0, draw=width), reached=12.0) for width in (64, 128)]
+    (fall,) = main_of(cells, "l0")
+    assert fall.ends == ("8", "16") and fall.difference.mean == pytest.approx(-0.08)
+    reasons = {c.verdict for c in claims(cells) if c.where in ("relu at width 64", "relu at L0 32")}
+    assert {"not compared: relu, 64, L0 32 reached 12.00"} <= reasons
+    assert all("32" not in c.where for c in main_of(cells, "width"))
+
+
+def test_an_architecture_with_one_l0_is_compared_at_its_ev_and_keeps_others_from_being_the_least():
+    l0s = (8, 16, 32, 64)
+    cells = [
+        cell(arch, 64, l0, table(mean, draw=l0 + i), ev=0.6 + 0.05 * math.log2(l0), words_l0=2.0 * l0)
+        for i, (arch, mean) in enumerate({"topk": 0.3, "jumprelu": 0.25, "matryoshka": 0.2}.items())
+        for l0 in l0s
+    ]
+    cells.append(cell("relu", 64, 16, table(0.05, draw=77), ev=0.82, words_l0=200.0))
+    study = study_of(cells)
+    assert "At the same L0, relu has less full absorption than every other architecture" in least(study, "L0")
+    assert "At the same EV, relu has less full absorption than every other architecture" in least(study, "EV")
+    on_words = least(study, "L0 on the words")
+    assert "no architecture is shown" in on_words and "no L0 on the words that both reach" in on_words
+
+
+def test_one_letter_alone_is_no_claim():
+    counts = table(1.0)
+    counts[:, 1:] = math.nan
+    cells = [cell("topk", w, 8, table(0.1, draw=w), n_split=counts) for w in (64, 128)]
+    assert claim_of(cells, metric="n_split").verdict == "not compared: one letter has a value in all cells"
+
+
+def test_what_is_left_out_comes_with_its_own_reason():
+    """Of three runs the last read other activations; one SAE fell silent, and one missed its L0."""
+
+    def run(name, saes, assets):
+        found = Run(Path(name), name, {"settings": {}, "eval_assets": {"hash": assets}}, [])
+        found.saes.extend(saes)
+        return found
+
+    def renamed(of: Cell, run: str, **changes):
+        return [replace(sae, name=f"{of.name}-{sae.seed}", run=run, **changes) for sae in of.saes]
+
+    near, far = cell("topk", 64, 8, table(0.1)), cell("topk", 128, 8, table(0.1), reached=12.0)
+    idle = renamed(cell("topk", 64, 16, table(0.1, 1)), "one", invalid="it tells no labels apart")
+    one = run("one", [*renamed(near, "one"), *renamed(far, "one"), *idle], "a")
+    two = run("two", renamed(cell("topk", 256, 8, table(0.1)), "two"), "b")
+    said = " ".join(read_study([one, two]).left_out)
+    assert "topk, 64, L0 16-0: it tells no labels apart" in said
+    assert "topk, 256, L0 8-2: its eval read other activations or words" in said and "no absorption score" not in said
+    assert "topk, 128, L0 8: L0 reached is 12.00, which is too far off to count as that L0" in said
