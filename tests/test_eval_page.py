@@ -74,8 +74,8 @@ def test_the_verdict_has_scores_intervals_the_random_sae_and_where_recall_goes(t
         "Absorption of topk-16k-l0_8",
         f"0.200 (full; 95 % interval {low:.3f} to {high:.3f})",
         "as means over the 25 letters that count",
-        "A random SAE of the same width and L0 scores 0.012 (fraction) and 0.002 (full; 0.001 to 0.004): "
-        "both scores are distinguishably above that",
+        "A random SAE of the same width and L0 scores 0.012 (fraction) and 0.002 (full; 0.001 to 0.004). "
+        "Its fraction is distinguishably above that; its full is distinguishably above that.",
         "takes away 75 % of the full rate and leaves 0.050",
         "the main latents fire on 40.0 %. They miss 20.0 % because one other latent carries the letter, 20.0 % on",
         "on “aword0” the A-latents 11, 12 are silent; latent 4000 fires instead",
@@ -87,9 +87,9 @@ def test_the_verdict_has_scores_intervals_the_random_sae_and_where_recall_goes(t
     ("random", "on_words", "said"),
     [
         ((0.01, 0.002), (0.9, 0.8), "L0 scores 0.010 (fraction) and 0.002 (full), and one that is as sparse on the "
-         "words 0.900 (fraction) and 0.800 (full): it is not distinguishable from that"),
-        (None, (0.02, 0.01), "A random SAE that is as sparse on the words scores 0.020 (fraction) and 0.010 (full): "
-         "both scores are"),
+         "words 0.900 (fraction) and 0.800 (full). Its fraction is not distinguishably above that; its full is not"),
+        (None, (0.02, 0.01), "A random SAE that is as sparse on the words scores 0.020 (fraction) and 0.010 (full). "
+         "Its fraction is distinguishably above that; its full is distinguishably"),
         (None, None, "No random SAE was evaluated beside it"),
     ],
 )  # fmt: skip
@@ -103,6 +103,23 @@ def test_the_verdict_asks_for_a_score_above_both_random_saes(random, on_words, s
     line = absorption_line(planted().metrics(), beside)
     assert ("random SAE" in line) is (random is not None or on_words is not None)
     assert (on_words is None) or f"on the words {on_words[1]:.4f}" in line
+
+
+@pytest.mark.parametrize(("recall", "above"), [(0.0, True), (0.9, False)])
+def test_full_is_held_against_what_random_latents_carry_of_the_words_that_are_missed(recall, above, tmp_path):
+    """A random SAE's own full says nothing: with the same score it carries a tenth of what it misses, or all."""
+    result = planted()
+    counted = result.by_letter[result.by_letter["counts"]]
+    misses = (1 - counted["recall_main"]).mean()
+    page = written(
+        tmp_path, result, baselines={"random_words": dict.fromkeys(MEANS, 0.1) | {"mean_recall_main": recall}}
+    )
+    chance = misses * 0.1 / (1 - recall)
+    verdict = "is distinguishably" if above else "is not distinguishably"
+    assert f"its full {verdict} above what random latents would carry of the words that its main latents miss (" in (
+        page[0].text
+    )
+    assert f"miss ({chance:.3f})" in page[0].text and "<dt>chance</dt>" in page[1]
 
 
 def test_baselines_stand_beside_the_sae_with_dashes_for_what_is_missing(tmp_path):

@@ -190,7 +190,7 @@ def test_one_run_gives_a_page_with_its_numbers_intervals_and_an_example(tmp_path
         " and 0.100 (full; 95 % interval 0.080 to 0.125)",
         "over the 25 letters that count. A random SAE of the same width and L0",
         "scores 0.002 (fraction) and 0.000 (full)",
-        "both scores are distinguishably above that",
+        "Its fraction is distinguishably above that; its full is distinguishably above that.",
         "fires instead (cosine 0.41 with the letter’s probe, and carries",
         "The letter latents have mean F1 0.80",
         "sae-train --width 16k --l0 50",
@@ -425,7 +425,7 @@ def test_interval_that_includes_zero_is_not_distinguishable(tmp_path):
     _edit_final(run, **{"absorption/mean_full_low": 0.0, "absorption/mean_fraction_low": 0.001})
     text = read(write_report(run)).text
     assert "(full; 95 % interval 0.000 to 0.125, not distinguishable from 0)" in text
-    assert "it is not distinguishable from that" in text
+    assert "Its fraction is not distinguishably above that; its full is not distinguishably above that." in text
 
 
 def test_invalid_absorption_shows_its_reason_instead_of_a_score(tmp_path):
@@ -621,7 +621,7 @@ def test_the_answer_comes_first_in_plain_words(tmp_path):
     body = text[text.index("Does a latent that stands for a first letter fire on every word with that letter?") :]
     share = "absorbed on 10.0 % of a letter’s words, on average (95 % interval over words 8.0 % to 12.5 %)"
     assert body.index(f"topk-16k-l0_50: {share}") < 400
-    assert "distinguishably more than a random SAE (0.0 %)" in body
+    assert "distinguishably more than a random SAE gives (0.0 %)" in body
     assert "What the words mean" in body
 
 
@@ -632,7 +632,7 @@ def test_the_answer_names_the_random_sae_that_scores_higher(tmp_path):
     for sae in facts["saes"]:
         sae["baseline"]["random_words"] = {"mean_full": 0.3, "mean_fraction": 0.3}
     (run / "run.json").write_text(json.dumps(facts))
-    assert "not distinguishably more than a random SAE (30.0 %)" in read(write_report(run)).text
+    assert "not distinguishably more than a random SAE gives (30.0 %)" in read(write_report(run)).text
 
 
 def test_an_upper_bound_of_zero_is_a_bound(tmp_path):

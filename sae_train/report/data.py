@@ -79,6 +79,14 @@ class TrainedSAE:
         return self.baselines.get("random_words", {})
 
     @property
+    def full_by_chance(self) -> float | None:
+        """Mean full absorption that chance gives on as many words as the main latents miss; None where unknown."""
+        share = _carried_by_chance(self.chance)
+        recalls = [number(row.get("recall_main")) for row in self.last_letters if row.get("counts")]
+        missed = [1 - recall for recall in recalls if recall is not None]
+        return share * sum(missed) / len(missed) if missed and share is not None and not self.causal else None
+
+    @property
     def causal(self) -> bool:
         """Whether `full` is the causal rate, which asks the language model."""
         return str(self.preset).startswith("paper")

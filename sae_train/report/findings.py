@@ -43,28 +43,43 @@ def against_zero(sae: TrainedSAE, measure: str) -> bool | None:
     return None if low is None else low > 0
 
 
-def against_random(sae: TrainedSAE, measure: str) -> bool | None:
-    """Whether the interval lies above those of the random SAEs (their values, if these have no interval)."""
+def beyond_chance(sae: TrainedSAE, measure: str) -> bool | None:
+    """Whether the interval of a measure lies above what chance gives; None where either is unknown.
+
+    For full that is what random latents would carry of the words that this SAE's main latents miss: a random SAE's own
+    full says little, since that misses most words. Else, and where that was not measured, it is the random SAEs' scores
+    (the upper ends of their intervals, if these have any).
+    """
     low, key = sae.usable(f"{MEASURES[measure]}_low"), f"mean_{measure}"
     random = [number(figures.get(f"{key}_high", figures.get(key))) for figures in (sae.baseline, sae.chance)]
-    known = [value for value in random if value is not None]
+    levels = [sae.full_by_chance] if judged_by_misses(sae, measure) else random
+    known = [value for value in levels if value is not None]
     return low > max(known) if known and low is not None else None
 
 
-def random_mean(sae: TrainedSAE, measure: str) -> float | None:
-    """The random SAE's score; of that fitted on text and that on the words the higher one."""
+def judged_measures(sae: TrainedSAE) -> list[str]:
+    return [measure for measure in usable_measures(sae) if beyond_chance(sae, measure) is not None]
+
+
+def judged_by_misses(sae: TrainedSAE, measure: str) -> bool:
+    return measure == "full" and sae.full_by_chance is not None
+
+
+def chance_level(sae: TrainedSAE, measure: str) -> float | None:
+    """What a measure is held against; of random SAEs fitted on text and on the words the higher one."""
+    if judged_by_misses(sae, measure):
+        return sae.full_by_chance
     means = [number(figures.get(f"mean_{measure}")) for figures in (sae.baseline, sae.chance)]
     return max((mean for mean in means if mean is not None), default=None)
 
 
-def above_random(sae: TrainedSAE) -> list[str]:
-    """Names of the scores that are distinguishably above the random SAE's."""
-    return [measure_name(sae, measure) for measure in MEASURES if against_random(sae, measure)]
+def chance_name(sae: TrainedSAE, measure: str) -> str:
+    return "chance" if judged_by_misses(sae, measure) else "a random SAE"
 
 
 def count_distinguishable(saes: list[TrainedSAE], measure: str) -> tuple[int, int, int]:
-    """How many SAEs are distinguishable from 0 and from the random SAE, and how many have one beside them."""
-    beside = [above for sae in saes if (above := against_random(sae, measure)) is not None]
+    """How many SAEs are distinguishable from 0 and from chance, and of how many that is known."""
+    beside = [above for sae in saes if (above := beyond_chance(sae, measure)) is not None]
     return sum(against_zero(sae, measure) is True for sae in saes), sum(beside), len(beside)
 
 

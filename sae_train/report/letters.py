@@ -6,7 +6,7 @@ from typing import Any
 
 from sae_train.evals.outcomes import OUTCOMES
 from sae_train.report.data import TrainedSAE, outcomes_of
-from sae_train.report.findings import MEASURES, OUTCOME_LEGEND, measure_name, random_mean
+from sae_train.report.findings import MEASURES, OUTCOME_LEGEND, chance_level, chance_name, measure_name
 from sae_train.report.shapes import Chart, Dots, Mark, Row, Stacked
 from sae_train.report.text import number
 
@@ -32,7 +32,7 @@ def recall_bars(saes: list[TrainedSAE]) -> list[Chart]:
 
 def _scores(sae: TrainedSAE, measure: str) -> Chart | None:
     family = not (sae.causal and measure == "full")
-    mean, random = sae.get(MEASURES[measure]), random_mean(sae, measure)
+    mean, chance = sae.get(MEASURES[measure]), chance_level(sae, measure)
     rows = [Row(str(row["letter"]), *_marks(row, measure, family)) for row in sae.last_letters]
     if not any(row.marks for row in rows):
         return None
@@ -40,8 +40,8 @@ def _scores(sae: TrainedSAE, measure: str) -> Chart | None:
     hollow = any(mark.css.startswith("ring") for row in rows for mark in row.marks)
     entries += [("ring c1", "family-corrected")] if hollow else []
     entries += [("rule mean", "mean")] if mean is not None else []
-    entries += [("rule random", "random SAE")] if random is not None else []
-    lines = [(value, css) for value, css in ((mean, "mean"), (random, "random")) if value is not None]
+    entries += [("rule random", chance_name(sae, measure))] if chance is not None else []
+    lines = [(value, css) for value, css in ((mean, "mean"), (chance, "random")) if value is not None]
     title = f"Absorption, {measure_name(sae, measure)}, by {sae.noun}"
     return Dots(f"{measure}-by-label", title, "", rows, lines=lines, legend=entries)
 
