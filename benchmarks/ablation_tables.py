@@ -88,11 +88,12 @@ def mean_nulls(nulls: list[dict[str, float]]) -> list[dict[str, Any]]:
 def disagreements(words: pd.DataFrame) -> pd.DataFrame:
     """Five words that count as full and whose absorber the answer owes least, and five whose main latents are silent,
     that do not count, and whose other latents the answer owes most."""
-    words = words[words["word"].str.strip().str.len() > 2].drop_duplicates("word")
+    words = words[words["word"].str.strip().str.len() > 2]
     columns = ["sae", "word", "full", "silent", "absorber", "cos", "share", "effect", "most", "control", "letter"]
-    full = words[words["full"] == 1].sort_values("effect").head(N_DISAGREE // 2)
+    full = words[words["full"] == 1].sort_values("effect")
     missed = words[(words["full"] == 0) & (words["silent"] == 1)].sort_values("most", ascending=False)
-    return pd.concat([full, missed.head(N_DISAGREE // 2)])[columns].round(2)
+    most = (each.drop_duplicates("word").head(N_DISAGREE // 2) for each in (full, missed))  # of all SAEs
+    return pd.concat(most)[columns].round(2)
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -42,7 +42,7 @@ MEASURES = {
     "order": "Spearman's correlation of a word's log frequency with when it was taken",
     "rarer": "log10 frequency of absorbed words minus that of the letter's other words",
     "chosen_anew": "share of takeovers at whose look the letter has other main latents than before",
-    "before": "absorber was there (on any word) before the word fell silent, share",
+    "before": "of the others, share whose absorber was there (on any word) before the word fell silent",
     "lived": "how long the absorber was there before it took the word for good, share of the training",
     "lived_here": "the same, from when it was the strongest other latent on this word",
     "splits": "share of letters with more than one main latent at the end",
@@ -56,14 +56,22 @@ MEASURES = {
 
 def main() -> None:
     args = _arguments()
-    rows = []
+    parts: dict[str, list[tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]]] = {}
     for run in map(Run, args.runs):
         frequency = count_tokens(run, args.text_tokens)
         trajectory, letters, names = read(run)
-        for cell, seeds in cells(run):
-            part = trajectory[trajectory["sae"].isin(seeds)].assign(frequency=trajectory["token_id"].map(frequency))
-            found = measure(part, letters[letters["sae"].isin(seeds)], names)
-            rows += [{"cell": cell, "seeds": len(seeds), "measure": name, **vars(it)} for name, it in found]
+        for cell, saes in cells(run):
+            own = [table[table["sae"].isin(saes)] for table in (trajectory, letters, names)]
+            own[0] = own[0].assign(frequency=own[0]["token_id"].map(frequency))
+            parts.setdefault(cell, []).append(tuple(t.assign(sae=f"{run.path}/" + t["sae"].astype(str)) for t in own))
+    rows = []
+    for cell, of_runs in parts.items():
+        tables = [pd.concat(each, ignore_index=True) for each in zip(*of_runs, strict=True)]
+        looks = {tuple(sorted(own[0]["step"].unique())) for own in of_runs}
+        if len(looks) > 1:
+            raise UserError(f"runs with {cell} have looks at other steps: give those of one length and number of looks")
+        n = tables[0]["sae"].nunique()
+        rows += [{"cell": cell, "seeds": n, "measure": name, **vars(it)} for name, it in measure(*tables)]
     table = pd.DataFrame(rows)
     print(markdown(table))
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,10 +79,10 @@ def main() -> None:
 
 
 def cells(run: Run) -> Iterator[tuple[str, list[str]]]:
-    """SAEs of a run that differ in their seed only."""
+    """SAEs of a run that differ in their seed only, without those that failed or have no valid score."""
     grouped: dict[str, list[str]] = {}
     for sae in run.info["saes"]:
-        if sae["written"] and not sae["failed"]:
+        if sae["written"] and not sae["failed"] and sae["final"].get("absorption/valid", True):
             grouped.setdefault(f"{sae['arch']}, {sae['width']} latents, L0 {sae['l0']:g}", []).append(sae["name"])
     yield from grouped.items()
 
@@ -158,7 +166,8 @@ def _of_takeovers(
         ag.clusters(list(known["letter"])), by_rank=True,
     )  # fmt: skip
     yield "chosen_anew", _mean(log, chosen_anew(log, letters, steps))
-    yield "before", _mean(log, log["born_step"] < log["silent_step"])
+    fell = log[log["recalled_step"] != NEVER]  # the others were silent from the first look on: nothing is before it
+    yield "before", _mean(fell, fell["born_step"] < fell["silent_step"])
     yield "lived", _mean(log, (log["taken_step"] - log["born_step"]) / end)
     yield "lived_here", _mean(log, (log["taken_step"] - log["first_step"]) / end)
 

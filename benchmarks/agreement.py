@@ -23,8 +23,8 @@ Statistic = Callable[["Float[Tensor, '... m']"], "Float[Tensor, '...']"]
 def cluster_sums(
     values: Float[Tensor, "n m"], rows: Int[Tensor, " n"], columns: Int[Tensor, " n"]
 ) -> Float[Tensor, "rows columns m"]:
-    """Sums of the values in each pair of clusters, in float64."""
-    n_rows, n_columns = int(rows.max()) + 1, int(columns.max()) + 1
+    """Sums of the values in each pair of clusters, in float64; of no values one pair with sums of 0."""
+    n_rows, n_columns = (int(of.max()) + 1 if len(of) else 1 for of in (rows, columns))
     out = torch.zeros(n_rows * n_columns, values.shape[1], dtype=torch.float64)
     return out.index_add_(0, rows * n_columns + columns, values.double()).view(n_rows, n_columns, -1)
 
@@ -57,7 +57,7 @@ def _times_drawn(n: int, n_draws: int, generator: torch.Generator) -> Float[Tens
 def clusters(keys: Sequence[Any]) -> Int[Tensor, " n"]:
     """Number keys by first appearance."""
     order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    return torch.tensor([order[key] for key in keys])
+    return torch.tensor([order[key] for key in keys], dtype=torch.int64)
 
 
 def correlation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -171,6 +172,17 @@ def test_the_events_of_a_made_up_course_are_measured():
     assert {name: found[name].mean for name in expected} == pytest.approx(expected)
 
 
+def test_a_word_that_no_main_latent_ever_recalled_has_no_before_and_no_absorbed_word_is_no_crash():
+    course = trajectory()
+    always = course[course["word"] == "amber"].assign(word="ant", token_id=9, outcome="carried")
+    more = pd.concat([course, always], ignore_index=True)
+    found = dict(events.measure(more, letters([1, 1, 2, 2]), event_log(more)))
+    assert (found["before"].mean, found["never_recalled"].mean) == (0.5, pytest.approx(1 / 3))
+    none = course.assign(outcome="recalled")
+    found = dict(events.measure(none, letters([1, 1, 2, 2]), event_log(none)))
+    assert found["absorbed"].mean == 0 and all(math.isnan(found[name].mean) for name in ("order", "before", "taken"))
+
+
 @pytest.mark.parametrize(("n_split", "step"), [([2, 2, 2, 2], 10), ([2, 1, 2, 2], 30), ([1, 2, 2, 1], NEVER)])
 def test_splitting_counts_from_where_it_lasts(n_split, step):
     table = events.split_and_absorb(letters(n_split), event_log(trajectory()))
@@ -184,3 +196,8 @@ def test_disagreements_are_full_words_that_owe_little_and_silent_ones_that_owe_m
         "control": 0.0, "letter": 5.0,
     })  # fmt: skip
     assert ablation_tables.disagreements(words)["word"].tolist() == ["alpha", "bravo", "charlie"]
+    other = words.assign(sae="t", full=[0, 1, 1, 0], effect=[0.0, -0.5, 0.2, 0.0], most=[0.95, 0.0, 0.0, 0.0])
+    both = ablation_tables.disagreements(pd.concat([words, other]))  # each word from the SAE that shows it most
+    assert both[["sae", "word"]].values.tolist() == [
+        ["t", "bravo"], ["s", "alpha"], ["t", "charlie"], ["t", "alpha"], ["s", "charlie"]
+    ]  # fmt: skip

@@ -579,7 +579,7 @@ def test_the_event_log_stands_in_the_panel_and_beside_each_word(tmp_path):
     page, text = read(path), path.read_text()
     n = len(page.words[0])
     assert f"{n} words are carried by another latent in the end. {n} of them had been recalled" in page.text
-    assert "By 393k tokens the letter’s latents had fallen silent for good on half of them" in page.text
+    assert "the letter’s latents had fallen silent for good on half by 393k tokens" in page.text
     assert f"<title>at 393k tokens: {n}</title>" in text and "<title>at 1M tokens: 0</title>" in text
     assert page.words[0][0][11] == [64 * BATCH, 96 * BATCH, 96 * BATCH]
     assert 'data-column="silent"' in text and 'data-column="taken"' in text

@@ -21,12 +21,13 @@ def course(sae: TrainedSAE) -> dict[str, Any] | None:
     log: list[dict[str, Any]] = sae.event_log.get("events", [])
     if sae.invalid or not sae.event_log:
         return None
+    fell = [row for row in log if number(row["recalled_tokens"]) is not None]  # the others were silent all the while
     return {
         "words": len(log),
         "recovered": sae.event_log["recovered"],
-        "once": sum(number(row["recalled_tokens"]) is not None for row in log),
-        "silent": median_low(row["silent_tokens"] for row in log) if log else 0,
-        "order": Counter(_order(row) for row in log),
+        "once": len(fell),
+        "silent": median_low(row["silent_tokens"] for row in fell) if fell else 0,
+        "order": Counter(_order(row) for row in fell),
     }
 
 
