@@ -1,6 +1,9 @@
 """Activations on disk: the same bits with and without, whatever the model computes in, and nothing stale is read."""
 
+import copy
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +11,13 @@ import pytest
 import torch
 from tiny_models import WORDS, save_tiny_model
 
+from sae_train.config import resolve
 from sae_train.data.activation_cache import SHARDS, ActivationCache, files_of, key_of
 from sae_train.data.buffer import ActivationBuffer
 from sae_train.data.language_model import LanguageModel, load_language_model
+from sae_train.data.origin import check_unchanged
+from sae_train.data.pretrained import EMBEDDED
+from sae_train.data.sources import kind_of
 from sae_train.data.tokens import open_tokens
 from sae_train.errors import UserError
 from sae_train.sae.tensor_files import write_tensors
@@ -156,3 +163,26 @@ def test_the_key_follows_settings_contents_and_files(tmp_path):
     os.utime(tmp_path / "a.txt", (1, 1))
     assert key_of({"files": files_of(tmp_path), "context": 1}, torch.zeros(2)) in keys
     assert files_of("owner/name-of-a-hub-dataset") == []
+
+
+def test_a_model_folder_whose_configuration_or_tokenizer_changed_has_other_activations_and_no_resume(tmp_path):
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    given = {"model": str(tmp_path / "model"), "dataset": "generated", "held_out_tokens": 512}
+    settings = resolve(given | {"width": 64, "l0": 4})
+
+    def opened():
+        return kind_of(settings).open(settings, torch.device("cpu"), Ranks(), tmp_path / "kept")[""]
+
+    first, again = opened(), opened()
+    assert first.cache.folder == again.cache.folder
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    other = opened()
+    assert other.cache.folder != first.cache.folder
+    then = {"settings": {"model": "mine"}, "dataset": "text", "made_from": first.source.made_from}
+    check_unchanged(then, again.source.made_from)
+    with pytest.raises(UserError, match=r"the model mine \(config.json\) changed since the run began"):
+        check_unchanged(then, other.source.made_from)
+    before = copy.deepcopy(then)  # as earlier versions kept it
+    del before["made_from"]["weights"]["beside"]
+    check_unchanged(before, other.source.made_from)

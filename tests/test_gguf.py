@@ -130,7 +130,8 @@ def test_a_folder_with_a_gguf_file_alone_names_it(twins, tmp_path: Path) -> None
 def test_a_folders_weights_are_named_by_file_and_hash(twins, loaded) -> None:
     file = twins[1] / "model.safetensors"
     described = {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
-    assert loaded[1].weights == {"files": [described]}
+    assert loaded[1].weights["files"] == [described]
+    assert {"config.json", "tokenizer.json"} <= {each["name"] for each in loaded[1].weights["beside"]}
 
 
 def test_a_named_model_is_the_installed_packages_file(twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

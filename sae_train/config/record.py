@@ -90,6 +90,7 @@ class Weights(Record):
     revision: str | None = None
     package: str | None = None
     files: list[WeightsFile] = []
+    beside: list[WeightsFile] = []
 
 
 class Hardware(Record):

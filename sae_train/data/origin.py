@@ -75,7 +75,8 @@ def _changed_weights(model: str, before: dict[str, Any], after: dict[str, Any]) 
     then, now = before.get("revision"), after.get("revision")
     if then and now:
         return [f"{model} (revision {now} instead of {then})"] if now != then else []
-    one, two = ({file["name"]: (file["bytes"], file["sha256"]) for file in each.get("files", ())}
+    kinds = [kind for kind in ("files", "beside") if kind in before and kind in after]  # earlier versions kept one
+    one, two = ({file["name"]: (file["bytes"], file["sha256"]) for kind in kinds for file in each[kind]}
                 for each in (before, after))  # fmt: skip
     changed = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
     return [f"{model} ({_some(changed)})"] if changed else []

@@ -19,6 +19,7 @@ from sae_train.sae.fetch import known_reason
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 WEIGHTS = (".safetensors", ".bin")
+BESIDE = (".json", ".py", ".txt", ".model", ".tiktoken", ".jinja")  # of a model folder: what is done with its weights
 ASK_FOR_IT = "ask for access on its page on the hub, then log in by `hf auth login` or set HF_TOKEN"
 MOST_HASHED = 4 * 2**30  # bytes: larger files take longer than ten seconds
 
@@ -164,6 +165,7 @@ def load_errors(name: str) -> AbstractContextManager[None]:
 def describe_weights(name: str, source: str, options: dict[str, Any]) -> dict[str, Any]:
     """Say which weights a model has, for the record of a run: whose they are, and the files with size and hash.
 
+    `beside` are the files that say what is computed with them: configuration, tokenizer, the folder's own code.
     `revision` is the hub's commit, which stands for its files.
     """
     from huggingface_hub import try_to_load_from_cache
@@ -175,11 +177,16 @@ def describe_weights(name: str, source: str, options: dict[str, Any]) -> dict[st
     one = options.get("gguf_file")
     files = [folder / one] if one else sorted(file for file in folder.iterdir() if _is_weights(file))
     made_by = {"package": f"{package} {metadata.version(package)}"} if package else {}
-    return made_by | {"files": [_describe_file(file) for file in files]}
+    kept = {"files": files} if one else {"files": files, "beside": sorted(f for f in folder.iterdir() if _is_beside(f))}
+    return made_by | {name: [_describe_file(file) for file in own] for name, own in kept.items()}
 
 
 def _is_weights(file: Path) -> bool:
     return file.suffix in WEIGHTS and not file.name.startswith(".")
+
+
+def _is_beside(file: Path) -> bool:
+    return file.suffix in BESIDE and not file.name.startswith(".") and file.is_file()
 
 
 def _describe_file(file: Path) -> dict[str, Any]:
