@@ -23,7 +23,10 @@ from sae_train.interrupts import interrupts_wait
 if TYPE_CHECKING:
     from sae_train.runs.run import Run
 
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK_TROUBLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
 LOST = ("DistBackendError", "DistNetworkError", "DistStoreError")  # what torch raises where another process is gone
 SOME_FAILED = 3  # exit code of a grid of which some SAEs are finished and others failed
 OTHERS_WAIT = 10.0  # seconds that other processes leave the first one to say what is wrong
@@ -209,10 +212,14 @@ def study(*, config: Path | None = None, quick: bool = False, out: Path | None =
         raise UserError(f"--quick is a design of its own, and --config {config} names another: give one of them")
     file = QUICK if quick else config or FULL
     folder = out or Path("checkpoints", file.stem)
+    from sae_train.runs.display import aside
     from sae_train.runs.study import plan_study, run_study
 
     if dry_run:
-        print(plan_study(file, folder))
+        with aside() as display:
+            display("looking at the model and its text, timing matrix products and counting words")
+            text = plan_study(file, folder)
+        print(text)
         return 0
     page, claims, failed = run_study(file, folder)
     print("\n".join(claims))

@@ -314,3 +314,27 @@ def test_a_step_that_is_saved_again_is_there_at_every_moment(unbroken, tmp_path,
                 resume(run)
     assert len(seen) >= 3 and all(seen) and newest_state(run).name.startswith("step-000000045")
     assert_same_end(resume(run).path, unbroken)
+
+
+def test_a_run_that_another_process_works_on_is_not_even_read_for_going_on(tmp_path, monkeypatch):
+    from sae_train.runs import folder, run, session
+
+    made = tmp_path / "run"
+    made.mkdir()
+    monkeypatch.setattr(run, "read_run", lambda *_: {"status": "running"})
+    monkeypatch.setattr(session, "open_session", lambda *_: pytest.fail("it was opened"))
+    with folder.alone_in(made), pytest.raises(UserError, match="another process is at work on the run"):
+        run.resume(made)
+
+
+def test_looks_on_other_words_than_before_the_interruption_are_noted():
+    from types import SimpleNamespace
+
+    from sae_train.runs.run import _other_words
+
+    info = {"eval_assets": {"hash": "a"}}
+    assert (
+        _other_words(info, {"": SimpleNamespace(hash="a")}) == _other_words({}, {"": SimpleNamespace(hash="b")}) == []
+    )
+    (note,) = _other_words(info, {"": SimpleNamespace(hash="b")})
+    assert "other words or activations than before the interruption" in note

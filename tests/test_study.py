@@ -200,6 +200,17 @@ def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_s
     assert main([*call, "--dry-run"]) == 0
     assert "nothing is left to train" in capsys.readouterr().out
 
+    record = tmp_path / "study" / PARTS[0] / "run.json"
+    said = json.loads(record.read_text())
+    said["made_from"]["text"]["held_out_tokens"] = "another"
+    before = record.read_text()
+    record.write_text(json.dumps(said))
+    shutil.rmtree(tmp_path / "study" / PARTS[1])
+    assert main(call) == 2
+    assert f"changed since {PARTS[0]} was trained, and a study is of one text and model" in capsys.readouterr().err
+    assert not (tmp_path / "study" / PARTS[1]).exists()
+    record.write_text(before)
+
     write_design(tmp_path, tokens=14_000)
     assert main(call) == 2
     assert "made with other settings (tokens)" in capsys.readouterr().err

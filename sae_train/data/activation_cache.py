@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 SHARDS = 16  # of a block
 CHUNK = 2**22  # bytes of a file that are read at a time
+ABOUT = "about.json"  # beside the blocks: what they are of, for people and for plans
 EARLIER = "*/block-*/state.safetensors"  # how blocks were kept by versions that had no shards
 
 
@@ -42,14 +44,19 @@ class ActivationCache:
     the next. `n_read`, `n_written` and `n_replaced` (blocks that were damaged) count since this process started.
     """
 
-    def __init__(self, folder: Path, key: str, dtype: torch.dtype, ranks: Ranks) -> None:
-        """UserError for a folder with blocks of an earlier version, which would stay there unread."""
+    def __init__(
+        self, folder: Path, key: str, dtype: torch.dtype, ranks: Ranks, about: dict[str, Any] | None = None
+    ) -> None:
+        """`about` says in a file what the blocks are of, less strictly than `key`.
+
+        UserError for a folder with blocks of an earlier version, which would stay there unread.
+        """
         if next(folder.glob(EARLIER), None):
             raise UserError(
                 f"{str(folder)!r} holds activations as an earlier version of sae-train kept them, which this one does "
                 "not read: remove the folder, or name another by --activation-cache"
             )
-        self.folder, self.dtype, self.ranks = folder / key, dtype, ranks
+        self.folder, self.dtype, self.ranks, self.about = folder / key, dtype, ranks, about
         self.n_read = self.n_written = self.n_replaced = 0
         self.say: Callable[[str], None] = lambda sentence: None
         """takes the sentence on each block that is damaged"""
@@ -87,6 +94,8 @@ class ActivationCache:
         checksums = self.ranks.gather([_checksum(_shard(folder, i)) for i in mine])
         block = {"bounds": bounds, "checksums": [each for part in checksums for each in part], "end": end}
         if self.ranks.is_first:
+            if self.about and not (self.folder / ABOUT).exists():
+                write_json(self.folder / ABOUT, self.about)
             write_json(folder / "block.json", block | {"checksum": _checksum_of(block)})
         self.ranks.wait()
         self.n_written += 1
@@ -119,6 +128,21 @@ class ActivationCache:
         except (*BAD_JSON, AttributeError, KeyError, TypeError) as error:
             return f"{path} cannot be read ({first_line(error)})"
         return block
+
+
+def find_kept(folder: Path, about: dict[str, Any]) -> tuple[int, int]:
+    """Tokens and bytes of the blocks below a folder that are `about` this: the most that one cache there has.
+
+    Whether they will be read is decided by their key, when model and text are open: this is for plans.
+    """
+    found = [(0, 0)]
+    for said in folder.glob(f"*/{ABOUT}"):
+        with suppress(*BAD_JSON, KeyError, TypeError, IndexError):
+            if json.loads(said.read_text(encoding="utf-8")) == about:
+                blocks = [json.loads(block.read_text(encoding="utf-8")) for block in said.parent.glob("*/block.json")]
+                size = sum(file.stat().st_size for file in said.parent.glob("*/*.safetensors"))
+                found.append((sum(block["bounds"][-1] for block in blocks), size))
+    return max(found)
 
 
 class Draft:

@@ -47,7 +47,9 @@ def _hash(file: Path, whole: bool) -> str:
         return hashlib.sha256(start + stream.read()).hexdigest()
 
 
-def check_unchanged(info: dict[str, Any], now: dict[str, Any]) -> None:
+def check_unchanged(
+    info: dict[str, Any], now: dict[str, Any], since: str = "the run began", instead: str = "start a new run"
+) -> None:
     """UserError if the model or the text is not the one that run.json says the run began with.
 
     What is not known of either is not compared.
@@ -66,9 +68,7 @@ def check_unchanged(info: dict[str, Any], now: dict[str, Any]) -> None:
     if then.get("packages") and then["packages"] != now.get("packages"):
         problems.append(f"{text} (other versions of packages)")
     if problems:
-        raise UserError(
-            f"{' and '.join(problems)} changed since the run began: put back what it was, or start a new run"
-        )
+        raise UserError(f"{' and '.join(problems)} changed since {since}: put back what it was, or {instead}")
 
 
 def _changed_weights(model: str, before: dict[str, Any], after: dict[str, Any]) -> list[str]:

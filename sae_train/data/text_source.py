@@ -180,7 +180,17 @@ def open_cache(source: HookedText, folder: Path, ranks: Ranks) -> ActivationCach
         "positions": 4,  # how the place after a block is written
     }  # fmt: skip
     bits = () if named else (source.held_out(settings.data.held_out_tokens),)
-    return ActivationCache(folder, key_of(made_from, first, *bits), lm.dtype, ranks)
+    about = about_cache(settings, source.hook_name, str(lm.dtype).removeprefix("torch."), stream.context)
+    return ActivationCache(folder, key_of(made_from, first, *bits), lm.dtype, ranks, about)
+
+
+def about_cache(settings: Settings, hook_name: str, dtype: str, context: int) -> dict[str, Any]:
+    """What activations are of as far as a plan knows it, without model and text at hand."""
+    return {
+        "model": settings.lm.model, "hook": hook_name, "dtype": dtype, "context": context,
+        "block": rounded_up(settings.data.buffer_tokens, settings.train.batch_tokens),
+        "data": settings.data.model_dump(mode="json", exclude={"activation_cache", "buffer_tokens"}),
+    }  # fmt: skip
 
 
 def check_text(settings: Settings) -> tuple[str, ...]:

@@ -6,20 +6,55 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae_train.data.activation_cache import find_kept
+from sae_train.data.text_source import about_cache
+from sae_train.errors import UserError
+
 if TYPE_CHECKING:
     from sae_train.config import Settings
+    from sae_train.data.sources import Facts
 
 TRIED = 2**25  # bytes that are written to tell a disk's rate
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What there is already of the activations that a run keeps, as far as can be said without model and text."""
+
+    tokens: int
+    size: int
+
+    @classmethod
+    def find(cls, settings: Settings, facts: Facts) -> Kept:
+        """Look below the folder that the settings name; nothing where they name none."""
+        asked = settings.data.activation_cache
+        if not asked or not facts.kept_bytes:
+            return cls(0, 0)
+        about = about_cache(settings, facts.hook_name, facts.dtype, settings.context(facts.context))
+        return cls(*find_kept(Path(asked).expanduser(), about))
+
+
 def disk_of(settings: Settings) -> tuple[Path, int]:
-    """The folder that activations are kept under, and the bytes that are free there or theirs already."""
-    folder, asked = _folder(settings), settings.data.activation_cache
-    theirs = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) if asked else 0
-    return folder, shutil.disk_usage(_there(folder)).free + theirs
+    """The folder that activations are kept under, and the bytes that are free there."""
+    folder = _folder(settings)
+    return folder, shutil.disk_usage(_there(folder)).free
+
+
+def check_folders(settings: Settings) -> None:
+    """UserError where a folder that is to be written to is a file, lies in one, or is not this user's to write."""
+    asked = {"out": settings.run.out, "activation_cache": settings.data.activation_cache}
+    for name, folder in asked.items():
+        if folder:
+            path = Path(folder).expanduser().absolute()
+            there = next(each for each in (path, *path.parents) if each.exists())
+            if not there.is_dir():
+                raise UserError(f"{name} {str(folder)!r}: {there} is a file: name a folder")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise UserError(f"{name} {str(folder)!r}: you may not write in {there}: name another folder")
 
 
 def write_seconds(settings: Settings, size: float) -> float | None:

@@ -19,6 +19,7 @@ from sae_train.evals import asset_cache, assets, vocab
 from sae_train.evals.fidelity import FIDELITY_TOKENS
 from sae_train.evals.hierarchy import get_hierarchy
 from sae_train.evals.presets import get_preset
+from sae_train.runs.disk import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +100,7 @@ class Estimate:
         hook of the same run, which has the start, the passes over the text and the end.
         """
         facts, n_looks = self.facts, self.settings.eval.absorption_evals
-        training = self.training(reads=after_another or beside)
+        training = self.training(read=1.0 if after_another or beside else self.kept_share())
         start = 0.0 if beside else START + facts.is_quantised * facts.n_parameters / QUANTISED_WEIGHTS
         end = 0.0 if beside else END
         if not self.words.has_any:
@@ -129,12 +130,19 @@ class Estimate:
             known, folder, how.hierarchy, how.template, how.eval_seed, how.preset, how.eval_words, how.eval_contexts
         )
 
-    def training(self, reads: bool = False) -> float:
-        """The SAEs' steps, and the language model up to the hook unless a cache is read (`reads`)."""
-        lm = 0.0 if reads else 2.0 * self.facts.n_parameters_to_hook / self.n_processes / self.lm_rate
+    def kept_share(self) -> float:
+        """Share of the activations that an earlier run left in the cache."""
+        return min(1.0, Kept.find(self.settings, self.facts).tokens / self.tokens)
+
+    @property
+    def tokens(self) -> int:
+        return self.settings.n_steps * self.settings.train.batch_tokens
+
+    def training(self, read: float = 0.0) -> float:
+        """The SAEs' steps, and the language model up to the hook but for the share that is `read` from a cache."""
+        lm = (1.0 - read) * 2.0 * self.facts.n_parameters_to_hook / self.n_processes / self.lm_rate
         encoders = sum(2.0 * self.facts.d_in * spec.width for spec in self.specs) / self.sharing
-        tokens = self.settings.n_steps * self.settings.train.batch_tokens
-        return tokens * (lm + encoders * ENCODER_SHARE / self.step_rate)
+        return self.tokens * (lm + encoders * ENCODER_SHARE / self.step_rate)
 
     def reading(self, n_words: int) -> float:
         """The words of the eval and its true positives, each a token behind a shared context or a whole prompt."""

@@ -43,14 +43,15 @@ def evaluate_checkpoint(
         from sae_train.training.ranks import current
 
     prepare_process()
-    sae = load_sae(checkpoint, folder, allow_pickle=allow_pickle)
-    checkpoint = Path(checkpoint, folder or "")
-    if out is None and not checkpoint.is_dir():
-        raise UserError(f"{checkpoint} is on the hub: name by --out a folder for what is written")
-    settings = resolve(_add_origin(given, sae, checkpoint))
     if current().size > 1:
         raise UserError("sae-train eval is the work of one process: start it without torchrun")
     with Display() as display:
+        display(f"reading the SAE of {checkpoint}")
+        sae = load_sae(checkpoint, folder, allow_pickle=allow_pickle)
+        checkpoint = Path(checkpoint, folder or "")
+        if out is None and not checkpoint.is_dir():
+            raise UserError(f"{checkpoint} is on the hub: name by --out a folder for what is written")
+        settings = resolve(_add_origin(given, sae, checkpoint))
         return _evaluate(sae, checkpoint, settings, given, Path(out or checkpoint), display, suite)
 
 

@@ -12,8 +12,9 @@ from sae_train.data.harvest import waiting_room
 from sae_train.data.outliers import LOOK_AHEAD
 from sae_train.errors import UserError
 from sae_train.evals.asset_cache import cache_folder
-from sae_train.runs.disk import disk_of, write_seconds
+from sae_train.runs.disk import Kept, check_folders, disk_of, write_seconds
 from sae_train.runs.initial import InitialSAE, initial_of
+from sae_train.runs.memory import free_memory
 from sae_train.sae.forms import FORMS
 from sae_train.training.architectures import TRAINED
 from sae_train.training.ranks import Division, Mesh, Ranks, arrange, current, divide
@@ -77,10 +78,11 @@ class Plan:
                 f"for the {largest} ({self.memory[largest] / GIB:.1f} GiB): {split}lower --width, --batch-tokens or "
                 "--buffer-tokens, or train fewer SAEs at once"
             )
-        size, (folder, free) = self.cache_bytes(), disk_of(self.settings)
+        check_folders(self.settings)
+        size, (folder, free) = self.cache_bytes() - self.there_bytes(), disk_of(self.settings)
         if size > HEADROOM * free:
             raise UserError(
-                f"the activations to be kept take {size / GIB:.1f} GiB on disk and {str(folder)!r} has "
+                f"the activations to be kept take {size / GIB:.1f} GiB more on disk and {str(folder)!r} has "
                 f"{free / GIB:.1f} GiB free: lower --tokens, take --dtype bfloat16, name a larger disk by "
                 "--activation-cache, or train fewer SAEs, which need no second pass"
             )
@@ -126,6 +128,11 @@ class Plan:
         kept_bytes = sum(facts.kept_bytes for facts in self.facts.values())
         return float(s.n_steps * s.train.batch_tokens * kept_bytes)
 
+    def there_bytes(self) -> float:
+        """What of that is there already, by an earlier run."""
+        own = [Kept.find(self.settings.at(hook), facts).size for hook, facts in self.facts.items()]
+        return float(min(sum(own), self.cache_bytes()))
+
     def _passes(self) -> list[str]:
         """What is in memory together where that is not the whole grid, and what is kept on disk."""
         lines, size = [], self.cache_bytes()
@@ -134,11 +141,13 @@ class Plan:
             for number, specs in enumerate(self.passes, start=1):
                 lines.append(f"pass {number:<6}trains {', '.join(spec.name for spec in specs)}")
         if size:
-            (folder, free), seconds = disk_of(self.settings), write_seconds(self.settings, size)
+            there = self.there_bytes()
+            (folder, free), seconds = disk_of(self.settings), write_seconds(self.settings, size - there)
             end = "kept" if self.settings.data.activation_cache else "removed at the end"
             lines.append(
                 f"disk       {size / GIB:6.2f} GiB of activations in {folder}, {end}; {free / GIB:.1f} GiB free"
-                + (f"; about {roughly(seconds)} to write them" if seconds is not None else "")
+                + (f"; {there / GIB:.2f} GiB of them are there" if there else "")
+                + (f"; about {roughly(seconds)} to write them" if seconds is not None and size > there else "")
             )
         return lines
 
@@ -190,7 +199,7 @@ def make_plan(settings: Settings, kind: Kind | None = None) -> Plan:
         settings = settings.at(",".join(each.hook_name for each in facts.values()))
     division = divide([spec.width for spec in settings.specs], mesh.data, settings.train.batch_tokens)
     trained = busiest = busiest_team(settings, division)
-    available = _available(device) / (ranks.on_machine if device.type == "cpu" else 1)
+    available = free_memory(device) / (ranks.on_machine if device.type == "cpu" else 1)
     budget = settings.run.memory_gib * GIB if settings.run.memory_gib else HEADROOM * available
     passes = (tuple(settings.specs),)
     if ranks.size == 1:
@@ -258,14 +267,6 @@ def memory_of(settings: Settings, facts: dict[str, Facts], specs: list[SAESpec])
         SAES: sum(weights) / shards * TRAINING_BYTES + 4.0 * max(weights) * copies,
         "training step": step,
     }
-
-
-def _available(device) -> float:
-    """Bytes free on the device."""
-    import psutil
-    import torch
-
-    return float(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def _notes(settings: Settings, facts: dict[str, Facts], passes: Passes) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import Settings, resolve
-from sae_train.config.record import ResumedRun, read_run
+from sae_train.config.record import ResumedRun, at_hook, read_run
 from sae_train.errors import UserError, first_line
 from sae_train.files import read_json, read_metrics
 from sae_train.interrupts import interrupts_wait
@@ -22,7 +22,7 @@ from sae_train.runs.folder import alone_in, check_free, removed_on_failure, rese
 from sae_train.runs.initial import initial_of, with_initial
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import pandas as pd
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from sae_train.evals.assets import Assets
     from sae_train.protocols import Callback
     from sae_train.runs.display import Display
-    from sae_train.runs.runner import Runner
     from sae_train.runs.session import Session
     from sae_train.sae.model import SAE
 
@@ -101,12 +100,13 @@ def train(
 
 
 def start(
-    settings: Settings, given: Given | None = None, command: str | None = None, callbacks: Sequence[Callback] = ()
-) -> Run:
+    settings: Settings, given: Given | None = None, command: str | None = None, callbacks: Sequence[Callback] = (),
+    check: Callable[[dict[str, Any]], None] = lambda made_from: None,
+) -> Run:  # fmt: skip
     """Check the plan, take the run's folder, open everything and train, on activations that were `given` or else made.
 
-    `command` is how the run was asked for, as run.json keeps it. Where nothing was trained yet, a failure leaves no
-    folder behind.
+    `command` is how the run was asked for, as run.json keeps it; `check` is given what the activations are made from
+    and may refuse it. Where nothing was trained yet, a failure leaves no folder behind.
     """
     from sae_train.runs.process import prepare_process, without_collection
 
@@ -133,22 +133,22 @@ def start(
             }
             was_there = Path(settings.run.out).exists()
             folder = ranks.first(lambda: reserve(settings, about))
-            held = alone_in(folder) if ranks.is_first else nullcontext()
-            with held, removed_on_failure(folder, was_there):
+        with alone_in(folder) if ranks.is_first else nullcontext():
+            with without_collection(), removed_on_failure(folder, was_there):
                 display(f"loading {settings.lm.model} and its data")
                 opened = session.open_session(settings, plan.passes, folder, given, plan.initial)
+                check(_made_from(opened))
                 built, notes = _assets(opened, display)
                 display("looking at the first activations")
                 session.begin(opened)
                 about["notes"] += notes
                 runner = Runner(opened, folder, built, about, display, callbacks)
-        return _work(runner)
+            return _finished(runner.go())
 
 
-def _work(runner: Runner) -> Run:
-    """Let a runner go to the end, alone in its folder; UserError if none of its SAEs was finished."""
-    with alone_in(runner.folder) if runner.ranks.is_first else nullcontext():
-        return _finished(runner.go())
+def _made_from(opened: Session) -> dict[str, Any]:
+    """What the activations are made from, as run.json keeps it; empty where that is not known."""
+    return getattr(opened.first.source, "made_from", {})
 
 
 def _finished(folder: Path) -> Run:
@@ -197,14 +197,25 @@ def resume(
     not given again. Code of the hub's is run only where `trust_remote_code` says so here, whatever run.json says.
     """
     with interrupts_wait():
-        from sae_train.data.origin import check_unchanged
-        from sae_train.runs import session
-        from sae_train.runs.plan import find_passes
+        from sae_train.runs import session  # noqa: F401
         from sae_train.runs.process import prepare_process
-        from sae_train.runs.runner import Runner
+        from sae_train.runs.runner import Runner  # noqa: F401
+        from sae_train.training.ranks import current
 
     prepare_process()
     folder = Path(folder)
+    read_run(folder, ResumedRun)
+    with alone_in(folder) if current().is_first else nullcontext():
+        return _go_on(folder, activations, callbacks, trust_remote_code, tokens)
+
+
+def _go_on(folder: Path, activations: Any, callbacks: Sequence[Callback], trust_remote_code: bool, tokens: Any) -> Run:
+    """What `resume` does, alone in the run's folder, so that no other process writes what is read here."""
+    from sae_train.data.origin import check_unchanged
+    from sae_train.runs import session
+    from sae_train.runs.plan import find_passes
+    from sae_train.runs.runner import Runner
+
     info = read_run(folder, ResumedRun)
     if tokens is None and info.get("status") == "finished" and (folder / "report.html").exists():
         raise UserError(
@@ -224,16 +235,27 @@ def resume(
         display(f"loading {settings.lm.model} and its data")
         passes, initial = find_passes(settings.specs, info["passes"]), initial_of(settings, info.get("init_from"))
         opened = session.open_session(settings, passes, folder, given, initial, begun_at(info, settings))
-        check_unchanged(info, getattr(opened.first.source, "made_from", {}))
+        check_unchanged(info, _made_from(opened))
         saved = session.newest_state(folder)
         if saved:
             _load_state(opened, saved)
         else:  # it ended before its first state was saved
             session.begin(opened)
         built, notes = _assets(opened, display)
-        notes += session.note_processes(opened, info.get("processes"))
+        notes += session.note_processes(opened, info.get("processes")) + _other_words(info, built)
         about["notes"] = [*info.get("notes", []), *(note for note in notes if note not in info.get("notes", []))]
-        return _work(Runner(opened, folder, built, about, display, callbacks))
+        return _finished(Runner(opened, folder, built, about, display, callbacks).go())
+
+
+def _other_words(info: dict[str, Any], built: dict[str, Assets]) -> list[str]:
+    """A note if the eval reads other words or activations than it did before the run was interrupted."""
+    before = {hook: (at_hook(info, hook).get("eval_assets") or {}).get("hash") for hook in built}
+    if all(then in (None, built[hook].hash) for hook, then in before.items()):
+        return []
+    return [
+        "the absorption eval reads other words or activations than before the interruption (another machine or number "
+        "format, or changed lists of words): its looks before and after are not of one kind"
+    ]
 
 
 def _load_state(opened: Session, saved: Path) -> None:

@@ -8,15 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae_train.config import flat, leaves
 from sae_train.config.record import ResumedRun, read_run
 from sae_train.config.study import read_design
+from sae_train.data.origin import check_unchanged
 from sae_train.data.sources import kind_of
 from sae_train.errors import UserError
 from sae_train.publishing.reproduce import command
 from sae_train.report.study_files import write_study
+from sae_train.runs.display import aside
 from sae_train.runs.plan import GIB, Plan, make_plan, roughly
 from sae_train.runs.run import resume, start
 
@@ -55,13 +57,15 @@ def run_study(file: Path, out: Path) -> tuple[Path, list[str], list[str]]:
     its state saved; called again, the study goes on there.
     """
     parts = read_design(file, out)
-    _check(parts, [part for part in parts if not _ended(part)])
+    with aside() as display:
+        display("looking at the model and its text")
+        _check(parts, [part for part in parts if not _ended(part)])
     out.mkdir(parents=True, exist_ok=True)
     for number, part in enumerate(parts, start=1):
         ended = _ended(part)
         print(f"part {number} of {len(parts)}, {part.run.name}: {'finished' if ended else 'training'}", flush=True)
         if not ended:
-            _train(part, file)
+            _train(part, file, others=[other for other in parts if other is not part])
             _write_so_far(parts, out)
     print("comparing SAEs and writing the page", flush=True)
     page, claims = write_study([_folder(part) for part in parts], out)
@@ -128,14 +132,24 @@ def _check_same(part: Settings) -> None:
         )
 
 
-def _train(part: Settings, file: Path) -> None:
-    """Begin a part, or go on with it; where none of its SAEs can be finished the study goes on without them."""
+def _train(part: Settings, file: Path, others: Sequence[Settings]) -> None:
+    """Begin a part, or go on with it; where none of its SAEs can be finished the study goes on without them.
+
+    UserError where the model or the text is not the one that an `other` part was trained on.
+    """
     folder = _folder(part)
+    begun = [other for other in map(_folder, others) if other.exists()]
+
+    def as_the_others(made_from: dict[str, Any]) -> None:
+        for other in begun:
+            info, said = read_run(other, ResumedRun), f"{other.name} was trained, and a study is of one text and model"
+            check_unchanged(info, made_from, since=said, instead="give the study another --out")
+
     try:
         if folder.exists():
             resume(folder, trust_remote_code=part.lm.trust_remote_code)
         else:
-            start(part, command=command(flat(part)))
+            start(part, command=command(flat(part)), check=as_the_others)
     except UserError:
         if not folder.exists() or read_run(folder, ResumedRun).get("status") != "failed":
             raise
