@@ -12,6 +12,7 @@ import torch
 from sae_train.cli import main
 from sae_train.config import resolve
 from sae_train.data import activation_cache
+from sae_train.errors import UserError
 from sae_train.runs import disk, memory
 from sae_train.runs.plan import GIB, make_plan
 
@@ -76,7 +77,7 @@ def test_activations_that_are_there_are_neither_made_nor_written_again_in_a_plan
 
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: type("", (), {"free": whole / 2})())
     keep("other", about | {"model": "another"}, n_tokens, 10 * int(whole))  # says nothing of this run's room
-    with pytest.raises(Exception, match=r"the activations to be kept take 0\.0 GiB more on disk"):
+    with pytest.raises(UserError, match=r"the activations to be kept take 0\.0 GiB on disk"):
         plan.check()
     assert "are there" not in plan.text() and plan.seconds()["training"] == pytest.approx(before, rel=0.5)
     keep("own", about, n_tokens, int(whole))
@@ -85,3 +86,13 @@ def test_activations_that_are_there_are_neither_made_nor_written_again_in_a_plan
     assert plan.seconds()["training"] < plan.seconds(after_another=False)["start"] + before
     (tmp_path / "own" / activation_cache.ABOUT).write_text("{")
     assert "are there" not in plan.text()
+
+
+def test_states_and_saes_need_room_on_disk_too(tmp_path, monkeypatch):
+    plan = make_plan(resolve(SMALL | {"out": str(tmp_path), "width": "1k,2k"}))
+    n = sum((2 * 256 + 1) * width + 256 for width in (1024, 2048))  # weights of topk on the embedded model
+    assert plan.files_bytes() == 4 * (2 * 3 * n + n)
+    assert f"{plan.files_bytes() / GIB:.2f} GiB at most of saved states and SAEs in {tmp_path}" in plan.text()
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: type("", (), {"free": plan.files_bytes()})())
+    with pytest.raises(UserError, match="saved states and SAEs take up to"):
+        plan.check()

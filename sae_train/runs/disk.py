@@ -38,10 +38,14 @@ class Kept:
         return cls(*find_kept(Path(asked).expanduser(), about))
 
 
-def disk_of(settings: Settings) -> tuple[Path, int]:
-    """The folder that activations are kept under, and the bytes that are free there."""
-    folder = _folder(settings)
+def disk_of(settings: Settings, cache: bool = True) -> tuple[Path, int]:
+    """The folder that activations are kept under (without `cache` that of runs), and the bytes that are free there."""
+    folder = _folder(settings) if cache else Path(settings.run.out).expanduser()
     return folder, shutil.disk_usage(_there(folder)).free
+
+
+def is_one_disk(a: Path, b: Path) -> bool:
+    return _there(a).stat().st_dev == _there(b).stat().st_dev
 
 
 def check_folders(settings: Settings) -> None:

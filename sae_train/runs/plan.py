@@ -12,7 +12,7 @@ from sae_train.data.harvest import waiting_room
 from sae_train.data.outliers import LOOK_AHEAD
 from sae_train.errors import UserError
 from sae_train.evals.asset_cache import cache_folder
-from sae_train.runs.disk import Kept, check_folders, disk_of, write_seconds
+from sae_train.runs.disk import Kept, check_folders, disk_of, is_one_disk, write_seconds
 from sae_train.runs.initial import InitialSAE, initial_of
 from sae_train.runs.memory import free_memory
 from sae_train.sae.forms import FORMS
@@ -28,6 +28,7 @@ Passes = tuple[tuple["SAESpec", ...], ...]
 
 GIB = 2**30
 TRAINING_BYTES = 4 * (1 + 1 + 2)  # float32 weights, gradients and Adam's two moments
+STATE_COPIES = 3  # weights and Adam's two moments
 SLAB_BYTES = 128 * 2**20  # pre-activations that a step holds at a time, with selection
 ENTRY_BYTES = 64  # what one active latent of one token costs: value, indices, both sort orders, gradients
 HEADROOM = 0.9
@@ -80,11 +81,18 @@ class Plan:
             )
         check_folders(self.settings)
         size, (folder, free) = self.cache_bytes() - self.there_bytes(), disk_of(self.settings)
+        files, (out, room) = self.files_bytes(), disk_of(self.settings, cache=False)
         if size > HEADROOM * free:
             raise UserError(
-                f"the activations to be kept take {size / GIB:.1f} GiB more on disk and {str(folder)!r} has "
+                f"the activations to be kept take {size / GIB:.1f} GiB on disk and {str(folder)!r} has "
                 f"{free / GIB:.1f} GiB free: lower --tokens, take --dtype bfloat16, name a larger disk by "
                 "--activation-cache, or train fewer SAEs, which need no second pass"
+            )
+        if files + (size if is_one_disk(folder, out) else 0.0) > HEADROOM * room:
+            raise UserError(
+                f"saved states and SAEs take up to {files / GIB:.1f} GiB on disk, beside {size / GIB:.1f} GiB of "
+                f"activations to be kept, and {str(out)!r} has {room / GIB:.1f} GiB free: name a larger disk by --out, "
+                "lower --width, or train fewer SAEs"
             )
 
     def text(self) -> str:
@@ -128,6 +136,11 @@ class Plan:
         kept_bytes = sum(facts.kept_bytes for facts in self.facts.values())
         return float(s.n_steps * s.train.batch_tokens * kept_bytes)
 
+    def files_bytes(self) -> float:
+        """What a run writes at most: two states of its largest pass, one of which is being written, and its SAEs."""
+        sizes = [sum(weights_of(spec, self.facts[spec.hook].d_in) for spec in specs) for specs in self.passes]
+        return 4.0 * (2 * STATE_COPIES * max(sizes) + sum(sizes))
+
     def there_bytes(self) -> float:
         """What of that is there already, by an earlier run."""
         own = [Kept.find(self.settings.at(hook), facts).size for hook, facts in self.facts.items()]
@@ -140,6 +153,8 @@ class Plan:
             lines.append(f"passes     {len(self.passes)}, since the SAEs do not fit into memory together")
             for number, specs in enumerate(self.passes, start=1):
                 lines.append(f"pass {number:<6}trains {', '.join(spec.name for spec in specs)}")
+        files, (out, _) = self.files_bytes(), disk_of(self.settings, cache=False)
+        lines.append(f"disk       {files / GIB:6.2f} GiB at most of saved states and SAEs in {out}")
         if size:
             there = self.there_bytes()
             (folder, free), seconds = disk_of(self.settings), write_seconds(self.settings, size - there)
