@@ -6,8 +6,8 @@ Every label above the probe's gate is in the means, however few there are ("need
 Beside the scores by projection stand random SAEs (fitted on the words), random directions in the probe's place, and the
 causal rate: the model is asked about words whose main latents are silent and whose label the k-sparse probe misses,
 some --causal of them, with each of the --ablated largest latent vectors taken out. "Confirmed" are those of the asked
-words absorbed by projection (full) that are so by cause. Rows are added to --out; a task of an SAE that is there
-already is skipped. `--table FILE` prints a file's rows.
+words absorbed by projection (full) that are so by cause. Rows are added to --out, a file for one model, --words and
+--seed; a task of an SAE that is there already, by its folder's name, is skipped. `--table FILE` prints a file's rows.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ def main() -> None:
     if options.table:
         print(table(options.table))
         return
+    names = [Path(sae).name for sae in options.saes]
+    if twice := {name for name in names if names.count(name) > 1}:
+        parser.error(f"several SAEs are named {', '.join(sorted(twice))}: give each its own --out")
     done = {(row["sae"], row["task"]) for row in rows_of(options.out)} if options.out.is_file() else set()
     lm = load_language_model(options.model, options.hook, dtype=options.dtype)
     for task in options.tasks.split(","):
