@@ -198,14 +198,14 @@ def resume(
     """
     with interrupts_wait():
         from sae_train.runs import session  # noqa: F401
+        from sae_train.runs.display import is_first
         from sae_train.runs.process import prepare_process
         from sae_train.runs.runner import Runner  # noqa: F401
-        from sae_train.training.ranks import current
 
     prepare_process()
     folder = Path(folder)
     read_run(folder, ResumedRun)
-    with alone_in(folder) if current().is_first else nullcontext():
+    with alone_in(folder) if is_first() else nullcontext():  # the processes have not met yet
         return _go_on(folder, activations, callbacks, trust_remote_code, tokens)
 
 
