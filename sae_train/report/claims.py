@@ -177,13 +177,13 @@ def _splitting(cells: list[Cell]) -> Iterator[Claim]:
     for arch in dict.fromkeys(cell.arch for cell in cells):
         own = [cell for cell in cells if cell.arch == arch]
         narrowest, *wider = sorted({cell.width for cell in own})
-        claims = []
+        found: list[Claim] = []
         for width in wider:
-            claims.append(_more_latents(arch, narrowest, width, own))
-            if claims[-1].verdict == HOLDS:
+            found.append(_more_latents(arch, narrowest, width, own))
+            if found[-1].verdict == HOLDS:
                 break
-        if claims:
-            yield next((claim for claim in reversed(claims) if claim.difference), claims[-1])
+        if found:
+            yield next((claim for claim in reversed(found) if claim.difference), found[-1])
 
 
 def _more_latents(arch: str, narrow: int, wide: int, own: list[Cell]) -> Claim:
