@@ -13,6 +13,7 @@ from sae_train.report.cells import Cell
 from sae_train.report.claims import FEW, HOLDS, UNSEEN, claims
 from sae_train.report.data import Run
 from sae_train.report.study import Study, findings, least, onset, read_study
+from sae_train.report.study_files import _uneven
 
 
 def grid(l0s: dict[int, tuple[int, ...]], of=lambda width, l0: 0.1, arch="topk", seeds=lambda width: 3, **more):
@@ -147,3 +148,20 @@ def test_what_is_left_out_comes_with_its_own_reason():
     assert "topk, 64, L0 16-0: it tells no labels apart" in said
     assert "topk, 256, L0 8-2: its eval read other activations or words" in said and "no absorption score" not in said
     assert "topk, 128, L0 8: L0 reached is 12.00, which is too far off to count as that L0" in said
+
+
+def test_an_answer_names_the_parts_that_its_mean_hides():
+    fall = {64: 0.10, 128: 0.10, 256: -0.20}
+    cells = grid({w: (8, 16) for w in fall}, lambda w, l0: 0.3 + (fall[w] if l0 == 16 else 0.0))
+    (said,) = findings(study_of(cells))[0]["L0"]
+    assert (
+        "not distinguishable" in said and " But at width 64 it rises (+0.100" in said and "width 256 it falls (" in said
+    )
+    even = grid({64: (8, 16), 128: (8, 16)}, lambda w, l0: 0.3 - l0 / 100)
+    assert " But " not in findings(study_of(even))[0]["L0"][0]
+
+
+def test_the_page_says_that_a_grid_has_gaps():
+    whole = grid({64: (8, 16), 128: (8, 16)})
+    assert _uneven(study_of(whole)) == ""
+    assert "Not every architecture was trained at every width and L0" in _uneven(study_of(whole[:3]))

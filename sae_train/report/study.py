@@ -163,7 +163,7 @@ def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """The study's main claims as sentences, by what they are about: the answers, and what stands beside them."""
     trends = {(c.question, c.metric): [] for c in study.main}
     for claim in study.main:
-        trends[claim.question, claim.metric].append(_upper(claim.sentence))
+        trends[claim.question, claim.metric].append(_upper(claim.sentence) + _otherwise(study, claim))
     of = lambda *key: trends.get(key, [])  # noqa: E731
     answers = {
         "Width": of("width", "full"),
@@ -185,6 +185,25 @@ def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         ],
     }
     return tuple({about: lines for about, lines in group.items() if lines} for group in (answers, rest))
+
+
+def _otherwise(study: Study, claim: Claim) -> str:
+    """Where a part of a mean over widths or L0 is told from 0 and the mean is not, or goes the other way."""
+    arch = claim.where.split(",")[0]
+    parts = [
+        part
+        for part in study.claims
+        if not part.pooled and (part.question, part.metric, part.ends) == (claim.question, claim.metric, claim.ends)
+        and part.where.startswith(f"{arch} at ") and _is_judged(part)
+    ]  # fmt: skip
+    sign = claim.difference.mean if _is_judged(claim) else 0.0
+    other = [part for part in parts if part.difference.mean * sign <= 0]
+    said = [
+        f"at {part.where.removeprefix(f'{arch} at ')} it {'rises' if part.difference.mean > 0 else 'falls'} "
+        f"({part.figures})"
+        for part in other
+    ]
+    return f" But {listed(said, len(said))}." if said else ""
 
 
 def _doubts(study: Study) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,9 +108,21 @@ def _lead(study: Study) -> str:
         f"{plural(len(saes), 'sparse autoencoder')} (SAEs) of the activations of {first.setting('model')} at "
         f"{first.setting('hook')}: {said['arch']}, width {said['width']}, L0 {said['l0']}, "
         f"{plural(max(len(cell.saes) for cell in study.cells), 'training seed')}, "
-        f"{f'{tokens:,.0f}' if tokens else 'some'} training tokens each. Absorption: a latent that seems to stand for "
+        f"{f'{tokens:,.0f}' if tokens else 'some'} training tokens each. {_uneven(study)}"
+        f"Absorption: a latent that seems to stand for "
         f"{'a first letter' if noun == 'letter' else f'one {noun}'} stays silent on some of its words, because another "
         f"latent took the job over; measured on {f'{words:,} words' if words else 'all words of the vocabulary'}."
+    )
+
+
+def _uneven(study: Study) -> str:
+    """A sentence where not every architecture was trained at every width and L0."""
+    traits = [{getattr(cell, name) for cell in study.cells} for name in ("arch", "width", "l0")]
+    if len(study.cells) == math.prod(map(len, traits)):
+        return ""
+    return (
+        "Not every architecture was trained at every width and L0 (the table of cells has those that were): a claim "
+        "names the widths and L0 that it rests on, and claims over different ones share SAEs. "
     )
 
 
