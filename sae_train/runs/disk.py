@@ -50,15 +50,18 @@ def is_one_disk(a: Path, b: Path) -> bool:
 
 def check_folders(settings: Settings) -> None:
     """UserError where a folder that is to be written to is a file, lies in one, or is not this user's to write."""
-    asked = {"out": settings.run.out, "activation_cache": settings.data.activation_cache}
-    for name, folder in asked.items():
+    asked = {
+        "no run folder can be made": settings.run.out,
+        "no activations can be kept": settings.data.activation_cache,
+    }
+    for what, folder in asked.items():
         if folder:
             path = Path(folder).expanduser().absolute()
             there = next(each for each in (path, *path.parents) if each.exists())
             if not there.is_dir():
-                raise UserError(f"{name} {str(folder)!r}: {there} is a file: name a folder")
+                raise UserError(f"{what} in {str(folder)!r}: {there} is a file: name a folder")
             if not os.access(there, os.W_OK | os.X_OK):
-                raise UserError(f"{name} {str(folder)!r}: you may not write in {there}: name another folder")
+                raise UserError(f"{what} in {str(folder)!r}: you may not write in {there}: name another folder")
 
 
 def write_seconds(settings: Settings, size: float) -> float | None:
