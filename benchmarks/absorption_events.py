@@ -12,7 +12,8 @@ letters and its seeds with replacement. It prints Markdown and writes benchmarks
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +55,24 @@ MEASURES = {
 }
 
 
-def main() -> None:
+def main() -> int:
     args = _arguments()
+    try:
+        table = pd.DataFrame(measured(args.runs, args.text_tokens))
+    except UserError as error:
+        print(f"absorption_events: {error}", file=sys.stderr)
+        return 2
+    print(markdown(table))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(args.out, index=False, float_format="%.4f")
+    return 0
+
+
+def measured(runs: Sequence[Path], text_tokens: int) -> list[dict[str, Any]]:
+    """A row for each cell and measure; UserError for runs that cannot be read together."""
     parts: dict[str, list[tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]]] = {}
-    for run in map(Run, args.runs):
-        frequency = count_tokens(run, args.text_tokens)
+    for run in map(Run, runs):
+        frequency = count_tokens(run, text_tokens)
         trajectory, letters, names = read(run)
         for cell, saes in cells(run):
             own = [table[table["sae"].isin(saes)] for table in (trajectory, letters, names)]
@@ -72,10 +86,7 @@ def main() -> None:
             raise UserError(f"runs with {cell} have looks at other steps: give those of one length and number of looks")
         n = tables[0]["sae"].nunique()
         rows += [{"cell": cell, "seeds": n, "measure": name, **vars(it)} for name, it in measure(*tables)]
-    table = pd.DataFrame(rows)
-    print(markdown(table))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(args.out, index=False, float_format="%.4f")
+    return rows
 
 
 def cells(run: Run) -> Iterator[tuple[str, list[str]]]:
@@ -244,4 +255,4 @@ def _arguments() -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,10 +23,8 @@ from sae_train.interrupts import interrupts_wait
 if TYPE_CHECKING:
     from sae_train.runs.run import Run
 
-DISK_TROUBLE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR,
-    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
-)  # fmt: skip
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+PATH_TROUBLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 LOST = ("DistBackendError", "DistNetworkError", "DistStoreError")  # what torch raises where another process is gone
 SOME_FAILED = 3  # exit code of a grid of which some SAEs are finished and others failed
 OTHERS_WAIT = 10.0  # seconds that other processes leave the first one to say what is wrong
@@ -371,10 +369,13 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(str(error))
         return 2
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
-            raise
         where = f" ({error.filename})" if error.filename else ""
-        _complain(f"the disk does not take what is to be written{where}: {error.strerror}")
+        if error.errno in DISK_TROUBLE:
+            _complain(f"the disk does not take what is to be written{where}: {error.strerror}")
+        elif error.errno in PATH_TROUBLE and error.filename:
+            _complain(f"a file or folder cannot be used{where}: {error.strerror}")
+        else:
+            raise
         return 2
     except (MemoryError, RuntimeError) as error:
         sentence = _explain_machine(error)

@@ -16,6 +16,7 @@ from sae_train import train
 from sae_train.cli import main
 from sae_train.data.toy_source import ToyStream
 from sae_train.errors import UserError
+from sae_train.runs import run as run_module
 from sae_train.runs import runner
 from sae_train.runs.finisher import Finisher
 from sae_train.runs.log import RunLog
@@ -338,3 +339,17 @@ def test_looks_on_other_words_than_before_the_interruption_are_noted():
     )
     (note,) = _other_words(info, {"": SimpleNamespace(hash="b")})
     assert "other words or activations than before the interruption" in note
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR, errno.EISDIR, errno.EEXIST])
+def test_a_path_that_cannot_be_used_is_a_sentence_that_does_not_blame_the_disk(number, tmp_path, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number), str(tmp_path / "there"))
+
+    monkeypatch.setattr(run_module, "start", refused)
+    assert main(["--width", "64", "--l0", "4"]) == 2
+    said = capsys.readouterr().err
+    assert f"({tmp_path / 'there'}): {os.strerror(number)}" in said and "disk" not in said
+    monkeypatch.setattr(run_module, "start", lambda *_, **__: os.strerror(1) / 2)
+    with pytest.raises(TypeError):
+        main(["--width", "64", "--l0", "4"])

@@ -81,10 +81,10 @@ class TrainedSAE:
     @property
     def full_by_chance(self) -> float | None:
         """Mean full absorption that chance gives on as many words as the main latents miss; None where unknown."""
-        share = _carried_by_chance(self.chance)
-        recalls = [number(row.get("recall_main")) for row in self.last_letters if row.get("counts")]
-        missed = [1 - recall for recall in recalls if recall is not None]
-        return share * sum(missed) / len(missed) if missed and share is not None and not self.causal else None
+        share = None if self.causal else _carried_by_chance(self.chance)
+        rows = [_by_chance(row, share) for row in self.last_letters if row.get("counts")]
+        known = [full for full in rows if full is not None]
+        return sum(known) / len(known) if known else None
 
     @property
     def causal(self) -> bool:
@@ -264,8 +264,14 @@ def _carried_by_chance(random: dict[str, Any]) -> float | None:
 
 def _beyond(row: dict[str, Any], share: float | None) -> dict[str, float]:
     """A letter's full absorption without what chance would carry of the words that its main latents miss."""
-    full, recall = number(row.get("full")), number(row.get("recall_main"))
-    return {} if None in (full, recall, share) else {"full_beyond": full - (1 - recall) * share}  # type: ignore
+    full, chance = number(row.get("full")), _by_chance(row, share)
+    return {} if full is None or chance is None else {"full_beyond": full - chance}
+
+
+def _by_chance(row: dict[str, Any], share: float | None) -> float | None:
+    """What random latents would carry of the words that a letter's main latents miss."""
+    recall = number(row.get("recall_main"))
+    return None if recall is None or share is None else (1 - recall) * share
 
 
 def _add_dead_fraction(row: dict[str, Any], width: float | None) -> dict[str, Any]:

@@ -108,6 +108,8 @@ class Plan:
                 for spec in s.specs
             ),
             *self._passes(),
+            self._files(),
+            *self.kept(),
             *self._sharing(),
             *(f"memory     {size / GIB:6.2f} GiB {part}" for part, size in self.memory.items()),
             f"memory     {sum(self.memory.values()) / GIB:6.2f} GiB in all{self._each()}, "
@@ -147,24 +149,33 @@ class Plan:
         return float(min(sum(own), self.cache_bytes()))
 
     def _passes(self) -> list[str]:
-        """What is in memory together where that is not the whole grid, and what is kept on disk."""
-        lines, size = [], self.cache_bytes()
-        if len(self.passes) > 1:
-            lines.append(f"passes     {len(self.passes)}, since the SAEs do not fit into memory together")
-            for number, specs in enumerate(self.passes, start=1):
-                lines.append(f"pass {number:<6}trains {', '.join(spec.name for spec in specs)}")
-        files, (out, _) = self.files_bytes(), disk_of(self.settings, cache=False)
-        lines.append(f"disk       {files / GIB:6.2f} GiB at most of saved states and SAEs in {out}")
-        if size:
-            there = self.there_bytes()
-            (folder, free), seconds = disk_of(self.settings), write_seconds(self.settings, size - there)
-            end = "kept" if self.settings.data.activation_cache else "removed at the end"
-            lines.append(
-                f"disk       {size / GIB:6.2f} GiB of activations in {folder}, {end}; {free / GIB:.1f} GiB free"
-                + (f"; {there / GIB:.2f} GiB of them are there" if there else "")
-                + (f"; about {roughly(seconds)} to write them" if seconds is not None and size > there else "")
-            )
-        return lines
+        """What is in memory together where that is not the whole grid."""
+        if len(self.passes) == 1:
+            return []
+        return [
+            f"passes     {len(self.passes)}, since the SAEs do not fit into memory together",
+            *(
+                f"pass {i:<6}trains {', '.join(spec.name for spec in own)}"
+                for i, own in enumerate(self.passes, start=1)
+            ),
+        ]
+
+    def _files(self) -> str:
+        out, _ = disk_of(self.settings, cache=False)
+        return f"disk       {self.files_bytes() / GIB:6.2f} GiB at most of saved states and SAEs in {out}"
+
+    def kept(self) -> list[str]:
+        """The activations that are kept on disk, and what of them is there already; no line where none are."""
+        size, there, (folder, free) = self.cache_bytes(), self.there_bytes(), disk_of(self.settings)
+        if not size:
+            return []
+        seconds = write_seconds(self.settings, size - there) if size > there else None
+        end = "kept" if self.settings.data.activation_cache else "removed at the end"
+        return [
+            f"disk       {size / GIB:6.2f} GiB of activations in {folder}, {end}; {free / GIB:.1f} GiB free"
+            + (f"; {there / GIB:.2f} GiB of them are there" if there else "")
+            + (f"; about {roughly(seconds)} to write them" if seconds is not None else "")
+        ]
 
     def _sharing(self) -> list[str]:
         """What several processes do, a line each."""

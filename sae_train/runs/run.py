@@ -196,13 +196,8 @@ def resume(
     A run on activations of your own needs them again, and one with callbacks of your own goes on without those that are
     not given again. Code of the hub's is run only where `trust_remote_code` says so here, whatever run.json says.
     """
-    with interrupts_wait():
-        from sae_train.runs import session  # noqa: F401
-        from sae_train.runs.display import is_first
-        from sae_train.runs.process import prepare_process
-        from sae_train.runs.runner import Runner  # noqa: F401
+    from sae_train.runs.display import is_first
 
-    prepare_process()
     folder = Path(folder)
     read_run(folder, ResumedRun)
     with alone_in(folder) if is_first() else nullcontext():  # the processes have not met yet
@@ -211,11 +206,14 @@ def resume(
 
 def _go_on(folder: Path, activations: Any, callbacks: Sequence[Callback], trust_remote_code: bool, tokens: Any) -> Run:
     """What `resume` does, alone in the run's folder, so that no other process writes what is read here."""
-    from sae_train.data.origin import check_unchanged
-    from sae_train.runs import session
-    from sae_train.runs.plan import find_passes
-    from sae_train.runs.runner import Runner
+    with interrupts_wait():
+        from sae_train.data.origin import check_unchanged
+        from sae_train.runs import session
+        from sae_train.runs.plan import find_passes
+        from sae_train.runs.process import prepare_process
+        from sae_train.runs.runner import Runner
 
+    prepare_process()
     info = read_run(folder, ResumedRun)
     if tokens is None and info.get("status") == "finished" and (folder / "report.html").exists():
         raise UserError(

@@ -19,7 +19,7 @@ from sae_train.errors import UserError
 from sae_train.publishing.reproduce import command
 from sae_train.report.study_files import write_study
 from sae_train.runs.display import aside
-from sae_train.runs.plan import GIB, Plan, make_plan, roughly
+from sae_train.runs.plan import Plan, make_plan, roughly
 from sae_train.runs.run import resume, start
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def plan_study(file: Path, out: Path) -> str:
     lines = [
         f"study      {n_saes} SAEs in {len(parts)} parts, each a run in {out}",
         *next(iter(first.facts.values())).lines,  # a study is of one hook
-        f"disk       {first.cache_bytes() / GIB:6.2f} GiB of activations in {parts[0].data.activation_cache}, kept",
+        *first.kept(),
     ]
     for part in parts:
         time = times.get(part.run.name)
