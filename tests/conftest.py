@@ -83,12 +83,15 @@ def shapes_of_the_first_steps() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def short_looks() -> Iterator[None]:
-    """Let runs measure loss recovered on few tokens, and one random SAE in place of three: a quarter of small runs."""
+    """Let runs measure loss recovered on few tokens, draw one random SAE in place of three, and save twice in place of
+    ten times: a third of small runs."""
     from sae_train.evals import baselines, fidelity
+    from sae_train.runs import runner
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(fidelity, "FIDELITY_TOKENS", 512)
         patched.setattr(baselines, "random_score", partial(baselines.random_score, draws=1))
+        patched.setattr(runner, "N_SAVED", 2)
         yield
 
 

@@ -33,7 +33,7 @@ LANGUAGES = {"sh", "python", "json", "yaml", "text"}
 MARKS = {"network", "gpu", "peer", "long"}
 PROGRAMS = ("sae-train", "python", "make", "torchrun", "accelerate")
 SMALL = {
-    "--tokens": "13k", "--batch-tokens": "128", "--buffer-tokens": "2048", "--held-out-tokens": "1024",
+    "--tokens": "6500", "--batch-tokens": "64", "--buffer-tokens": "2048", "--held-out-tokens": "1024",
     "--eval-words": "600", "--absorption-evals": "1", "--device": "cpu",
 }  # fmt: skip
 SMALL_TOY = {flag: value for flag, value in SMALL.items() if flag not in ("--buffer-tokens", "--eval-words")}
@@ -94,7 +94,7 @@ def smaller(words: list[str]) -> list[str]:
     """sae-train's arguments with the flags that make it quick."""
     flags = SMALL_TOY if "toy" in words else SMALLER.get(words[0], SMALL)
     if words[0] == "resume" and "--tokens" in words:
-        flags = {"--tokens": "26k"}
+        flags = {"--tokens": "13k"}
     kept = [word for i, word in enumerate(words) if word not in flags and words[i - 1] not in flags]
     return kept + [part for pair in flags.items() for part in pair]
 

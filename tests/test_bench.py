@@ -69,7 +69,8 @@ def test_levels_give_the_asked_l0(arch):
 
 def test_the_benchmark_writes_tidy_rows_and_names_what_it_leaves_out(tmp_path, monkeypatch, capsys):
     out = tmp_path / "kernels.csv"
-    options = ["--arch", "topk", "--peer-python", sys.executable, "--out", str(out)]
+    sides = "sae-train,strong dense,strong sparse,encoder GEMM,dictionary_learning"
+    options = ["--arch", "topk", "--sides", sides, "--peer-python", sys.executable, "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["bench", *SIZES, *FEW, *options])
     bench.main()
     captured = capsys.readouterr()

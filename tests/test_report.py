@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from sae_train.config import SAESpec, flat, resolve
 from sae_train.errors import UserError
 from sae_train.report import export_report, write_report
+from sae_train.report.marks import nice_ticks
 
 STEPS = (0, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 245)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -344,7 +346,7 @@ def test_several_training_seeds_give_two_way_intervals_and_comparisons_of_neighb
     wider = paired_difference(wide, narrow)
     difference, judged = cells["topk: 4k − 1k, L0 8"].split("</td>")[2:4]
     assert f"{wider.mean:.3f} <small>{wider.low:.3f} to {wider.high:.3f}</small>" in difference
-    assert judged.startswith("<td>distinguishable") is wider.excludes_zero
+    assert (">distinguishable" in judged) is wider.excludes_zero
     assert len([name for name in cells if "−" in name]) == 4
 
 
@@ -392,7 +394,7 @@ def test_architectures_are_compared_at_the_same_ev_where_both_reach_it(tmp_path)
 def _comparisons(run: Path) -> dict[str, list[str]]:
     table = write_report(run).read_text().split("Distinguishable or not", 1)[1].split("</table>")[0]
     rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', table, re.S)
-    return {name: re.findall(r"<td>(.*?)</td>", cells) for name, cells in rows}
+    return {name: re.findall(r"<td[^>]*>(.*?)</td>", cells, re.S) for name, cells in rows}
 
 
 def _fractions(run: Path, width: int, l0: float, arch: str = "topk", seeds: int = 3):
@@ -468,6 +470,34 @@ def test_a_run_without_absorption_or_with_one_row_or_none_gets_sentences(tmp_pat
     assert "No SAE has left anything yet." in read(write_report(run)).text
     (run / "absorption.parquet").write_bytes(b"PAR1 and then nothing")
     assert "absorption.parquet cannot be read" in read(write_report(run)).text
+
+
+def test_what_was_looked_at_once_has_no_course_to_draw(tmp_path):
+    run = fake_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[:-1]:
+        for name in [name for name in row if name.startswith("absorption/")]:
+            del row[name]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = re.findall(r'<svg class="plot"[^>]*aria-label="([^"]*)"', write_report(run).read_text())
+    assert "Loss" in drawn and "L0" in drawn
+    assert not [title for title in drawn if "bsorption" in title or "letter" in title]
+
+
+def test_settings_without_a_value_are_left_out(tmp_path):
+    assert "gpus" not in read(write_report(fake_run(tmp_path / "run"))).text
+
+
+@pytest.mark.parametrize("low", [0.0, 0.994, -3.0, 17.0])
+@pytest.mark.parametrize("span", [1e-3, 0.0021, 0.24, 0.63, 1.0, 7.7, 3000.0])
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_an_axis_has_at_least_three_round_numbers(low, span, count):
+    ticks = nice_ticks(low, low + span, count)
+    steps = {round((b - a) / span, 6) for a, b in pairwise(ticks)}
+    assert 3 <= len(ticks) <= 3 * count and len(steps) == 1
+    assert low - 1e-9 <= ticks[0] and ticks[-1] <= low + span + 1e-9
+    step = ticks[1] - ticks[0]
+    assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 5)
 
 
 def test_a_failed_sae_is_named_with_its_reason_beside_the_others(tmp_path):

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from planted_cells import cell, claim_of, table
 
+from sae_train.evals.intervals import Interval
 from sae_train.report.cells import Cell
 from sae_train.report.claims import FEW, HOLDS, UNSEEN, claims
 from sae_train.report.data import Run
 from sae_train.report.study import Study, findings, least, onset, read_study
+from sae_train.report.study_charts import figures_of
 from sae_train.report.study_files import _uneven
 
 
@@ -165,3 +167,30 @@ def test_the_page_says_that_a_grid_has_gaps():
     whole = grid({64: (8, 16), 128: (8, 16)})
     assert _uneven(study_of(whole)) == ""
     assert "Not every architecture was trained at every width and L0" in _uneven(study_of(whole[:3]))
+
+
+def test_an_architecture_has_one_colour_in_all_charts_though_it_is_not_at_every_width():
+    every = [*grid({1024: (8, 16)}, arch="jumprelu"), *grid({1024: (8, 16), 4096: (8, 16)}, arch="topk")]
+    every += grid({4096: (8, 16)}, arch="relu")
+    charts = figures_of(every, lambda cell, metric: Interval(0.1, 0.0, 0.2, 0.1), lambda cell: None)["arch"]
+    worn = {(name, css.split()[0]) for chart in charts for name, css, _ in chart.series}
+    assert len(worn) == len({name for name, _ in worn}) == 3
+    for chart in charts:
+        assert [css.split()[1] for css, _ in chart.legend] == [css.split()[0] for _, css, _ in chart.series]
+
+
+def test_a_trend_that_is_where_splitting_sets_in_is_shown_once():
+    """Over three widths the trend has a mean more than the onset has."""
+    counts = {256: 1.0, 1024: 1.0, 4096: 2.0}
+    study = study_of([
+        cell("topk", width, l0, table(0.1), n_split=table(count, draw=width + l0))
+        for width, count in counts.items() for l0 in (8, 16)
+    ])  # fmt: skip
+    assert [claim.ends for claim in study.of("splitting") if claim.pooled and claim.question != "l0"] == [("256", "4k")]
+
+
+def test_points_against_another_score_say_where_their_line_begins_and_ends():
+    cells = grid({1024: (8, 16, 32)})
+    interval = lambda cell, metric: Interval(cell.l0, cell.l0 - 1, cell.l0 + 1, 1.0)  # noqa: E731
+    chart = next(c for c in figures_of(cells, interval, lambda cell: None)["main"] if c.x_title == "recall")
+    assert [point.beside for point in chart.series[0][2]] == ["L0 8", "", "L0 32"]

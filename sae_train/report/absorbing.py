@@ -45,7 +45,7 @@ def _order(row: dict[str, Any]) -> str:
 
 def _takeovers(sae: TrainedSAE) -> Bars | None:
     log = sae.event_log.get("events", [])
-    if not log:
+    if not log or len(sae.event_log["looks"]) < 2:
         return None
     counts = Counter(row["taken_tokens"] for row in log)
     bars = [(f"at {tick(tokens)} tokens", tick(tokens), float(counts[tokens]), "out1")

@@ -127,7 +127,9 @@ def _point(p: Point, at: float, y: Scale, chart: Scatter) -> Node:
     span = interval(p.low, p.high)
     words = f"{p.name}: {chart.y_title} {short(p.y)}{f' ({span})' if span else ''}, {chart.x_title} {short(p.x)}"
     bar = [line("span", (at, y(p.low)), (at, y(p.high)))] if p.low is not None and p.high is not None else []
-    return Node("g", "", *bar, Node("circle", cx=at, cy=y(p.y), r=3.2), Node("title", "", words))
+    out = 5 if at < WIDTH / 2 else -5
+    beside = [text(at + out, y(p.y) - 5, p.beside, "start" if out > 0 else "end", "soft")] if p.beside else []
+    return Node("g", "", *bar, Node("circle", cx=at, cy=y(p.y), r=3.2), *beside, Node("title", "", words))
 
 
 def _bars(chart: Bars) -> Node:

@@ -61,18 +61,18 @@ def styles(saes: list[TrainedSAE]) -> tuple[list[str], str]:
 
 
 def curves(saes: list[TrainedSAE], css: list[str]) -> list[Curves]:
-    """Every figure over tokens that has at least one point."""
+    """Every figure over tokens that has a course: at least two points."""
     drawn, noun = [], saes[0].noun if saes else "letter"
     names = {"letter": noun, "letters": nouns(noun)}
     for key, *texts, metric, log, zero in CURVES:
         title, note = (_call_by(names, text) for text in texts)
         lines = [line for i, sae in enumerate(saes) if (line := _line(i, css[i], sae, metric, log))]
-        if lines:
+        if any(len(line.x) > 1 for line in lines):
             targets = sorted({sae.l0 for sae in saes if sae.l0}) if key == "l0" else []
             drawn.append(Curves(key, title, note, lines, log, zero, targets))
     for name in own_names(saes):
         lines = [line for i, sae in enumerate(saes) if (line := _line(i, css[i], sae, name, log=False))]
-        if lines:
+        if any(len(line.x) > 1 for line in lines):
             drawn.append(Curves(re.sub(r"\W+", "-", f"own-{name}"), name, "from a callback", lines))
     return drawn
 

@@ -12,6 +12,7 @@ from sae_train.report.text import label_name, tick
 
 WIDTH = 380
 CHARACTER, MOST_LEFT = 6.3, 160  # width of a label's character, most room for labels
+FEWEST_TICKS = 3
 
 
 class Node:
@@ -101,12 +102,18 @@ def pad_range(values: list[float], log: bool = False, zero: bool = False) -> tup
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers between low and high, at steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers between low and high, at steps of 1, 2 or 5 times a power of ten: about `count`, at least three."""
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    steps = [factor * power for factor in (0.2, 0.5, 1, 2, 5, 10)]
+    fitting = next(i for i, step in enumerate(steps) if step >= raw * 0.999)
+    ticks: list[float] = []
+    for step in steps[fitting::-1]:
+        first = math.ceil(low / step - 1e-9)
+        ticks = [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+        if len(ticks) >= FEWEST_TICKS:
+            break
+    return ticks
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -141,6 +141,13 @@ $$(".chip").forEach((chip) => chip.addEventListener("click", () => {
 const tip = $("#tip");
 const chips = $$(".chip");
 const numbers = (text) => (text ? text.split(" ").map(Number) : null);
+const showTip = (event) => { // beside the pointer, inside the window
+  tip.hidden = false;
+  const wide = tip.offsetWidth, tall = tip.offsetHeight;
+  tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - wide - 6))}px`;
+  tip.style.top = `${event.clientY + 18 + tall > innerHeight ? Math.max(4, event.clientY - tall - 12) : event.clientY + 18}px`;
+};
+const hideTip = () => { tip.hidden = true; $$(".guide").forEach((guide) => guide.setAttribute("visibility", "hidden")); };
 const brief = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e4 || Math.abs(value) < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4))));
 function values(plot, at) {
   return $$(".line:not(.dim)", plot).map((line) => {
@@ -170,12 +177,24 @@ function hover(event) {
     row.append(`${name}${brief(item.y)}${item.band}`);
   });
   if (found.length > 14) make("div", `and ${found.length - 14} more`, tip);
-  tip.hidden = false;
-  const wide = tip.offsetWidth, tall = tip.offsetHeight;
-  tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - wide - 6))}px`;
-  tip.style.top = `${event.clientY + 18 + tall > innerHeight ? Math.max(4, event.clientY - tall - 12) : event.clientY + 18}px`;
+  showTip(event);
 }
+const NEAR = 24; // pixels between a finger and the mark that it means
+const away = (box, event) => Math.hypot(Math.max(box.left - event.clientX, 0, event.clientX - box.right), Math.max(box.top - event.clientY, 0, event.clientY - box.bottom));
+function nameMark(chart, event) {
+  const marks = $$("title", chart).map((title) => [away(title.parentNode.getBoundingClientRect(), event), title.textContent]);
+  const nearest = marks.reduce((a, b) => (a[0] <= b[0] ? a : b), [NEAR, ""]);
+  tip.textContent = nearest[1];
+  if (nearest[1]) showTip(event);
+}
+// A finger has no place to hover: what it touched stays until it touches something else.
+document.addEventListener("pointerdown", (event) => {
+  if (event.pointerType !== "touch") return;
+  hideTip();
+  const chart = event.target.closest("svg:not(.plot)");
+  if (chart) nameMark(chart, event);
+}, { capture: true });
 $$("svg.plot").forEach((plot) => {
   ["pointermove", "pointerdown"].forEach((kind) => plot.addEventListener(kind, hover));
-  plot.addEventListener("pointerleave", () => { tip.hidden = true; $(".guide", plot).setAttribute("visibility", "hidden"); });
+  plot.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hideTip(); });
 });

@@ -59,13 +59,14 @@ class Curves(Chart):
 
 @dataclass(frozen=True)
 class Point:
-    """A named point with the interval of its y."""
+    """A named point with the interval of its y; `beside` is written next to it."""
 
     name: str
     x: float
     y: float
     low: float | None = None
     high: float | None = None
+    beside: str = ""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Study:
 def _same(claim: Claim) -> tuple[Any, ...]:
     """What claims have in common that say the same of an architecture."""
     if claim.pooled and claim.means:
-        return claim.where.split(",")[0], claim.metric, claim.ends, claim.means
+        return claim.where.split(",")[0], claim.metric, claim.ends, round(claim.means[0], 9), round(claim.means[-1], 9)
     return claim.where, claim.metric, claim.question
 
 

@@ -33,7 +33,7 @@ TITLES = {
 def figures_of(cells: Sequence[Cell], interval: IntervalOf, chance: ChanceOf) -> Figures:
     """The charts under each question; a question may have none."""
     archs, widths = dict.fromkeys(cell.arch for cell in cells), sorted({cell.width for cell in cells})
-    draw = _Drawing(interval, chance)
+    draw = _Drawing(cells, interval, chance)
     charts: Figures = {question: [] for question in ("width", "l0", "arch", "main", "splitting")}
     for arch in archs:
         own = [cell for cell in cells if cell.arch == arch]
@@ -53,32 +53,39 @@ def figures_of(cells: Sequence[Cell], interval: IntervalOf, chance: ChanceOf) ->
 class _Drawing:
     """Makes a chart of cells: `by` tells the lines apart, `x` is a trait or a metric, `y` a metric."""
 
-    def __init__(self, interval: IntervalOf, chance: ChanceOf):
+    def __init__(self, every: Sequence[Cell], interval: IntervalOf, chance: ChanceOf):
         self.interval, self.chance = interval, chance
+        self.values = {by: sorted({getattr(cell, by) for cell in every}) for by in ("arch", "width", "l0")}
 
     def __call__(self, key: str, title: str, cells: list[Cell], by: str, x: str, y: str) -> list[Chart]:
         """The chart; none where no line would have two points."""
-        values = sorted({getattr(cell, by) for cell in cells})
-        lines = [(i, _name(by, value), [c for c in cells if getattr(c, by) == value]) for i, value in enumerate(values)]
+        own = {getattr(cell, by) for cell in cells}
+        numbered = [(i, value) for i, value in enumerate(self.values[by]) if value in own]  # one colour on the page
+        lines = [(i, _name(by, value), [c for c in cells if getattr(c, by) == value]) for i, value in numbered]
         series: list[Series] = [(name, f"c{i % COLOURS} d0 o0", self._points(own, x, y)) for i, name, own in lines]
         if all(len(points) < 2 for _, _, points in series):
             return []
         beside = [("chance", f"c{i % COLOURS} d2 o2", self._by_chance(own, x)) for i, _, own in lines]
         beside = [one for one in beside if one[2] and y == "full" and x != "ev"]  # random SAEs' EV is far below
-        note = NOTE + ("; faint and dotted: by chance" if beside else "") + ("; joined by L0" if "main" in x else "")
+        joined = "; joined by L0" + (", which rises with EV" if x == "ev" else "") if x not in LOG else ""
+        note = NOTE + ("; faint and dotted: by chance" if beside else "") + joined
         legend = [(f"part c{i % COLOURS}", name) for i, name, _ in lines]
         zero = y in ("full", "f1_k1")
         ticks = _ticks(cells, x)
         return [Scatter(key, title, note, series + beside, TITLES[x], TITLES[y], x in LOG, zero, ticks, legend=legend)]
 
     def _points(self, cells: list[Cell], x: str, y: str) -> list[Point]:
-        """In the order of L0, or of width along a width axis."""
-        points = []
+        """In the order of L0, or of width along a width axis; against another score the ends say their L0."""
+        known = []
         for cell in sorted(cells, key=lambda cell: cell.width if x == "width" else cell.l0):
             at, found = self._at(cell, x), self.interval(cell, y)
             if at is not None and found is not None:
-                points.append(Point(cell.name, at, found.mean, found.low, found.high))
-        return points
+                known.append((cell, at, found))
+        ends = [known[0][0], known[-1][0]] if known and "main" in x else []
+        return [
+            Point(cell.name, at, found.mean, found.low, found.high, f"L0 {cell.l0:g}" if cell in ends else "")
+            for cell, at, found in known
+        ]
 
     def _by_chance(self, cells: list[Cell], x: str) -> list[Point]:
         known = [(self._at(cell, x), self.chance(cell), cell.name) for cell in cells]
