@@ -45,6 +45,13 @@ def pooled(studies: list[Path], out: Path) -> tuple[Path, list[str], int]:
 
     UserError for studies that are of several designs, and where no SAE has a score.
     """
+    run = gathered(studies, out)
+    out.mkdir(parents=True, exist_ok=True)
+    return *write_tables(read_study([run]), out), len(run.saes)
+
+
+def gathered(studies: list[Path], out: Path) -> Run:
+    """The SAEs of all as those of one run, of the folder `out`."""
     settings = [settings_of(folder) for folder in studies]
     if other := differing(settings):
         raise UserError(f"the studies differ in {', '.join(other)}: pool those of one design")
@@ -56,8 +63,7 @@ def pooled(studies: list[Path], out: Path) -> tuple[Path, list[str], int]:
     of = {key: rows for key, rows in letters.groupby(["study", *KEY])}
     run = Run(out, out.name, {"settings": settings[0]}, [])
     run.saes.extend(trained(row, of, run.name) for row in saes.sort_values(KEY).to_dict("records"))
-    out.mkdir(parents=True, exist_ok=True)
-    return *write_tables(read_study([run]), out), len(run.saes)
+    return run
 
 
 def settings_of(study: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,16 @@ def test_a_study_leaves_runs_tables_and_a_page_that_loads_nothing(studied):
     np.testing.assert_allclose(chance, 0.2 * missed.groupby([letters["width"], letters["l0"]]).mean(), atol=2e-6)
     saes = pd.read_csv(studied / "saes.csv")
     np.testing.assert_allclose(saes["l0_words"], saes["l0"])  # topk: as many on every token
+
+
+def test_charts_of_a_study_are_drawn_from_its_tables_each_with_its_own_legend(studied, tmp_path):
+    refused = script("draw_study", studied, "--out", tmp_path / "none.svg", "--charts", "nothing")
+    assert refused.returncode == 2 and not (tmp_path / "none.svg").exists()
+    names = re.search("there are (.*)", refused.stderr)[1].split(", ")
+    assert script("draw_study", studied, "--out", tmp_path / "all.svg", "--charts", ",".join(names)).returncode == 0
+    drawn = (tmp_path / "all.svg").read_text()
+    assert drawn.count("Full absorption against") == sum(name.startswith(("width-", "l0-", "ev-")) for name in names)
+    assert "width 64" in drawn and "L0 8" in drawn  # what lines are told apart by
 
 
 def test_parts_of_a_design_pool_to_the_tables_of_the_whole_by_their_letters_alone(studied, tmp_path):

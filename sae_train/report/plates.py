@@ -22,11 +22,12 @@ GAP, LINE = 24, 16  # between charts, and from one line of words to the next
 
 
 def picture(charts: list[Chart], columns: int = 1) -> Figure:
-    """One figure of all charts; several share the first one's legend. The caller saves it."""
+    """One figure of all charts; several that have the same legend share it. The caller saves it."""
     from matplotlib.figure import Figure
 
-    frames = [_frame(chart, len(charts) == 1) for chart in charts]
-    legend = _legend(charts[0], columns * (WIDTH + GAP)) if len(charts) > 1 else []
+    shared = len(charts) > 1 and all(_entries(chart) == _entries(charts[0]) for chart in charts)
+    frames = [_frame(chart, not shared) for chart in charts]
+    legend = _legend(charts[0], columns * (WIDTH + GAP)) if shared else []
     tall = max((height for _, height in frames), default=LINE) + GAP
     below = -(-len(frames) // columns) * tall
     width, height = columns * (WIDTH + GAP), below + _height(legend) + GAP / 2
@@ -53,10 +54,14 @@ def _wrap(note: str) -> list[Node]:
     return [text(0, (i + 2) * LINE, words.strip(), "start") for i, words in enumerate(lines)]
 
 
+def _entries(chart: Chart) -> list[tuple[str, str]]:
+    return [(f"line {own.css}", own.name) for own in chart.lines] if isinstance(chart, Curves) else chart.legend
+
+
 def _legend(chart: Chart, width: float, top: float = 0) -> list[Node]:
     """What marks and colours mean, in as many lines as they need."""
-    entries = [(f"line {own.css}", own.name) for own in chart.lines] if isinstance(chart, Curves) else chart.legend
     nodes, x, y = [], 0.0, top + LINE
+    entries = _entries(chart)
     for css, words in entries if len(entries) <= MOST_NAMED else []:
         long = len(words) * CHARACTER + 30
         x, y = (0.0, y + LINE) if x and x + long > width else (x, y)
