@@ -7,19 +7,23 @@ Beside the scores by projection stand random SAEs (fitted on the words), random 
 causal rate: the model is asked about words whose main latents are silent and whose label the k-sparse probe misses,
 some --causal of them, with each of the --ablated largest latent vectors taken out. "Confirmed" are those of the asked
 words absorbed by projection (full) that are so by cause. Rows are added to --out, a file for one model, --words and
---seed; a task of an SAE that is there already, by its folder's name, is skipped. `--table FILE` prints a file's rows.
+--seed, and the scores label by label to OUT_labels.csv beside it; a task of an SAE that is there already, by its
+folder's name, is skipped. `--table FILE` prints a file's rows; `--seeds FILE_labels.csv` the means of SAEs that differ
+in their training seed, with 95 % intervals over labels and seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -28,6 +32,7 @@ from csv_rows import append, cpu
 from sae_train.data.language_model import load_language_model
 from sae_train.evals import assets, baselines
 from sae_train.evals.absorption import Evaluation
+from sae_train.evals.intervals import letters_by_seeds
 from sae_train.evals.presets import SAEBENCH
 from sae_train.sae.files import load_sae
 
@@ -46,6 +51,7 @@ COLUMNS = (
     "causal_low", "causal_high", "silent", "asked", "confirmed", "confirmed_of", "seconds", "cpu",
     "effect", "most_effect",
 )  # fmt: skip
+LABEL_COLUMNS = ("sae", "task", "label", "f1", "recall", "fraction", "full", "full_family", "full_by_chance")
 
 
 def main() -> None:
@@ -62,9 +68,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder that keeps the words' activations")
     parser.add_argument("--out", type=Path, default=Path("beyond_letters.csv"))
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--seeds", type=Path)
     options = parser.parse_args()
-    if options.table:
-        print(table(options.table))
+    if options.table or options.seeds:
+        print(table(options.table) if options.table else by_seeds(pd.read_csv(options.seeds)))
         return
     names = [Path(sae).name for sae in options.saes]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -77,14 +84,19 @@ def main() -> None:
             how = {"seed": options.seed, "n_words": options.words, "cache_dir": options.cache}
             built = assets.build(lm, hierarchy=task, preset=PRESET, **how)
         for folder in left:
-            row = {"sae": folder.name, "task": task, "cpu": cpu()} | measure(folder, built, lm, options)
+            figures, labels = measure(folder, built, lm, options)
+            row = {"sae": folder.name, "task": task, "cpu": cpu()} | figures
+            by_label = options.out.with_name(f"{options.out.stem}_labels.csv")
+            append(by_label, LABEL_COLUMNS, [{"sae": folder.name, "task": task} | label for label in labels])
             append(options.out, COLUMNS, [row])
             print(lines_of(row), flush=True)
 
 
 @torch.no_grad()
-def measure(folder: Path, built: Assets, lm: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one SAE on one task."""
+def measure(
+    folder: Path, built: Assets, lm: Any, options: argparse.Namespace
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All figures of one SAE on one task, and its scores label by label."""
     start = time.perf_counter()
     sae, seed, n_labels = load_sae(folder), options.seed, len(built.label_names)
     evaluation = Evaluation(sae, built, PRESET, seed, lm)
@@ -96,7 +108,7 @@ def measure(folder: Path, built: Assets, lm: Any, options: argparse.Namespace) -
     by_cause = replace(PRESET, attribution="ablation", n_ablated=options.ablated, max_candidates=most)
     can_ask = len(built.answer_ids) > 0
     caused = Evaluation(sae, built, by_cause, seed, lm).run(latents) if can_ask else None
-    return {
+    figures = {
         "words": len(built.words), "test_words": int(built.is_test.sum()), "labels": n_labels,
         "needed": built.n_needed(SAEBENCH), "counting": result.n_letters,
         "probe_f1": rounded(built.probe_figures[:, 0].nan_to_num().mean()),
@@ -106,6 +118,7 @@ def measure(folder: Path, built: Assets, lm: Any, options: argparse.Namespace) -
         "directions_full": rounded(directions.get("mean_full")),
         **(causes_of(caused, result) if caused else {}), "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
+    return figures, labels_of(result, random)
 
 
 def scores_of(result: AbsorptionResult) -> dict[str, Any]:
@@ -116,6 +129,19 @@ def scores_of(result: AbsorptionResult) -> dict[str, Any]:
         out |= {score: rounded(getattr(result, f"mean_{score}")), f"{score}_low": rounded(low)}
         out[f"{score}_high"] = rounded(high)
     return out | {"full_family": rounded(result.mean_full_family)}
+
+
+def labels_of(result: AbsorptionResult, random: AbsorptionResult) -> list[dict[str, Any]]:
+    """The scores of each label that counts, and what chance gives: of the words that the main latents miss, the share
+    that random latents carry of those that random main latents miss (docs/study.md)."""
+    share = random.mean_full / (1 - random.mean_recall_main)
+    counting = result.by_letter[result.by_letter["counts"]]
+    return [
+        {"label": row.letter, "f1": rounded(row.f1_k1), "recall": rounded(row.recall_main)}
+        | {name: rounded(getattr(row, name)) for name in ("fraction", "full", "full_family")}
+        | {"full_by_chance": rounded((1 - row.recall_main) * share)}
+        for row in counting.itertuples()
+    ]
 
 
 def causes_of(caused: AbsorptionResult, result: AbsorptionResult) -> dict[str, Any]:
@@ -160,6 +186,24 @@ def lines_of(row: dict[str, Any]) -> str:
         row.get("asked", "–"), f"{row.get('confirmed', '–')} of {row.get('confirmed_of', '–')}",
     ]  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def by_seeds(labels: pd.DataFrame) -> str:
+    """Markdown: each task's means over the labels that count for all SAEs, and over training seeds."""
+    labels = labels.assign(
+        of=[re.sub(r"-seed_\d+", "", name) for name in labels["sae"]],
+        beyond=labels["full"] - labels["full_by_chance"],
+    )
+    scores = {"f1": "F1", "recall": "recall", "fraction": "fraction", "full": "full", "beyond": "beyond chance",
+              "full_family": "family-corrected"}  # fmt: skip
+    head = ("task", "SAEs", "training seeds", "labels", *scores.values())
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for (task, name), own in labels.groupby(["task", "of"], sort=False):
+        tables = {score: own.pivot(index="sae", columns="label", values=score).dropna(axis=1) for score in scores}
+        found = [letters_by_seeds(torch.tensor(values.to_numpy(copy=True))) for values in tables.values()]
+        cells = [f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]".replace("0.", ".") for one in found]
+        lines.append(f"| {task} | {name} | {' | '.join(map(str, tables['full'].shape))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(path: Path) -> str:

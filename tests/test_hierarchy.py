@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from eval_fakes import D_IN, FakeLM, fake_words, word_tokenizer
+from scripts import script
 from transformers import AutoTokenizer
 
 from sae_train.data.language_model import load_language_model
 from sae_train.errors import UserError
 from sae_train.evals import absorption, assets, vocab
 from sae_train.evals.hierarchy import RULES, get_hierarchy
+from sae_train.evals.intervals import letters_by_seeds
 from sae_train.sae.model import SAE, SAEConfig
 
 
@@ -212,3 +216,25 @@ def test_a_file_with_a_rules_labels_gives_the_rules_scores(tmp_path, rule):
     results = [absorption.evaluate(sae, built, baseline=True) for built in (ours, theirs)]
     for table in ("by_letter", "words"):
         assert getattr(results[0], table).equals(getattr(results[1], table))
+
+
+def test_scores_of_several_seeds_are_averaged_over_the_labels_that_count_for_all(tmp_path):
+    rng, labels = np.random.default_rng(0), ("animal", "city", "food")
+    rows = [
+        {"sae": f"topk-1k-l0_8{end}", "task": "kind", "label": label, **dict.fromkeys(("f1", "recall"), 0.5)}
+        | dict(zip(("fraction", "full", "full_family", "full_by_chance"), rng.random(4).round(4), strict=True))
+        for end in ("", "-seed_1", "-seed_2")
+        for label in labels
+        if (end, label) != ("-seed_1", "city")
+    ]
+    table = pd.DataFrame(rows)
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    head, _, row = script("beyond_letters", "--seeds", tmp_path / "labels.csv").stdout.splitlines()
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    kept = table[table["label"] != "city"]
+    matrix = kept.pivot(index="sae", columns="label", values="full").to_numpy(copy=True)
+    own = letters_by_seeds(torch.tensor(matrix))
+    assert row.startswith("| kind | topk-1k-l0_8 | 3 | 2 |")
+    assert cells["full"] == f"{own.mean:.3f} [{own.low:.3f}, {own.high:.3f}]".replace("0.", ".")
+    beyond = (kept["full"] - kept["full_by_chance"]).mean()
+    assert cells["beyond chance"].startswith(f"{beyond:.3f}".replace("0.", "."))
