@@ -194,3 +194,14 @@ def test_points_against_another_score_say_where_their_line_begins_and_ends():
     interval = lambda cell, metric: Interval(cell.l0, cell.l0 - 1, cell.l0 + 1, 1.0)  # noqa: E731
     chart = next(c for c in figures_of(cells, interval, lambda cell: None)["main"] if c.x_title == "recall")
     assert [point.beside for point in chart.series[0][2]] == ["L0 8", "", "L0 32"]
+
+
+def test_the_least_at_a_width_where_the_least_of_all_was_not_trained_is_named():
+    of = {"relu": {1024: 0.1}, "topk": {1024: 0.3, 4096: 0.5}, "matryoshka": {1024: 0.3, 4096: 0.2}}
+    cells = [
+        cell(arch, width, l0, table(mean, draw=width + l0 + len(arch)))
+        for arch, by_width in of.items() for width, mean in by_width.items() for l0 in (8, 16)
+    ]  # fmt: skip
+    said = least(study_of(cells), "L0")
+    assert "relu has less full absorption than every other architecture" in said
+    assert "But of those at width 4k it is matryoshka (" in said and "width 1k it is" not in said

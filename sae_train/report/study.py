@@ -255,24 +255,49 @@ def _least_at(study: Study, metric: str) -> list[str]:
 
 
 def least(study: Study, matched: str, metric: str = "full") -> str:
-    """Name the architecture that absorbs less than every other one at the same L0 or EV, or say that none does."""
+    """Name the architecture that absorbs less than every other one at the same L0 or EV, or say that none does; and
+    the widths at which another one does."""
     pairs = [c for c in study.main if c.question == f"arch at {matched}" and c.metric == metric]
-    archs = dict.fromkeys(arch for c in pairs for arch in c.ends)
-    for arch in archs:
-        own = [c for c in pairs if arch in c.ends]
-        if len(own) == len(archs) - 1 and all(_less(c, arch) for c in own):
-            others = next(a for a in archs if a != arch) if len(own) == 1 else "every other architecture"
-            among = "; ".join(dict.fromkeys(c.where.split(", ", 1)[1] for c in own))
-            said = f"At the same {matched}, {arch} has less {METRICS[metric]} than {others} ({among}): {_minus(own)}."
-            return said + (_more_by_fraction(study, matched, arch) if metric == "full" else "")
     if not pairs:
         return ""
+    arch = _least_of(pairs)
+    elsewhere = _least_elsewhere(study, matched, metric, arch)
+    if arch:
+        own = [c for c in pairs if arch in c.ends]
+        others = own[0].ends[own[0].ends[0] == arch] if len(own) == 1 else "every other architecture"
+        among = "; ".join(dict.fromkeys(c.where.split(", ", 1)[1] for c in own))
+        said = f"At the same {matched}, {arch} has less {METRICS[metric]} than {others} ({among}): {_minus(own)}."
+        return said + elsewhere + (_more_by_fraction(study, matched, arch) if metric == "full" else "")
     shown = [f"{less} less than {more}" for c in pairs if _is_judged(c) for less, more in [_in_order(c)]]
     missing = [f"{' and '.join(c.ends)} ({c.verdict}{_visible(c)})" for c in pairs if not _is_judged(c)]
     said = ([f"shown is {listed(shown)}"] if shown else []) + ([f"open are {listed(missing)}"] if missing else [])
     why = f": {'; '.join(said)}" if said else ""
     than = "absorb less" if metric == "full" else f"have less {METRICS[metric]}"
-    return f"At the same {matched}, no architecture is shown to {than} than every other one{why}."
+    return f"At the same {matched}, no architecture is shown to {than} than every other one{why}.{elsewhere}"
+
+
+def _least_of(pairs: Sequence[Claim]) -> str:
+    """The architecture that has less than every other one of the pairs; empty where there is none."""
+    archs = dict.fromkeys(arch for c in pairs for arch in c.ends)
+    for arch in archs:
+        own = [c for c in pairs if arch in c.ends]
+        if len(own) == len(archs) - 1 and all(_less(c, arch) for c in own):
+            return arch
+    return ""
+
+
+def _least_elsewhere(study: Study, matched: str, metric: str, arch: str) -> str:
+    """The widths at which another architecture has less than all that were trained there."""
+    by_width: dict[str, list[Claim]] = {}
+    for c in study.claims:
+        if not c.pooled and (c.question, c.metric) == (f"arch at {matched}", metric):
+            by_width.setdefault(c.where.split(", ")[1], []).append(c)
+    least_at = {width: found for width, own in by_width.items() if (found := _least_of(own)) and found != arch}
+    said = [
+        f"of those at {width} it is {other} ({_minus([c for c in by_width[width] if other in c.ends])})"
+        for width, other in least_at.items()
+    ]
+    return f" But {listed(said, len(said))}." if said else ""
 
 
 def _minus(pairs: Sequence[Claim]) -> str:
