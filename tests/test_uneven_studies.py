@@ -204,4 +204,17 @@ def test_the_least_at_a_width_where_the_least_of_all_was_not_trained_is_named():
     ]  # fmt: skip
     said = least(study_of(cells), "L0")
     assert "relu has less full absorption than every other architecture" in said
-    assert "But of those at width 4k it is matryoshka (" in said and "width 1k it is" not in said
+    assert "But at width 4k, where relu was not trained, it is matryoshka (matryoshka minus topk −" in said
+    assert "relu minus matryoshka −" in said and "relu minus topk −" in said and "width 1k it is" not in said
+
+
+def test_each_pair_of_architectures_stands_on_the_page_at_each_width():
+    cells = [
+        cell(arch, width, l0, table(0.1, draw=width + l0 + len(arch)))
+        for arch in ("topk", "relu", "jumprelu") for width in (1024, 4096) for l0 in (8, 16)
+    ]  # fmt: skip
+    shown = [c for c in study_of(cells).of("arch") if not c.pooled and c.metric == "full"]
+    pairs = [("topk", "relu"), ("topk", "jumprelu"), ("relu", "jumprelu")]
+    assert {(c.ends, c.where.split(", ")[1]) for c in shown if c.question == "arch at L0"} == {
+        (pair, width) for pair in pairs for width in ("width 1k", "width 4k")
+    }

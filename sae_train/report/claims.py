@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,13 @@ class Claim:
         if not self.expected:
             return FOUND
         return HOLDS if self.expected * self.difference.mean > 0 else FAILS
+
+    @property
+    def turned(self) -> Claim:
+        """The same, first − last."""
+        d = self.difference
+        other_way = d and replace(d, mean=-d.mean, low=-d.high, high=-d.low)
+        return replace(self, ends=self.ends[::-1], seeds=self.seeds[::-1], means=self.means[::-1], difference=other_way)
 
     @property
     def figures(self) -> str:

@@ -82,7 +82,7 @@ def _same(claim: Claim) -> tuple[Any, ...]:
     """What claims have in common that say the same of an architecture."""
     if claim.pooled and claim.means:
         return claim.where.split(",")[0], claim.metric, claim.ends, round(claim.means[0], 9), round(claim.means[-1], 9)
-    return claim.where, claim.metric, claim.question
+    return claim.where, claim.metric, claim.question, claim.ends
 
 
 def _heading(claim: Claim) -> str:
@@ -266,7 +266,7 @@ def least(study: Study, matched: str, metric: str = "full") -> str:
         own = [c for c in pairs if arch in c.ends]
         others = own[0].ends[own[0].ends[0] == arch] if len(own) == 1 else "every other architecture"
         among = "; ".join(dict.fromkeys(c.where.split(", ", 1)[1] for c in own))
-        said = f"At the same {matched}, {arch} has less {METRICS[metric]} than {others} ({among}): {_minus(own)}."
+        said = f"At the same {matched}, {arch} has less {METRICS[metric]} than {others} ({among}): {_minus(own, arch)}."
         return said + elsewhere + (_more_by_fraction(study, matched, arch) if metric == "full" else "")
     shown = [f"{less} less than {more}" for c in pairs if _is_judged(c) for less, more in [_in_order(c)]]
     missing = [f"{' and '.join(c.ends)} ({c.verdict}{_visible(c)})" for c in pairs if not _is_judged(c)]
@@ -293,22 +293,25 @@ def _least_elsewhere(study: Study, matched: str, metric: str, arch: str) -> str:
         if not c.pooled and (c.question, c.metric) == (f"arch at {matched}", metric):
             by_width.setdefault(c.where.split(", ")[1], []).append(c)
     least_at = {width: found for width, own in by_width.items() if (found := _least_of(own)) and found != arch}
-    said = [
-        f"of those at {width} it is {other} ({_minus([c for c in by_width[width] if other in c.ends])})"
-        for width, other in least_at.items()
-    ]
+    said = []
+    for width, other in least_at.items():
+        own = by_width[width]
+        absent = f", where {arch} was not trained," if arch and not any(arch in c.ends for c in own) else ""
+        said.append(f"at {width}{absent} it is {other} ({_minus([c for c in own if other in c.ends], other)})")
     return f" But {listed(said, len(said))}." if said else ""
 
 
-def _minus(pairs: Sequence[Claim]) -> str:
-    return "; ".join(f"{c.ends[1]} minus {c.ends[0]} {c.figures}" for c in pairs)
+def _minus(pairs: Sequence[Claim], arch: str) -> str:
+    """One architecture minus each other one."""
+    turned = [c if c.ends[1] == arch else c.turned for c in pairs]
+    return "; ".join(f"{arch} minus {c.ends[0]} {c.figures}" for c in turned)
 
 
 def _more_by_fraction(study: Study, matched: str, arch: str) -> str:
     """Which pairs the fraction puts the other way round."""
     own = [c for c in study.main if c.question == f"arch at {matched}" and c.metric == "fraction" and arch in c.ends]
     other = [c for c in own if _is_judged(c) and not _less(c, arch)]
-    return f" By the fraction it has more: {_minus(other)}." if other else ""
+    return f" By the fraction it has more: {_minus(other, arch)}." if other else ""
 
 
 def _in_order(claim: Claim) -> tuple[str, str]:
