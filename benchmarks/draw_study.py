@@ -22,6 +22,8 @@ from sae_train.report.plates import picture
 from sae_train.report.study import chance_level, read_study
 from sae_train.report.study_charts import figures_of
 
+KINDS = ("svg", "png", "pdf")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,11 +46,12 @@ def draw(studies: list[Path], names: list[str], columns: int, out: Path) -> None
     study = read_study([gathered(studies, out)])
     figures = figures_of(study.cells, study.interval, chance_level)
     charts = {chart.key: chart for own in figures.values() for chart in own}
+    if (kind := out.suffix.removeprefix(".")) not in KINDS:
+        raise UserError(f"--out {str(out)!r} names no kind of picture; allowed: {', '.join(KINDS)}")
     if missing := [name for name in names if name not in charts]:
         raise UserError(f"there is no chart {missing[0]!r}; there are {', '.join(charts)}")
     # Text stays text, and the same tables give the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sae-train"}), whole(out) as temporary:
-        kind = out.suffix.removeprefix(".")
         metadata = {"Date": None} if kind == "svg" else None
         picture([charts[name] for name in names], columns).savefig(temporary, format=kind, metadata=metadata)
 

@@ -78,6 +78,7 @@ def test_a_study_leaves_runs_tables_and_a_page_that_loads_nothing(studied):
 def test_charts_of_a_study_are_drawn_from_its_tables_each_with_its_own_legend(studied, tmp_path):
     refused = script("draw_study", studied, "--out", tmp_path / "none.svg", "--charts", "nothing")
     assert refused.returncode == 2 and not (tmp_path / "none.svg").exists()
+    assert "allowed: svg" in script("draw_study", studied, "--out", tmp_path / "no_kind").stderr
     names = re.search("there are (.*)", refused.stderr)[1].split(", ")
     assert script("draw_study", studied, "--out", tmp_path / "all.svg", "--charts", ",".join(names)).returncode == 0
     drawn = (tmp_path / "all.svg").read_text()

@@ -182,7 +182,7 @@ function hover(event) {
 const NEAR = 24; // pixels between a finger and the mark that it means
 const away = (box, event) => Math.hypot(Math.max(box.left - event.clientX, 0, event.clientX - box.right), Math.max(box.top - event.clientY, 0, event.clientY - box.bottom));
 function nameMark(chart, event) {
-  const marks = $$("title", chart).map((title) => [away(title.parentNode.getBoundingClientRect(), event), title.textContent]);
+  const marks = $$("title", chart).map((title) => [away(($("circle", title.parentNode) || title.parentNode).getBoundingClientRect(), event), title.textContent]);
   const nearest = marks.reduce((a, b) => (a[0] <= b[0] ? a : b), [NEAR, ""]);
   tip.textContent = nearest[1];
   if (nearest[1]) showTip(event);
