@@ -172,7 +172,7 @@ def _row(*cells: str) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--design", type=Path, help="of a study, as `sae-train study --config` takes it")
-    parser.add_argument("--tokens", default="250k,500k,1M,2M", help="the lengths to train")
+    parser.add_argument("--tokens", default="250k,500k,1M,2M,4M", help="the lengths to train")
     parser.add_argument("--made", nargs="*", type=Path, default=[], metavar="STUDY", help="lengths that are there")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/length"))
     parser.add_argument("--tables", type=Path, default=TABLES)
