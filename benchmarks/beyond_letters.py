@@ -190,9 +190,8 @@ def lines_of(row: dict[str, Any]) -> str:
 
 def by_seeds(labels: pd.DataFrame) -> str:
     """Markdown: each task's means over the labels that count for all SAEs, and over training seeds."""
-    labels = labels.drop_duplicates(
-        ["sae", "task", "label"], keep="last"
-    )  # of a task that was interrupted and made again
+    # A task that was interrupted and made again has its labels twice.
+    labels = labels.drop_duplicates(["sae", "task", "label"], keep="last")
     labels = labels.assign(
         of=[re.sub(r"-seed_\d+", "", name) for name in labels["sae"]],
         beyond=labels["full"] - labels["full_by_chance"],

@@ -81,9 +81,9 @@ class _Drawing:
             at, found = self._at(cell, x), self.interval(cell, y)
             if at is not None and found is not None:
                 known.append((cell, at, found))
-        ends = [known[0][0], known[-1][0]] if known and "main" in x else []
+        ends = {known[0][0].name, known[-1][0].name} if known and "main" in x else set()
         return [
-            Point(cell.name, at, found.mean, found.low, found.high, f"L0 {cell.l0:g}" if cell in ends else "")
+            Point(cell.name, at, found.mean, found.low, found.high, f"L0 {cell.l0:g}" if cell.name in ends else "")
             for cell, at, found in known
         ]
 
