@@ -34,6 +34,7 @@ from sae_train.evals import assets, baselines
 from sae_train.evals.absorption import Evaluation
 from sae_train.evals.intervals import letters_by_seeds
 from sae_train.evals.presets import SAEBENCH
+from sae_train.report.data import by_chance, carried_by_chance
 from sae_train.sae.files import load_sae
 
 if TYPE_CHECKING:
@@ -132,14 +133,13 @@ def scores_of(result: AbsorptionResult) -> dict[str, Any]:
 
 
 def labels_of(result: AbsorptionResult, random: AbsorptionResult) -> list[dict[str, Any]]:
-    """The scores of each label that counts, and what chance gives: of the words that the main latents miss, the share
-    that random latents carry of those that random main latents miss (docs/study.md)."""
-    share = random.mean_full / (1 - random.mean_recall_main)
+    """The scores of each label that counts, and the full absorption that chance gives (docs/study.md)."""
+    share = carried_by_chance({"mean_full": random.mean_full, "mean_recall_main": random.mean_recall_main})
     counting = result.by_letter[result.by_letter["counts"]]
     return [
         {"label": row.letter, "f1": rounded(row.f1_k1), "recall": rounded(row.recall_main)}
         | {name: rounded(getattr(row, name)) for name in ("fraction", "full", "full_family")}
-        | {"full_by_chance": rounded((1 - row.recall_main) * share)}
+        | {"full_by_chance": rounded(by_chance({"recall_main": row.recall_main}, share))}
         for row in counting.itertuples()
     ]
 

@@ -81,8 +81,8 @@ class TrainedSAE:
     @property
     def full_by_chance(self) -> float | None:
         """Mean full absorption that chance gives on as many words as the main latents miss; None where unknown."""
-        share = None if self.causal else _carried_by_chance(self.chance)
-        rows = [_by_chance(row, share) for row in self.last_letters if row.get("counts")]
+        share = None if self.causal else carried_by_chance(self.chance)
+        rows = [by_chance(row, share) for row in self.last_letters if row.get("counts")]
         known = [full for full in rows if full is not None]
         return sum(known) / len(known) if known else None
 
@@ -239,7 +239,7 @@ def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> T
     final |= {key: value for key, value in (entry.get("final") or {}).items() if value is not None}
     final = _add_dead_fraction(final, width)
     beside = {name: own for name, own in (entry.get("baseline") or {}).items() if isinstance(own, dict)}
-    share = _carried_by_chance(beside.get("random_words", {}))
+    share = carried_by_chance(beside.get("random_words", {}))
     return TrainedSAE(
         arch=str(entry.get("arch") or known["name"].split("-")[0]),
         width=None if width is None else int(width),
@@ -256,7 +256,7 @@ def _sae(entry: dict[str, Any], history: list, letters: list, **known: Any) -> T
     )
 
 
-def _carried_by_chance(random: dict[str, Any]) -> float | None:
+def carried_by_chance(random: dict[str, Any]) -> float | None:
     """Of the words that random main latents miss, the share that one other random latent carries."""
     full, recall = number(random.get("mean_full")), number(random.get("mean_recall_main"))
     return full / (1 - recall) if full is not None and recall is not None and recall < 1 else None
@@ -264,11 +264,11 @@ def _carried_by_chance(random: dict[str, Any]) -> float | None:
 
 def _beyond(row: dict[str, Any], share: float | None) -> dict[str, float]:
     """A letter's full absorption without what chance would carry of the words that its main latents miss."""
-    full, chance = number(row.get("full")), _by_chance(row, share)
+    full, chance = number(row.get("full")), by_chance(row, share)
     return {} if full is None or chance is None else {"full_beyond": full - chance}
 
 
-def _by_chance(row: dict[str, Any], share: float | None) -> float | None:
+def by_chance(row: dict[str, Any], share: float | None) -> float | None:
     """What random latents would carry of the words that a letter's main latents miss."""
     recall = number(row.get("recall_main"))
     return None if recall is None or share is None else (1 - recall) * share
