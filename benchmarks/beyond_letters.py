@@ -35,10 +35,12 @@ from sae_train.evals.absorption import Evaluation
 from sae_train.evals.intervals import letters_by_seeds
 from sae_train.evals.presets import SAEBENCH
 from sae_train.report.data import by_chance, carried_by_chance
+from sae_train.runs.display import aside
 from sae_train.sae.files import load_sae
 
 if TYPE_CHECKING:
     from sae_train.evals.assets import Assets
+    from sae_train.evals.contexts import Progress
     from sae_train.evals.result import AbsorptionResult
 
 TASKS = "first-letter,last-letter,first-vowel,word-length,kind,number"
@@ -78,19 +80,30 @@ def main() -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         parser.error(f"several SAEs are named {', '.join(sorted(twice))}: give each its own --out")
     done = {(row["sae"], row["task"]) for row in rows_of(options.out)} if options.out.is_file() else set()
+    tasks = {task: [sae for sae in map(Path, options.saes) if (sae.name, task) not in done]
+             for task in options.tasks.split(",")}  # fmt: skip
+    with aside() as display:
+        display.interrupted = f"{options.out} has what was measured: the same command goes on"
+        measure_all({task: saes for task, saes in tasks.items() if saes}, options, display)
+
+
+def measure_all(tasks: dict[str, list[Path]], options: argparse.Namespace, tell: Progress) -> None:
+    """Measure each task's SAEs, and write their rows one by one."""
+    by_label = options.out.with_name(f"{options.out.stem}_labels.csv")
     lm = load_language_model(options.model, options.hook, dtype=options.dtype)
-    for task in options.tasks.split(","):
-        left = [Path(sae) for sae in options.saes if (Path(sae).name, task) not in done]
-        if left:
-            how = {"seed": options.seed, "n_words": options.words, "cache_dir": options.cache}
-            built = assets.build(lm, hierarchy=task, preset=PRESET, **how)
-        for folder in left:
+    n_done, n_all, doing = 0, sum(map(len, tasks.values())), "measuring SAEs, task by task"
+    for task, saes in tasks.items():
+        tell(doing, n_done, n_all)
+        how = {"seed": options.seed, "n_words": options.words, "cache_dir": options.cache}
+        built = assets.build(lm, hierarchy=task, preset=PRESET, **how)
+        for folder in saes:
             figures, labels = measure(folder, built, lm, options)
             row = {"sae": folder.name, "task": task, "cpu": cpu()} | figures
-            by_label = options.out.with_name(f"{options.out.stem}_labels.csv")
             append(by_label, LABEL_COLUMNS, [{"sae": folder.name, "task": task} | label for label in labels])
             append(options.out, COLUMNS, [row])
             print(lines_of(row), flush=True)
+            n_done += 1
+            tell(doing, n_done, n_all)
 
 
 @torch.no_grad()

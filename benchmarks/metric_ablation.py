@@ -41,9 +41,11 @@ from sae_train.errors import UserError
 from sae_train.evals import causal
 from sae_train.evals.absorption import Evaluation
 from sae_train.evals.causal_rate import prompts_of
+from sae_train.evals.contexts import show_nothing
 from sae_train.evals.presets import SAEBENCH
 from sae_train.evals.ranking import rank_latents
 from sae_train.evals.scoring import score_entries, unit
+from sae_train.runs.display import aside
 from sae_train.runs.folder import run_of
 from sae_train.sae.files import load_sae
 from sae_train.speller.proofs import eraser
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sae_train.evals.assets import Assets
+    from sae_train.evals.contexts import Progress
     from sae_train.protocols import SAE, LanguageModel
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -91,17 +94,26 @@ class Bench:
 def main() -> None:
     args = _arguments()
     folders = [sae for path in args.saes for sae in find_saes(path)]
-    bench = make_bench(folders[0], args.eval_words, args.rows)
+    with aside() as display:
+        display.interrupted = "the SAEs before are written"
+        words, table = ask_of_all(folders, args, display)
+    print(f"\n{markdown(table)}\n\n{words_table(disagreements(words))}")
+
+
+def ask_of_all(folders: list[Path], args: argparse.Namespace, tell: Progress) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Ask about each SAE, and write the files anew after it; return its words and the table of figures."""
+    tell("setting up the sample")
+    bench = make_bench(folders[0], args.eval_words, args.rows, tell)
     words, curves, nulls = [], [], []
-    for folder in folders:
-        print(f"asking about {folder.name}", flush=True)
+    for n_done, folder in enumerate(folders):
+        tell("asking about SAEs", n_done, len(folders))
         asked = Asked(bench, load_sae(folder), args.each)
         about = {"sae": f"{folder.parent.parent.name}/{folder.name}"}
         words.append(asked.words().assign(**about))
         curves.append(asked.curves().assign(**about))
         nulls.append(recorded_nulls(folder) | asked.random_directions())
         table = write(args.out, args.name, pd.concat(words, ignore_index=True), pd.concat(curves), nulls)
-    print(f"\n{markdown(table)}\n\n{words_table(disagreements(pd.concat(words, ignore_index=True)))}")
+    return pd.concat(words, ignore_index=True), table
 
 
 def write(
@@ -125,7 +137,9 @@ def find_saes(path: Path) -> list[Path]:
     return found
 
 
-def make_bench(folder: Path, eval_words: int | None, n_rows: int, seed: int = 0) -> Bench:
+def make_bench(
+    folder: Path, eval_words: int | None, n_rows: int, tell: Progress = show_nothing, seed: int = 0
+) -> Bench:
     from sae_train.data.sources import kind_of
     from sae_train.runs.callbacks import build_assets
     from sae_train.training.ranks import choose_device
@@ -135,7 +149,7 @@ def make_bench(folder: Path, eval_words: int | None, n_rows: int, seed: int = 0)
         raise UserError(f"{str(folder)!r} does not lie in its run's folder, which says of which model it is")
     settings = resolve(read_run(run)["settings"] | ({"eval_words": eval_words} if eval_words else {}))
     lm = kind_of(settings).language_model(settings, choose_device("cpu"))
-    assets, notes = build_assets(lm, settings.eval, lambda *_: None)
+    assets, notes = build_assets(lm, settings.eval, tell)
     if assets is None or not len(assets.answer_ids):
         raise UserError(f"the model cannot be asked for letters: {' '.join(notes)}")
     counted = assets.letters_that_count[assets.tp_labels].nonzero().squeeze(1)
