@@ -370,8 +370,8 @@ def test_architectures_at_the_same_ev_are_interpolated_between_their_l0():
     assert at_ev.difference.mean == pytest.approx(theirs - mine) and at_ev.verdict == FOUND
     study = Study([], cells, claims(cells), [], ((), 0))
     assert least(study, "L0") == (
-        "At the same L0, matryoshka has less full absorption than topk (width 64, mean over 2 L0): matryoshka minus "
-        f"topk {at_l0.figures}."
+        "At the same L0, matryoshka has less full absorption than topk (width 64, mean over L0 8, 16): matryoshka "
+        f"minus topk {at_l0.figures}."
     )
     assert "is less in matryoshka than in topk" in findings(study)[1]["Pairs of architectures"][0]
     assert all("fraction" in line for line in findings(study)[1]["Pairs of architectures"]), "full is said above"

@@ -49,7 +49,7 @@ def test_a_range_of_l0_that_one_width_alone_has_does_not_take_the_place_of_what_
     (shared,) = main_of(cells, "l0")
     assert (shared.where, shared.ends) == ("topk, mean over width 64, 128", ("16", "32"))
     part = [c for c in claims(cells) if (c.question, c.metric, c.where) == ("l0", "full", "topk at width 128")]
-    assert [(c.ends, c.pooled, c.verdict) for c in part] == [(("4", "32"), False, HOLDS)]
+    assert [(c.ends, c.pooled, c.verdict) for c in part] == [(("4", "32"), False, HOLDS), (("16", "32"), False, UNSEEN)]
 
 
 @pytest.mark.parametrize("question", ["l0", "arch at L0"])
@@ -218,3 +218,92 @@ def test_each_pair_of_architectures_stands_on_the_page_at_each_width():
     assert {(c.ends, c.where.split(", ")[1]) for c in shown if c.question == "arch at L0"} == {
         (pair, width) for pair in pairs for width in ("width 1k", "width 4k")
     }
+
+
+def test_cells_with_one_seed_take_no_claim_from_those_with_three():
+    """Of two widths three seeds are there; a third width, or two of its L0, has one."""
+    of = lambda width, l0: width / 1000 - l0 / 500  # noqa: E731
+    two = grid({64: (8, 16, 32), 128: (8, 16, 32)}, of)
+    one_more = [*two, *grid({256: (8, 16, 32)}, of, seeds=lambda width: 1)]
+    wide, narrow = sorted(main_of(one_more, "width"), key=lambda c: c.verdict == HOLDS)
+    assert (wide.ends, wide.verdict, wide.seeds) == (("64", "256"), FEW, (3, 1))
+    assert (narrow.ends, narrow.verdict, narrow.where) == (("64", "128"), HOLDS, "topk, mean over L0 8, 16, 32")
+    assert narrow.difference == main_of(two, "width")[0].difference
+
+    mixed = [*two, *grid({256: (8, 32)}, of), *grid({256: (16,)}, of, seeds=lambda width: 1)]
+    found = {(c.ends, c.where): c.verdict for c in main_of(mixed, "width")}
+    assert found == {
+        (("64", "256"), "topk, mean over L0 8, 32"): HOLDS,
+        (("64", "128"), "topk, mean over L0 8, 16, 32"): HOLDS,
+    }
+    (fall,) = [c for c in main_of(mixed, "l0") if c.where.endswith("64, 128, 256")]
+    assert (fall.ends, fall.verdict) == (("8", "32"), HOLDS)
+    alone = [c for c in claims(mixed) if (c.question, c.metric, c.where) == ("l0", "full", "topk at width 256")]
+    assert (("8", "32"), HOLDS) in [(c.ends, c.verdict) for c in alone]
+
+
+def test_a_width_between_with_fewer_seeds_leaves_its_l0_in_the_mean_of_the_ends():
+    of = lambda width, l0: width / 1000  # noqa: E731
+    cells = grid({64: (8, 16), 128: (8,), 256: (8, 16)}, of) + grid({128: (16,)}, of, seeds=lambda width: 1)
+    ends = [c for c in main_of(cells, "width") if c.ends == ("64", "256")]
+    assert [(c.where, c.verdict) for c in ends] == [("topk, mean over L0 8, 16", HOLDS)]
+
+
+def test_every_mean_has_its_parts_and_those_that_go_against_it_are_named():
+    of = lambda width, l0: 0.3 + (0.0 if width == 64 else 0.2 if l0 > 8 else -0.1)  # noqa: E731
+    cells = grid({64: (8, 16, 32), 128: (8, 16, 32), 256: (8, 16)}, of)
+    rise = next(c for c in main_of(cells, "width") if c.ends == ("64", "128"))
+    parts = [
+        c for c in claims(cells) if (c.question, c.metric, c.ends, c.pooled) == ("width", "full", rise.ends, False)
+    ]
+    assert [c.where for c in parts] == ["topk at L0 8", "topk at L0 16", "topk at L0 32"]
+    said = next(line for line in findings(study_of(cells))[0]["Width"] if "64 to 128" in line)
+    assert "rises with width" in said and "But at L0 8 it falls (−0.100" in said
+
+
+def test_a_pair_of_architectures_that_turns_round_at_a_width_says_so():
+    of = {"topk": {64: 0.20, 128: 0.45}, "relu": {64: 0.50, 128: 0.40}, "matryoshka": {64: 0.05, 128: 0.05}}
+    cells = [c for arch, means in of.items() for c in grid({64: (8,), 128: (8,)}, lambda w, l0, m=means: m[w], arch)]
+    said = findings(study_of(cells))[1]["Pairs of architectures"][0]
+    assert (
+        said.startswith("Full absorption is more in relu than in topk")
+        and "But at width 128 it is less in relu" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("relu_at_128", "why"), [((), "was not trained"), ((12.0,), "was not compared")], ids=["absent", "missed"]
+)
+def test_where_the_least_of_all_is_absent_is_said_as_it_is(relu_at_128, why):
+    of = {"topk": {64: 0.3, 128: 0.5}, "matryoshka": {64: 0.25, 128: 0.2}}
+    cells = [c for arch, means in of.items() for c in grid({64: (8,), 128: (8,)}, lambda w, l0, m=means: m[w], arch)]
+    cells += [cell("relu", 64, 8, table(0.1, draw=5))]
+    cells += [cell("relu", 128, 8, table(0.1, draw=6), reached=reached) for reached in relu_at_128]
+    said = least(study_of(cells), "L0")
+    assert "relu has less full absorption than every other architecture" in said
+    assert f"But at width 128, where relu {why}, it is matryoshka" in said and "at width 64" not in said
+
+
+def test_what_a_mean_over_pairs_leaves_out_is_named_with_its_reason():
+    cells = grid({64: (8, 16), 128: (8,)}) + grid({64: (8,), 128: (8,)}, arch="relu", of=lambda w, l0: 0.2)
+    cells += [cell("relu", 64, 16, table(0.2, draw=3), reached=24.0)]
+    cells += [cell(arch, 256, 8, table(0.2, draw=i), reached=8 * i) for i, arch in ((1, "topk"), (3, "relu"))]
+    found = [c for c in claims(cells) if (c.question, c.metric, c.pooled) == ("arch at L0", "full", False)]
+    assert [(c.where, c.left or c.how) for c in found] == [
+        ("at the same L0, width 64, L0 8", "L0 16 not compared: relu, 64, L0 16 reached 24.0"),
+        ("at the same L0, width 128, L0 8", "L0 as reached or interpolated"),
+        ("at the same L0, width 256", "not compared: relu, 256, L0 8 reached 24.0"),
+    ]
+    assert "L0 16 not compared" in found[0].sentence
+
+
+@pytest.mark.parametrize(("reached", "seeds", "why"), [(None, 1, FEW), (12.0, 3, "not compared: topk, 128, L0 8")])
+def test_splitting_names_the_narrower_widths_that_were_not_judged(reached, seeds, why):
+    counts = {64: 1.0, 128: 1.9, 256: 2.0}
+    cells = [
+        cell("topk", width, 8, table(0.1, 1 if width == 128 else 3), n_split=table(n, seeds if width == 128 else 3),
+             **({"reached": reached} if width == 128 and reached else {}))
+        for width, n in counts.items()
+    ]  # fmt: skip
+    said = onset(claim_of(cells, "splitting", "n_split"))
+    assert "sets in at width 256" in said and f"width 128 {'not judged: ' if seeds == 1 else ''}{why}" in said

@@ -7,17 +7,26 @@ the main claim is the mean over them: scores are averaged letter by letter and s
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
 from sae_train.config import width_label
 from sae_train.report.cells import Cell
-from sae_train.report.matched import SEEDS_ASKED, Side, match_l0
-from sae_train.report.rows import Places, alike, pools_of, rows_along
+from sae_train.report.matched import SEEDS_ASKED
+from sae_train.report.pairs import (
+    EV,
+    L0,
+    NOT_COMPARED,
+    WORDS_L0,
+    pairs_at_ev,
+    pairs_at_l0,
+    pairs_at_words_l0,
+    pairs_of_widths,
+    why,
+)
+from sae_train.report.rows import Places, Pool, Row, alike, pools_of, rows_along
 from sae_train.report.text import fixed
 
 if TYPE_CHECKING:
@@ -39,10 +48,8 @@ EXPECTED = {
     "l0": dict.fromkeys(ABSORPTION, -1) | {"precision_main": -1, "recall_main": 1, "n_split": 0},
 }
 COMPARED = ("full", "full_beyond", "fraction")  # of architectures
-L0, WORDS_L0, EV = MATCHED = ("L0", "L0 on the words", "EV")  # at which they are compared
 HOLDS, FAILS, UNSEEN, FEW = "holds", "fails, the other way round", "not distinguishable", "too few seeds"
 FOUND = "distinguishable"
-NOT_COMPARED = "not compared: "
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class Claim:
     means: tuple[float, ...] = ()
     """of all that lies between the ends, in order"""
     difference: Interval | None = None
+    left: str = ""
+    """what is not in it though it was trained, and why"""
 
     @property
     def verdict(self) -> str:
@@ -76,6 +85,11 @@ class Claim:
         if not self.expected:
             return FOUND
         return HOLDS if self.expected * self.difference.mean > 0 else FAILS
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the ends are, one way or the other."""
+        return self.verdict in (HOLDS, FAILS, FOUND)
 
     @property
     def turned(self) -> Claim:
@@ -99,13 +113,14 @@ class Claim:
     def sentence(self) -> str:
         """The claim made from its numbers, whether it holds or not."""
         name, (first, last) = METRICS[self.metric], self.ends
-        among = f"({self.where})" if "arch" in self.question else f"({first} to {last}{self._turns()}; {self.where})"
+        where = "; ".join(filter(None, (self.where, self.left)))
+        among = f"({where})" if "arch" in self.question else f"({first} to {last}{self._turns()}; {where})"
         said = self._say_of_architectures(name) if "arch" in self.question else self._say_of_trend(name)
         return f"{said} {among}: {self.figures}."
 
     def _say_of_trend(self, name: str) -> str:
         trait = "L0" if self.question == "l0" else "width"
-        if self.verdict not in (HOLDS, FAILS, FOUND):
+        if not self.told_apart:
             return f"{name} with {trait}{self._open()}"
         moves = "rises" if self.difference and self.difference.mean > 0 else "falls"
         against = ", against what is expected" if self.verdict == FAILS else ""
@@ -115,8 +130,9 @@ class Claim:
         """The means in order, where a trend that is claimed does not go the same way at every step."""
         steps = [b - a for a, b in pairwise(self.means)]
         one_way = all(step >= 0 for step in steps) or all(step <= 0 for step in steps)
-        claimed = self.verdict in (HOLDS, FAILS, FOUND)
-        return "" if one_way or not claimed else f", but not at every step: {' → '.join(map(fixed, self.means))}"
+        return (
+            "" if one_way or not self.told_apart else f", but not at every step: {' → '.join(map(fixed, self.means))}"
+        )
 
     def _say_of_architectures(self, name: str) -> str:
         first, last = self.ends
@@ -155,11 +171,18 @@ def _trends(cells: list[Cell], trait: str) -> Iterator[Claim]:
                     where = f"{arch}, mean over {_noun(other)} {', '.join(_label(other, row.at) for row in pool.rows)}"
                     how, ends = _hows(row.how for row in pool.rows), _ends(pool.values, trait)
                     yield _compare(pool.places, how, where=where, ends=ends, pooled=True, **about)
-            for row in rows:
+            for row, values in _parts(rows, pools):
                 main = not pools or any(len(pool.rows) == 1 and pool.rows[0] is row for pool in pools)
-                where, ends = f"{arch} at {_noun(other)} {_label(other, row.at)}", _ends(row.values, trait)
-                places = [row.places] if row.places else []
+                where, ends = f"{arch} at {_noun(other)} {_label(other, row.at)}", _ends(values, trait)
+                places = [row.only(values)] if row.places else []
                 yield _compare(places, row.how, where=where, ends=ends, pooled=main, **about)
+
+
+def _parts(rows: Sequence[Row], pools: Sequence[Pool]) -> list[tuple[Row, tuple[float, ...]]]:
+    """Each row with all its values, and with the span of each mean that it is a part of."""
+    spans = [(row, row.values) for row in rows]
+    spans += [(row, pool.values) for pool in pools for row in pool.rows if len(pool.rows) > 1]
+    return list({(row.at, values): (row, values) for row, values in reversed(spans)}.values())[::-1]
 
 
 def _ends(values: Sequence[float], trait: str) -> tuple[str, str]:
@@ -168,12 +191,6 @@ def _ends(values: Sequence[float], trait: str) -> tuple[str, str]:
 
 def _hows(ways: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(ways))
-
-
-def _why(reasons: Iterable[str]) -> str:
-    """Several reasons why there is no difference, in one."""
-    each = dict.fromkeys(reason.removeprefix(NOT_COMPARED) for reason in reasons)
-    return f"{NOT_COMPARED}{'; '.join(each)}" if each else ""
 
 
 def _splitting(cells: list[Cell]) -> Iterator[Claim]:
@@ -190,77 +207,55 @@ def _splitting(cells: list[Cell]) -> Iterator[Claim]:
             if found[-1].verdict == HOLDS:
                 break
         if found:
-            yield next((claim for claim in reversed(found) if claim.difference), found[-1])
+            claim = next((claim for claim in reversed(found) if claim.difference), found[-1])
+            unknown = [c for c in found if c is not claim and c.verdict in (c.how, FEW)]
+            said = [f"width {c.ends[1]} {c.verdict if c.verdict == c.how else f'not judged: {FEW}'}" for c in unknown]
+            yield replace(claim, left="; ".join(filter(None, (claim.left, *said))))
 
 
 def _more_latents(arch: str, narrow: int, wide: int, own: list[Cell]) -> Claim:
     """The number of main latents per letter at one width minus that at another, over all L0 that both have."""
-    at = {(cell.width, cell.l0): cell for cell in own}
-    shared = [l0 for l0 in sorted({cell.l0 for cell in own}) if (narrow, l0) in at and (wide, l0) in at]
-    tried = [match_l0((at[narrow, l0], at[wide, l0]), own) for l0 in shared]
-    pairs = [(places, how) for places, how in tried if places]
-    how = _hows(how for _, how in pairs) or _why(how for _, how in tried) or "not compared: no two widths at one L0"
-    kept = alike([places for places, _ in pairs])
-    where, ends = f"{arch}, mean over {len(kept)} L0", (_label("width", narrow), _label("width", wide))
-    return _compare(kept, how, question="splitting", metric="n_split", where=where, ends=ends, expected=1, pooled=True)
+    pairs = pairs_of_widths(narrow, wide, own)
+    about = {"question": "splitting", "metric": "n_split", "expected": 1, "pooled": True, "left": pairs.left}
+    where = f"{arch}, {pairs.named}" if pairs.kept else arch
+    ends = (_label("width", narrow), _label("width", wide))
+    how = pairs.how or "not compared: no two widths at one L0"
+    return _compare(list(pairs.kept.values()), how, where=where, ends=ends, **about)
 
 
 def _architectures(cells: list[Cell]) -> Iterator[Claim]:
     """All pairs of architectures at matched L0, L0 on the eval's words and EV, over all widths and at each."""
     ways = (
-        (L0, _pairs_at_l0, "L0 as reached or interpolated"),
-        (WORDS_L0, partial(_pairs_along, of=_log_words_l0), "L0 on the words interpolated"),
-        (EV, partial(_pairs_along, of=lambda cell: cell.ev), "EV interpolated"),
+        (L0, pairs_at_l0, "L0 as reached or interpolated"),
+        (WORDS_L0, pairs_at_words_l0, "L0 on the words interpolated"),
+        (EV, pairs_at_ev, "EV interpolated"),
     )
     widths, has_words = sorted({cell.width for cell in cells}), any(cell.words_l0 for cell in cells)
     for a, b in combinations(dict.fromkeys(cell.arch for cell in cells), 2):
         for matched, pairs_of, how in ways if has_words else (ways[0], ways[2]):
             tried = {width: pairs_of(a, b, width, cells) for width in widths}
-            by_width = {width: pairs for width, (found, _) in tried.items() if (pairs := alike(found))}
-            every = alike([pair for pairs in by_width.values() for pair in pairs])
-            reasons = _why(reason for _, reason in tried.values() if reason)
-            reason = how if every else reasons or f"not compared: no {matched} that both reach"
+            by_width = {width: pairs for width, pairs in tried.items() if pairs.kept}
+            every = alike([places for pairs in by_width.values() for places in pairs.kept.values()])
+            reasons = why(pairs.how for pairs in tried.values() if pairs.how and not pairs.kept)
             for metric in COMPARED:
                 about = {"question": f"arch at {matched}", "metric": metric, "ends": (a, b), "expected": 0}
                 if len(by_width) != 1:
                     used = ", ".join(
-                        width_label(w) for w, own in by_width.items() if any(pair in every for pair in own)
+                        width_label(w)
+                        for w, pairs in by_width.items()
+                        if any(places is one for places in pairs.kept.values() for one in every)
                     )
                     where = f"at the same {matched}, mean over {len(every)} pairs of width ({used}) and {matched}"
+                    reason = how if every else reasons or f"{NOT_COMPARED}no {matched} that both reach"
                     yield _compare(every, reason, where=where, pooled=True, **about)
-                for width, pairs in by_width.items():
-                    where = f"at the same {matched}, width {width_label(width)}, mean over {len(pairs)} {matched}"
-                    yield _compare(pairs, how, where=where, pooled=len(by_width) == 1, **about)
-
-
-def _pairs_at_l0(a: str, b: str, width: int, cells: list[Cell]) -> tuple[list[Places], str]:
-    """The pairs, and why there are none."""
-    at = {(cell.arch, cell.l0): cell for cell in cells if cell.width == width}
-    shared = sorted({l0 for arch, l0 in at if arch == a} & {l0 for arch, l0 in at if arch == b})
-    tried = [match_l0((at[a, l0], at[b, l0]), cells) for l0 in shared]
-    pairs = [places for places, _ in tried if places]
-    return pairs, "" if pairs else _why(how for _, how in tried)
-
-
-def _pairs_along(
-    a: str, b: str, width: int, cells: list[Cell], of: Callable[[Cell], float | None]
-) -> tuple[list[Places], str]:
-    """Both sides at every EV (or what `of` reads) that one has and both reach, interpolated between the L0 of each."""
-    along = {}
-    for arch in (a, b):
-        own = [cell for cell in cells if (cell.arch, cell.width) == (arch, width) and of(cell) is not None]
-        along[arch] = alike([(cell,) for cell in own])
-    sides = {arch: [cell for (cell,) in places] for arch, places in along.items()}
-    if not all(sides.values()):
-        return [], ""
-    low = max(min(of(cell) for cell in side) for side in sides.values())
-    high = min(max(of(cell) for cell in side) for side in sides.values())
-    points = sorted({of(cell) for side in sides.values() for cell in side if low <= of(cell) <= high})
-    return [tuple(Side(sides[arch][0], sides[arch], of, point) for arch in (a, b)) for point in points], ""
-
-
-def _log_words_l0(cell: Cell) -> float | None:
-    return math.log(cell.words_l0) if cell.words_l0 else None
+                for width, pairs in tried.items():
+                    where = f"at the same {matched}, width {width_label(width)}"
+                    if pairs.kept:
+                        places, main = list(pairs.kept.values()), len(by_width) == 1
+                        where = f"{where}, {pairs.named}"
+                        yield _compare(places, how, where=where, pooled=main, left=pairs.left, **about)
+                    elif pairs.how and by_width:
+                        yield _compare([], pairs.how, where=where, **about)
 
 
 def _compare(rows: Sequence[Places], how: str, *, metric: str, **about: Any) -> Claim:

@@ -44,15 +44,20 @@ class Pool:
 def rows_along(trait: str, own: list[Cell]) -> list[Row]:
     """Rows of one architecture's cells along width or L0, by the other one.
 
-    Of widths that do not match all together each largest set that does is a row, beside the reason.
+    Where some cells have enough training seeds and others do not, those that do are a row of their own, before the one
+    of all. Of widths that do not match all together each largest set that does is a row, beside the reason.
     """
     other = "l0" if trait == "width" else "width"
-    found: list[Row] = []
+    found: dict[tuple, Row] = {}
     for at in sorted({getattr(cell, other) for cell in own}):
-        row = sorted((c for c in own if getattr(c, other) == at), key=lambda cell: getattr(cell, trait))
-        if len(row) > 1:
-            found += _matched(at, row, own) if trait == "width" else _on_target(at, row)
-    return found
+        every = sorted((c for c in own if getattr(c, other) == at), key=lambda cell: getattr(cell, trait))
+        enough = [cell for cell in every if len(cell.seeds) >= SEEDS_ASKED]
+        for cells in (enough, every):
+            if len(cells) > 1:
+                rows = _matched(at, cells, own) if trait == "width" else _on_target(at, cells)
+                for row in rows:
+                    found.setdefault((at, row.values), row)
+    return list(found.values())
 
 
 def _matched(at: float, row: list[Cell], own: list[Cell]) -> Iterator[Row]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from sae_train.config import width_label
 from sae_train.errors import UserError
 from sae_train.report.cells import Cell, cells
-from sae_train.report.claims import FEW, HOLDS, MATCHED, METRICS, UNSEEN, Claim, claims
+from sae_train.report.claims import HOLDS, METRICS, Claim, claims
 from sae_train.report.data import Run, TrainedSAE
 from sae_train.report.matched import CLOSE_L0, SEEDS_ASKED, on_target
+from sae_train.report.pairs import MATCHED
 from sae_train.report.text import fixed, listed, number, percent
 
 if TYPE_CHECKING:
@@ -188,22 +189,23 @@ def findings(study: Study) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 
 
 def _otherwise(study: Study, claim: Claim) -> str:
-    """Where a part of a mean over widths or L0 is told from 0 and the mean is not, or goes the other way."""
-    arch = claim.where.split(",")[0]
-    parts = [
-        part
-        for part in study.claims
-        if not part.pooled and (part.question, part.metric, part.ends) == (claim.question, claim.metric, claim.ends)
-        and part.where.startswith(f"{arch} at ") and _is_judged(part)
-    ]  # fmt: skip
-    sign = claim.difference.mean if _is_judged(claim) else 0.0
-    other = [part for part in parts if part.difference.mean * sign <= 0]
+    """Where a part of a mean is told from 0 and the mean is not, or goes the other way."""
+    about = lambda c: (c.question, c.metric, c.ends, c.where.split(" at ")[0].split(",")[0])  # noqa: E731
+    sign = claim.difference.mean if claim.told_apart else 0.0
     said = [
-        f"at {part.where.removeprefix(f'{arch} at ')} it {'rises' if part.difference.mean > 0 else 'falls'} "
-        f"({part.figures})"
-        for part in other
+        _of_part(part)
+        for part in study.claims
+        if not part.pooled and part.told_apart and part.difference.mean * sign <= 0 and about(part) == about(claim)
     ]
     return f" But {listed(said, len(said))}." if said else ""
+
+
+def _of_part(part: Claim) -> str:
+    rises = part.difference is not None and part.difference.mean > 0
+    if "arch" in part.question:
+        width = part.where.split(", ")[1]
+        return f"at {width} it is {'more' if rises else 'less'} in {part.ends[1]} ({part.figures})"
+    return f"at {part.where.split(' at ', 1)[1]} it {'rises' if rises else 'falls'} ({part.figures})"
 
 
 def _doubts(study: Study) -> Iterator[str]:
@@ -268,8 +270,8 @@ def least(study: Study, matched: str, metric: str = "full") -> str:
         among = "; ".join(dict.fromkeys(c.where.split(", ", 1)[1] for c in own))
         said = f"At the same {matched}, {arch} has less {METRICS[metric]} than {others} ({among}): {_minus(own, arch)}."
         return said + elsewhere + (_more_by_fraction(study, matched, arch) if metric == "full" else "")
-    shown = [f"{less} less than {more}" for c in pairs if _is_judged(c) for less, more in [_in_order(c)]]
-    missing = [f"{' and '.join(c.ends)} ({c.verdict}{_visible(c)})" for c in pairs if not _is_judged(c)]
+    shown = [f"{less} less than {more}" for c in pairs if c.told_apart for less, more in [_in_order(c)]]
+    missing = [f"{' and '.join(c.ends)} ({c.verdict}{_visible(c)})" for c in pairs if not c.told_apart]
     said = ([f"shown is {listed(shown)}"] if shown else []) + ([f"open are {listed(missing)}"] if missing else [])
     why = f": {'; '.join(said)}" if said else ""
     than = "absorb less" if metric == "full" else f"have less {METRICS[metric]}"
@@ -287,16 +289,18 @@ def _least_of(pairs: Sequence[Claim]) -> str:
 
 
 def _least_elsewhere(study: Study, matched: str, metric: str, arch: str) -> str:
-    """The widths at which another architecture has less than all that were trained there."""
+    """The widths at which another architecture has less than all that could be compared there."""
     by_width: dict[str, list[Claim]] = {}
     for c in study.claims:
-        if not c.pooled and (c.question, c.metric) == (f"arch at {matched}", metric):
-            by_width.setdefault(c.where.split(", ")[1], []).append(c)
+        of = c.where.split(", ")[1] if (c.question, c.metric) == (f"arch at {matched}", metric) else ""
+        if of.startswith("width ") and c.difference:
+            by_width.setdefault(of, []).append(c)
     least_at = {width: found for width, own in by_width.items() if (found := _least_of(own)) and found != arch}
+    trained = {f"width {width_label(cell.width)}" for cell in study.cells if cell.arch == arch}
     said = []
     for width, other in least_at.items():
-        own = by_width[width]
-        absent = f", where {arch} was not trained," if arch and not any(arch in c.ends for c in own) else ""
+        own, why = by_width[width], "was not compared" if width in trained else "was not trained"
+        absent = f", where {arch} {why}," if arch and not any(arch in c.ends for c in own) else ""
         said.append(f"at {width}{absent} it is {other} ({_minus([c for c in own if other in c.ends], other)})")
     return f" But {listed(said, len(said))}." if said else ""
 
@@ -310,7 +314,7 @@ def _minus(pairs: Sequence[Claim], arch: str) -> str:
 def _more_by_fraction(study: Study, matched: str, arch: str) -> str:
     """Which pairs the fraction puts the other way round."""
     own = [c for c in study.main if c.question == f"arch at {matched}" and c.metric == "fraction" and arch in c.ends]
-    other = [c for c in own if _is_judged(c) and not _less(c, arch)]
+    other = [c for c in own if c.told_apart and not _less(c, arch)]
     return f" By the fraction it has more: {_minus(other, arch)}." if other else ""
 
 
@@ -321,11 +325,7 @@ def _in_order(claim: Claim) -> tuple[str, str]:
 
 def _less(claim: Claim, arch: str) -> bool:
     """Whether an architecture is the one of the pair with distinguishably less."""
-    return _is_judged(claim) and (claim.difference.mean < 0) == (arch == claim.ends[1])
-
-
-def _is_judged(claim: Claim) -> bool:
-    return claim.difference is not None and claim.verdict not in (UNSEEN, FEW)
+    return claim.told_apart and (claim.difference.mean < 0) == (arch == claim.ends[1])
 
 
 def _visible(claim: Claim) -> str:
@@ -337,8 +337,9 @@ def onset(claim: Claim) -> str:
     arch, (first, last) = claim.where.split(",")[0], claim.ends
     if claim.difference is None:
         return f"Splitting in {arch}: {claim.how}."
+    besides = f"; {claim.left}" if claim.left else ""
     less, more = fixed(claim.means[0], 2), fixed(claim.means[-1], 2)
-    counts = f"{more} main latents per letter against {less} at {first}: {claim.figures}."
+    counts = f"{more} main latents per letter against {less} at {first}: {claim.figures}{besides}."
     if claim.verdict == HOLDS:
         return f"Splitting sets in at width {last} in {arch}: {counts}"
     return f"Splitting in {arch} is not seen to set in up to width {last} ({claim.verdict}): {counts}"

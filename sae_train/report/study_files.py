@@ -140,7 +140,8 @@ def _claim_rows(study: Study) -> list[dict[str, Any]]:
     return [
         {
             "question": c.question, "metric": c.metric, "where": c.where, "first": c.ends[0], "last": c.ends[1],
-            "main": c.pooled, "expected": c.expected, "verdict": c.verdict, "matched": c.how,
+            "main": c.pooled, "expected": c.expected, "verdict": c.verdict,
+            "matched": "; ".join(filter(None, (c.how, c.left))),
             "seeds_first": c.seeds[0], "seeds_last": c.seeds[1], "letters": c.labels,
             "means": " ".join(f"{mean:.{DIGITS}f}" for mean in c.means), **_spread(c.difference, "difference"),
             "sentence": c.sentence,
