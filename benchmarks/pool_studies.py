@@ -4,8 +4,8 @@
 
 Each STUDY is the folder that `sae-train study` wrote; `saes.csv` and `letters.csv` of it are enough, with `study.json`
 for the settings, which have to be the same in all. FOLDER then holds the page and the tables of all SAEs together, so
-that it can be pooled in its turn. Of an SAE that several have, the first one's counts that was not left out. Nothing is
-trained.
+that it can be pooled in its turn. Of an SAE that several have, the first one's counts that has letters and was not left
+out. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def gathered(studies: list[Path], out: Path) -> Run:
         pd.concat([pd.read_csv(folder / name).assign(study=i) for i, folder in enumerate(studies)], ignore_index=True)
         for name in ("saes.csv", "letters.csv")
     )
-    saes = saes.sort_values("left_out", key=pd.Series.notna, kind="stable").drop_duplicates(KEY)
     of = {key: rows for key, rows in letters.groupby(["study", *KEY])}
+    scored = [row in of for row in saes[["study", *KEY]].itertuples(index=False, name=None)]
+    worth = saes["left_out"].notna().astype(int) * 2 + ~pd.Series(scored, saes.index)
+    saes = saes.loc[worth.sort_values(kind="stable").index].drop_duplicates(KEY)
     run = Run(out, out.name, {"settings": settings[0]}, [])
     run.saes.extend(trained(row, of, run.name) for row in saes.sort_values(KEY).to_dict("records"))
     return run
@@ -69,7 +71,7 @@ def gathered(studies: list[Path], out: Path) -> Run:
 def settings_of(study: Path) -> dict[str, Any]:
     """What all SAEs of a study share; of its text the name alone."""
     settings = json.loads((study / "study.json").read_text())["settings"]
-    return settings | {"dataset": Path(settings["dataset"]).name}
+    return settings | {"dataset": Path(settings["dataset"]).name if settings["dataset"] else None}
 
 
 def differing(settings: list[dict[str, Any]]) -> list[str]:

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from sae_train.evals.intervals import paired_difference
+from sae_train.report.matched import SEEDS_ASKED
 
 SCORES = ("full", "fraction")
 
@@ -70,7 +71,10 @@ def difference(low: pd.DataFrame, high: pd.DataFrame, letters: list[str]) -> str
         cell.pivot(index="seed", columns="letter", values="full")[letters].to_numpy(copy=True) for cell in (high, low)
     ]
     found = paired_difference(*map(torch.from_numpy, tables))
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], visible {found.visible:.3f} ({len(letters)})"
+    fewest = min(map(len, tables))
+    few = f", {fewest} seed{'s' * (fewest > 1)}: too few" if fewest < SEEDS_ASKED else ""
+    said = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], visible {found.visible:.3f}{few}"
+    return f"{said} ({len(letters)})"
 
 
 def _arguments() -> argparse.Namespace:

@@ -85,17 +85,17 @@ def keep(studies: list[Path], tables: Path) -> None:
         for name in FILES
     )
     scored = letters[[*CELL, "tokens", "seed"]].drop_duplicates()
-    saes = _of_every_length(saes[saes["left_out"].isna()].merge(scored))
+    saes = _of_every_length(saes[saes["left_out"].isna()].merge(scored), len(studies))
     if saes.empty:
         raise UserError("no SAE of one architecture, width, L0 and training seed is there at every length")
     write_text(tables / "saes.csv", saes.to_csv(index=False))
     write_text(tables / "letters.csv", _of(saes, letters).to_csv(index=False))
 
 
-def _of_every_length(saes: pd.DataFrame) -> pd.DataFrame:
+def _of_every_length(saes: pd.DataFrame, n_lengths: int) -> pd.DataFrame:
     """SAEs of which architecture, width, L0 and training seed are there at every length."""
     lengths = saes.groupby([*CELL, "seed"])["tokens"].transform("nunique")
-    return saes[lengths == saes["tokens"].nunique()].sort_values([*CELL, "tokens", "seed"])
+    return saes[lengths == n_lengths].sort_values([*CELL, "tokens", "seed"])
 
 
 def _of(saes: pd.DataFrame, letters: pd.DataFrame) -> pd.DataFrame:

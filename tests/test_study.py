@@ -120,6 +120,15 @@ def test_parts_of_a_design_pool_to_the_tables_of_the_whole_by_their_letters_alon
     (tmp_path / "64/study.json").write_text(json.dumps(found))
     said = pool(tmp_path / "128", tmp_path / "64")
     assert said.returncode == 2 and "differ in tokens" in said.stderr
+    found["settings"]["dataset"] = None  # a model's own text
+    (tmp_path / "64/study.json").write_text(json.dumps(found))
+    for folder in (tmp_path / "64", other):  # of an SAE without letters another study's letters count
+        (folder / "study.json").write_text(json.dumps(found))
+    denser.to_csv(tmp_path / "64/letters.csv", index=False)
+    saes.to_csv(other / "saes.csv", index=False)
+    letters.to_csv(other / "letters.csv", index=False)
+    assert pool(tmp_path / "64", other).returncode == 0
+    assert len(pd.read_csv(tmp_path / "pooled/letters.csv")) == len(letters)
     said = pool(tmp_path / "none")
     assert said.returncode == 2 and "none/study.json" in said.stderr
 
@@ -130,7 +139,7 @@ def test_letters_that_a_seed_lacks_are_left_out_of_differences_between_l0(studie
     lacking = (seeds["letter"] == letters["letter"].min()) & (seeds["seed"] == 1) & (seeds["l0"] == 8)
     seeds[~lacking].to_csv(tmp_path / "letters.csv", index=False)
     said = script("told_letters", tmp_path, "--floor", "0").stdout
-    assert "nan" not in said and said.count("(25)") == 4  # all letters, and those told, of two widths
+    assert "nan" not in said and said.count("2 seeds: too few (25)") == 4  # all letters, and those told, of two widths
     wrong = script("told_letters", tmp_path / "none")
     assert wrong.returncode == 2 and "letters.csv" in wrong.stderr
 
@@ -171,6 +180,10 @@ def test_training_lengths_are_compared_letter_by_letter_and_only_by_their_tokens
     )
     fewer = compare("--made", longer, studied).stdout
     assert {line.split(" | ")[0] for line in fewer.splitlines()[2:4]} == {"| topk, 64, L0 8"} and "1 seed: too" in fewer
+    saes.assign(left_out="idle").to_csv(longer / "saes.csv", index=False)
+    lost = compare("--made", longer, studied)
+    assert lost.returncode == 2 and "there at every length" in lost.stderr
+    saes.to_csv(longer / "saes.csv", index=False)
     twice = compare("--made", studied, studied)
     assert twice.returncode == 2 and "two studies have 13000 tokens" in twice.stderr
     alone = compare("--tables", tmp_path / "alone", "--made", studied)

@@ -15,7 +15,7 @@ from sae_train.report.claims import FEW, HOLDS, UNSEEN, claims
 from sae_train.report.data import Run
 from sae_train.report.study import Study, findings, least, onset, read_study
 from sae_train.report.study_charts import figures_of
-from sae_train.report.study_files import _uneven
+from sae_train.report.study_files import _uneven, write_tables
 
 
 def grid(l0s: dict[int, tuple[int, ...]], of=lambda width, l0: 0.1, arch="topk", seeds=lambda width: 3, **more):
@@ -307,3 +307,17 @@ def test_splitting_names_the_narrower_widths_that_were_not_judged(reached, seeds
     ]  # fmt: skip
     said = onset(claim_of(cells, "splitting", "n_split"))
     assert "sets in at width 256" in said and f"width 128 {'not judged: ' if seeds == 1 else ''}{why}" in said
+
+
+def test_letters_of_every_scored_sae_are_written_and_the_page_counts_seeds_as_they_are(tmp_path):
+    """The last SAE was scored on other words, so that it is in no cell; another cell has one seed."""
+    cells = [*grid({64: (8, 16), 128: (8,)}), *grid({128: (16,)}, seeds=lambda width: 1)]
+    run = Run(tmp_path / "r", "r", {"settings": {}, "eval_assets": {"hash": "a"}}, [])
+    run.saes.extend(replace(sae, run="r", name=f"{c.name}-{sae.seed}") for c in cells for sae in c.saes)
+    other = Run(tmp_path / "o", "o", {"settings": {}, "eval_assets": {"hash": "b"}}, [])
+    other.saes.extend(replace(sae, run="o", name="other") for sae in cell("topk", 256, 8, table(0.1, 1)).saes)
+    study = read_study([run, other])
+    page, _ = write_tables(study, tmp_path / "out")
+    assert ", 1 to 3 training seeds, " in page.read_text()
+    letters = (tmp_path / "out/letters.csv").read_text()
+    assert "topk,256,8" in letters and "topk, 256, L0 8" not in {c.name for c in study.cells}

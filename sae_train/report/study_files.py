@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sae_train.config import width_label
 from sae_train.errors import explaining
 from sae_train.files import write_json, write_text
-from sae_train.report.cells import SETTINGS
+from sae_train.report.cells import SETTINGS, Cell
 from sae_train.report.data import load_runs
 from sae_train.report.render import render
 from sae_train.report.study import (
@@ -107,12 +107,19 @@ def _lead(study: Study) -> str:
     return (
         f"{plural(len(saes), 'sparse autoencoder')} (SAEs) of the activations of {first.setting('model')} at "
         f"{first.setting('hook')}: {said['arch']}, width {said['width']}, L0 {said['l0']}, "
-        f"{plural(max(len(cell.saes) for cell in study.cells), 'training seed')}, "
+        f"{_seeds(study.cells)}, "
         f"{f'{tokens:,.0f}' if tokens else 'some'} training tokens each. {_uneven(study)}"
         f"Absorption: a latent that seems to stand for "
         f"{'a first letter' if noun == 'letter' else f'one {noun}'} stays silent on some of its words, because another "
         f"latent took the job over; measured on {f'{words:,} words' if words else 'all words of the vocabulary'}."
     )
+
+
+def _seeds(cells: Sequence[Cell]) -> str:
+    """How many training seeds the cells have: 3 training seeds, or 1 to 3."""
+    counts = sorted({len(cell.saes) for cell in cells})
+    fewest = f"{counts[0]} to " if len(counts) > 1 else ""
+    return fewest + plural(counts[-1], "training seed")
 
 
 def _uneven(study: Study) -> str:
@@ -191,14 +198,13 @@ def _sae_rows(study: Study) -> list[dict[str, Any]]:
 
 
 def _letter_rows(study: Study) -> list[dict[str, Any]]:
-    """The letters that count, at its last look, of each SAE in a cell: all that claims are made from."""
-    used = {(sae.run, sae.name) for cell in study.cells for sae in cell.saes}
+    """The letters that count, at its last look, of each SAE with a valid score: all that claims are made from."""
     return [
         {"arch": sae.arch, "width": sae.width, "l0": sae.l0, "seed": sae.seed, "letter": row["letter"]}
         | {metric: _rounded(number(row.get(metric))) for metric in LETTER_METRICS}
         for run in study.runs
         for sae in run.saes
-        if (sae.run, sae.name) in used
+        if not sae.failed and not sae.invalid
         for row in sae.last_letters
         if row.get("counts")
     ]
