@@ -144,6 +144,19 @@ def test_letters_that_a_seed_lacks_are_left_out_of_differences_between_l0(studie
     assert wrong.returncode == 2 and "letters.csv" in wrong.stderr
 
 
+def test_what_intervals_are_worth_is_told_from_the_letters_of_a_study(studied, tmp_path):
+    letters = pd.read_csv(studied / "letters.csv")
+    wrong = script("interval_coverage", studied)
+    assert wrong.returncode == 2 and "no cell with 3 training seeds" in wrong.stderr
+    shifted = [
+        letters.assign(seed=seed, full=letters["full"] + 0.1 * seed) for seed in range(3)
+    ]  # on all letters alike
+    pd.concat(shifted).to_csv(tmp_path / "letters.csv", index=False)
+    said = script("interval_coverage", tmp_path, "--runs", "20").stdout
+    (row,) = [line.split(" | ") for line in said.splitlines() if line.startswith(f"| {tmp_path.name}, topk")]
+    assert row[1:3] == ["4", "100 %"] and float(row[3].split()[0]) == pytest.approx(math.sqrt(2 / 3), abs=0.05)
+
+
 def test_training_lengths_are_compared_letter_by_letter_and_only_by_their_tokens(studied, tmp_path):
     longer = tmp_path / "longer"
     longer.mkdir()
