@@ -19,11 +19,13 @@ from scripts import script
 from sae_train.cli import main
 from sae_train.config import CONFIGS
 from sae_train.config.study import FULL, QUICK, read_design
+from sae_train.errors import UserError
 from sae_train.report.cells import Cell
 from sae_train.report.claims import FAILS, FEW, FOUND, HOLDS, UNSEEN, claims, signed
 from sae_train.report.study import Study, findings, least, onset
-from sae_train.runs import estimate, finisher
+from sae_train.runs import estimate, finisher, study
 from sae_train.runs.plan import make_plan
+from sae_train.runs.study_folder import check_same
 from sae_train.training.learner import Learner
 
 SMALL = {
@@ -230,7 +232,10 @@ def test_an_interrupted_study_goes_on_skips_what_is_finished_and_ends_with_the_s
 
     trained = []
     monkeypatch.setattr(Learner, "step", lambda *_: trained.append(1))
+    write_design(tmp_path, activation_cache=str(tmp_path / "elsewhere"))  # such as a disk with more room
     assert main(call) == 0
+    begun = json.loads((tmp_path / "study" / PARTS[1] / "run.json").read_text())
+    assert begun["settings"]["activation_cache"] == str(tmp_path / "elsewhere")
     assert not trained, "all steps were made before the interruption"
     assert f"part 1 of 2, {PARTS[0]}: finished" in capsys.readouterr().out
     for name in TABLES:
@@ -267,6 +272,94 @@ def test_a_dry_run_names_the_parts_with_their_time_and_writes_nothing(tmp_path, 
     first, later = parts.seconds(), parts.seconds(after_another=True)
     assert later["training"] < first["training"] and later["set-up of the eval"] <= first["set-up of the eval"]
     assert later["looks"] == first["looks"]
+
+
+def test_what_a_finished_part_has_is_not_trained_again_and_stays_on_the_page(studied, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finisher.baselines, "all_scores", lambda *_: BESIDE)
+    shutil.copytree(studied, tmp_path / "study")
+    for grid in ({"l0": [4, 8, 16]}, {"l0": [8, 4]}, {"arch": ["topk", "relu"], "l0": [4, 8]}):
+        design = write_design(tmp_path, grids=[{"arch": "topk", "width": [64, 128]} | grid])
+        call = ["study", "--config", str(design), "--out", str(tmp_path / "study")]
+        for more in ([], ["--dry-run"]):
+            assert main([*call, *more]) == 2
+            said = capsys.readouterr().err
+            assert f"would train again what '{PARTS[0]}'" in said and "topk-64-l0_8" in said
+    write_design(tmp_path, grids=[{"arch": "topk", "width": 64, "l0": [16, 32]}])
+    assert main([*call, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"beside     {part}: finished" in said for part in PARTS) and "for 1 part and the page" in said
+    assert main(call) == 0
+    cells = pd.read_csv(tmp_path / "study/cells.csv")
+    assert {(row.width, row.l0) for row in cells.itertuples()} >= {(64, 4), (64, 8), (128, 4), (128, 8), (64, 16)}
+    of_other_tokens = tmp_path / "study" / PARTS[1] / "run.json"
+    of_other_tokens.write_text(of_other_tokens.read_text().replace('"tokens": 13000', '"tokens": 14000'))
+    capsys.readouterr()
+    assert main([*call, "--dry-run"]) == 0 and PARTS[1] not in capsys.readouterr().out
+
+
+def test_a_dry_run_sees_what_is_there(studied, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "matrix_rate", lambda *_: 1e7)
+    shutil.copytree(studied, tmp_path / "study")
+    call = ["study", "--config", str(write_design(tmp_path)), "--out", str(tmp_path / "study"), "--dry-run"]
+    record = tmp_path / "study" / PARTS[1] / "run.json"
+    shutil.rmtree(tmp_path / "study" / PARTS[0])
+
+    def lines() -> list[str]:
+        assert main(call) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("part ")]
+
+    with_activations = lines()[0]
+    shutil.rmtree(tmp_path / "study/activations")
+    assert lines()[0] != with_activations, "without them the language model runs again, in the first part that is left"
+    record.write_text(record.read_text().replace('"status": "finished"', '"status": "failed"'))
+    assert lines()[1].endswith("2 SAEs, failed")
+    record.write_text(record.read_text().replace('"status": "failed"', '"status": "interrupted"'))
+    assert "2 SAEs, begun, at most about" in lines()[1]
+
+
+def test_a_study_that_its_disk_cannot_hold_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    call = ["study", "--config", str(write_design(tmp_path)), "--out", str(tmp_path / "study")]
+    assert main([*call, "--dry-run"]) == 0
+    needed = float(re.search(r"disk +([\d.]+) GiB at most of saved states and SAEs", capsys.readouterr().out)[1])
+    monkeypatch.setattr(study, "disk_of", lambda settings, cache=True: (tmp_path, int(needed * 2**30 / 2)))
+    for more in ([], ["--dry-run"]):
+        assert main([*call, *more]) == 2
+        assert "saved states and SAEs of 2 parts take up to" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_path_is_the_same_however_it_is_written(studied, tmp_path, monkeypatch):
+    shutil.copytree(studied, tmp_path / "study")
+    record = tmp_path / "study" / PARTS[0] / "run.json"
+    info = json.loads(record.read_text())
+    info["settings"]["hierarchy"] = str(tmp_path / "h.yaml")  # as it stands there after a resume in another folder
+    record.write_text(json.dumps(info))
+    monkeypatch.chdir(tmp_path)
+    part = read_design(write_design(tmp_path), tmp_path / "study")[0]
+    named = lambda path: part.model_copy(update={"eval": part.eval.model_copy(update={"hierarchy": path})})  # noqa: E731
+    check_same(named("h.yaml"))
+    with pytest.raises(UserError, match="other settings \\(hierarchy\\)"):
+        check_same(named("g.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("grids: [{arch: topk, width: 64, l0: 4, l0: 8}]", "says l0 twice"),
+        ("tokens: 13k\ntokens: 26k\ngrids: []", "says tokens twice"),
+        ("grids: []\ntokens: 1\ngrids: []", "says grids twice"),
+        ("grids: [{arch: topk, width: , l0: [4, 8]}]", "lacks width"),
+        (
+            "model: speller\ninit_from: x/topk\ngrids: [{arch: topk, width: 64, l0: [4, 8], seed: [0, 1]}]",
+            "several seeds, which make no difference",
+        ),
+    ],
+)
+def test_what_a_design_says_twice_not_at_all_or_in_vain_is_one_sentence(text, words, tmp_path, capsys):
+    (tmp_path / "design.yaml").write_text(text)
+    assert main(["study", "--config", str(tmp_path / "design.yaml"), "--out", str(tmp_path / "s"), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,25 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     with explaining(lambda error: f"{problem}: {' '.join(str(error).split())}", OSError, ValueError, yaml.YAMLError):
         if not path.exists():
             raise UserError(f"{file} does not exist: give the path of a YAML file")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        twice = _keys_twice(yaml.compose(text, yaml.SafeLoader))
+    if twice:
+        raise UserError(f"{file} says {' and '.join(twice)} twice: say it once, the last one alone would count")
     if not isinstance(content or {}, dict) or not all(isinstance(key, str) for key in content or {}):
         raise UserError(f"{file} must be a mapping such as 'width: 16k', one setting a line")
     return content or {}
+
+
+def _keys_twice(node: Any) -> list[str]:
+    """Keys that a mapping of a YAML document, however deep, holds more than once."""
+    if node is None or isinstance(node.value, str):
+        return []
+    pairs = [pair for pair in node.value if isinstance(pair, tuple)]
+    keys = [key.value for key, _ in pairs]
+    inner = [value for _, value in pairs] or node.value
+    own = [key for key in keys if keys.count(key) > 1]
+    return list(dict.fromkeys([*own, *chain.from_iterable(map(_keys_twice, inner))]))
 
 
 def flat(settings: Settings) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def _check_shape(file: str, shared: dict[str, Any], grids: Any) -> None:
             for key in grid
             if key not in GRID
         ]
-        problems += [f"grid {number} of {file!r} lacks {key}" for key in NEEDED if key not in grid]
+        problems += [f"grid {number} of {file!r} lacks {key}" for key in NEEDED if grid.get(key) is None]
     if problems:
         raise UserError("\n".join(problems))
 
@@ -72,6 +72,11 @@ def _check_grids(file: str, parts: list[Settings]) -> None:
         raise UserError(
             f"the design {file!r} has nothing to compare: give at least two architectures, widths or L0, such as "
             f"{EXAMPLE}"
+        )
+    if parts[0].train.init_from and len({seed for part in parts for seed in part.sae.seed}) > 1:
+        raise UserError(
+            f"the design {file!r} asks for several seeds, which make no difference where all SAEs start from "
+            f"{parts[0].train.init_from!r}: give one"
         )
     if parts[0].lm.hooks:
         raise UserError(f"the design {file!r} names several hooks and a study is of one: make a design for each")

@@ -9,9 +9,10 @@ import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sae_train.config import Settings, resolve
+from sae_train.config import Settings, flat, resolve
 from sae_train.config.record import ResumedRun, at_hook, read_run
 from sae_train.errors import UserError, first_line
 from sae_train.files import read_json, read_metrics
@@ -22,7 +23,7 @@ from sae_train.runs.folder import alone_in, check_free, removed_on_failure, rese
 from sae_train.runs.initial import initial_of, with_initial
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
 
@@ -188,23 +189,27 @@ def _assets(opened: Session, display: Display) -> tuple[dict[str, Assets], list[
 
 def resume(
     folder: str | Path, *, activations: Any = None, callbacks: Sequence[Callback] = (),
-    trust_remote_code: bool = False, tokens: Any = None,
+    trust_remote_code: bool = False, tokens: Any = None, where: Mapping[str, Any] = MappingProxyType({}),
 ) -> Run:  # fmt: skip
     """Go on with an interrupted run from its last saved state; UserError if there is nothing to go on with.
 
     With `tokens` a finished run is trained further, until it has had so many in all (`runs/extend.py`).
     A run on activations of your own needs them again, and one with callbacks of your own goes on without those that are
     not given again. Code of the hub's is run only where `trust_remote_code` says so here, whatever run.json says.
+    `where` has settings of places and devices that take the place of the run's, such as {"device": "cuda:1"}.
     """
     from sae_train.runs.display import is_first
 
     folder = Path(folder)
     read_run(folder, ResumedRun)
     with alone_in(folder) if is_first() else nullcontext():  # the processes have not met yet
-        return _go_on(folder, activations, callbacks, trust_remote_code, tokens)
+        return _go_on(folder, activations, callbacks, trust_remote_code, tokens, where)
 
 
-def _go_on(folder: Path, activations: Any, callbacks: Sequence[Callback], trust_remote_code: bool, tokens: Any) -> Run:
+def _go_on(
+    folder: Path, activations: Any, callbacks: Sequence[Callback], trust_remote_code: bool, tokens: Any,
+    where: Mapping[str, Any],
+) -> Run:  # fmt: skip
     """What `resume` does, alone in the run's folder, so that no other process writes what is read here."""
     with interrupts_wait():
         from sae_train.data.origin import check_unchanged
@@ -226,6 +231,7 @@ def _go_on(folder: Path, activations: Any, callbacks: Sequence[Callback], trust_
     if tokens is not None:
         info = extend(folder, info, tokens)
     settings, given = restore_settings(folder, info, activations)
+    settings = resolve(flat(settings) | where) if where else settings
     kept = ("command", "working_folder", "activations", "saes", "init_from", "stages")
     about = {name: info.get(name) for name in kept}
     with _display() as display:
