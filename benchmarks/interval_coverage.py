@@ -90,6 +90,8 @@ def row_of(name: str, cells: dict[tuple[str, int, float], np.ndarray]) -> str:
         for key in sorted(cells, key=lambda key: key[trait]):
             rows.setdefault(key[3 - trait], []).append(cells[key])
         pairs += [pair for row in rows.values() for pair in pairwise(row)]
+    if not pairs:
+        return f"| {name} | 0 | – | – |"
     ratios = [bootstrap_error(*pair) / error_by_components(*pair) for pair in pairs]
     seeds, _, rest = np.mean([components(cell) for cell in cells.values()], axis=0)
     share = seeds / (seeds + rest / next(iter(cells.values())).shape[1])

@@ -283,6 +283,11 @@ def test_what_a_finished_part_has_is_not_trained_again_and_stays_on_the_page(stu
             assert main([*call, *more]) == 2
             said = capsys.readouterr().err
             assert f"would train again what '{PARTS[0]}'" in said and "topk-64-l0_8" in said
+    record = tmp_path / "study" / PARTS[0] / "run.json"
+    begun = record.read_text().replace('"status": "finished"', '"status": "interrupted"')
+    record.write_text(begun)
+    assert main(call) == 2 and "leave the grid of what is there as it was" in capsys.readouterr().err
+    record.write_text(begun.replace('"status": "interrupted"', '"status": "finished"'))
     write_design(tmp_path, grids=[{"arch": "topk", "width": 64, "l0": [16, 32]}])
     assert main([*call, "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -291,6 +296,10 @@ def test_what_a_finished_part_has_is_not_trained_again_and_stays_on_the_page(stu
     (tmp_path / "study/cells.csv").unlink()
     assert main(call) == 0
     assert (tmp_path / "study/cells.csv").read_bytes() == (studied / "cells.csv").read_bytes()
+    text = '"held_out_tokens": "another"'  # as where a file's content changed
+    record.write_text(re.sub(r'"held_out_tokens": "[^"]*"', text, record.read_text()))
+    write_design(tmp_path, grids=[{"arch": "topk", "width": 64, "l0": [16, 32]}])
+    assert main(call) == 2 and f"changed since {PARTS[0]} was trained" in capsys.readouterr().err
     of_other_tokens = tmp_path / "study" / PARTS[1] / "run.json"
     of_other_tokens.write_text(of_other_tokens.read_text().replace('"tokens": 13000', '"tokens": 14000'))
     capsys.readouterr()
@@ -349,6 +358,7 @@ def test_a_path_is_the_same_however_it_is_written(studied, tmp_path, monkeypatch
         ("tokens: 13k\ntokens: 26k\ngrids: []", "says tokens twice"),
         ("grids: []\ntokens: 1\ngrids: []", "says grids twice"),
         ("grids: [{arch: topk, width: , l0: [4, 8]}]", "lacks width"),
+        ("grids: [{arch: topk, width: 64, <<: {l0: 4}, <<: {seed: 0}}]", "nothing to compare"),
         (
             "model: speller\ninit_from: x/topk\ngrids: [{arch: topk, width: 64, l0: [4, 8], seed: [0, 1]}]",
             "several seeds, which make no difference",

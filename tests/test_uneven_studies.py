@@ -247,6 +247,31 @@ def test_a_width_between_with_fewer_seeds_leaves_its_l0_in_the_mean_of_the_ends(
     cells = grid({64: (8, 16), 128: (8,), 256: (8, 16)}, of) + grid({128: (16,)}, of, seeds=lambda width: 1)
     ends = [c for c in main_of(cells, "width") if c.ends == ("64", "256")]
     assert [(c.where, c.verdict) for c in ends] == [("topk, mean over L0 8, 16", HOLDS)]
+    every = [(c.question, c.metric, c.where, c.ends) for c in claims(cells)]
+    assert len(every) == len(set(every))
+
+
+def test_splitting_is_judged_on_widths_with_enough_seeds_and_names_the_others():
+    def said(counts: dict[int, float], seeds: dict[int, int]) -> str:
+        return onset(claim_of([
+            cell("topk", width, 8, table(0.1, seeds[width]), n_split=table(n, seeds[width], draw=width))
+            for width, n in counts.items()
+        ], "splitting", "n_split"))  # fmt: skip
+
+    wide = said({64: 1.0, 128: 1.0, 256: 2.0}, {64: 3, 128: 3, 256: 1})
+    assert "not seen to set in up to width 128 (not distinguishable)" in wide
+    assert wide.endswith("; width 256 not judged: too few seeds.")
+    narrow = said({64: 1.0, 128: 1.0, 256: 2.0}, {64: 1, 128: 3, 256: 3})
+    assert "sets in at width 256" in narrow and "against 1.00 at 128" in narrow
+    assert narrow.endswith("; width 64 not judged: too few seeds.")
+
+
+def test_cells_of_other_seeds_are_named_where_architectures_are_compared_at_an_ev():
+    cells = [cell("topk", 64, l0, table(0.1), ev=0.8 + l0 / 1000, words_l0=l0) for l0 in (8, 16)]
+    cells += [cell("relu", 64, l0, table(0.2), ev=0.8 + l0 / 1000, words_l0=l0) for l0 in (8, 16)]
+    cells += [cell("relu", 64, 32, table(0.2, 1), ev=0.84, words_l0=32)]
+    for question in ("arch at EV", "arch at L0 on the words"):
+        assert claim_of(cells, question).left == "without relu, 64, L0 32: other training seeds"
 
 
 def test_every_mean_has_its_parts_and_those_that_go_against_it_are_named():
@@ -316,8 +341,11 @@ def test_letters_of_every_scored_sae_are_written_and_the_page_counts_seeds_as_th
     run.saes.extend(replace(sae, run="r", name=f"{c.name}-{sae.seed}") for c in cells for sae in c.saes)
     other = Run(tmp_path / "o", "o", {"settings": {}, "eval_assets": {"hash": "b"}}, [])
     other.saes.extend(replace(sae, run="o", name="other") for sae in cell("topk", 256, 8, table(0.1, 1)).saes)
-    study = read_study([run, other])
+    again = Run(tmp_path / "r2", "r2", {"settings": {}, "eval_assets": {"hash": "a"}}, [])
+    again.saes.extend(replace(sae, run="r2") for sae in run.saes[:3])
+    study = read_study([run, other, again])
     page, _ = write_tables(study, tmp_path / "out")
     assert ", 1 to 3 training seeds, " in page.read_text()
     letters = (tmp_path / "out/letters.csv").read_text()
+    assert letters.count("topk,64,8,0,a") == 1, "of an SAE that two runs have the letters stand once"
     assert "topk,256,8" in letters and "topk, 256, L0 8" not in {c.name for c in study.cells}

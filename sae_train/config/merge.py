@@ -87,7 +87,7 @@ def _keys_twice(node: Any) -> list[str]:
     pairs = [pair for pair in node.value if isinstance(pair, tuple)]
     keys = [key.value for key, _ in pairs]
     inner = [value for _, value in pairs] or node.value
-    own = [key for key in keys if keys.count(key) > 1]
+    own = [key for key in keys if keys.count(key) > 1 and key != "<<"]
     return list(dict.fromkeys([*own, *chain.from_iterable(map(_keys_twice, inner))]))
 
 

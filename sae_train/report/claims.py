@@ -180,9 +180,13 @@ def _trends(cells: list[Cell], trait: str) -> Iterator[Claim]:
 
 def _parts(rows: Sequence[Row], pools: Sequence[Pool]) -> list[tuple[Row, tuple[float, ...]]]:
     """Each row with all its values, and with the span of each mean that it is a part of."""
-    spans = [(row, row.values) for row in rows]
-    spans += [(row, pool.values) for pool in pools for row in pool.rows if len(pool.rows) > 1]
-    return list({(row.at, values): (row, values) for row, values in reversed(spans)}.values())[::-1]
+    found, known = [(row, row.values) for row in rows], {(row.at, row.ends) for row in rows if row.places}
+    for pool in pools:
+        for row in pool.rows if len(pool.rows) > 1 else ():
+            key = row.at, (pool.values[0], pool.values[-1])
+            found += [(row, pool.values)] if key not in known else []
+            known.add(key)
+    return sorted(found, key=lambda part: part[0].at)
 
 
 def _ends(values: Sequence[float], trait: str) -> tuple[str, str]:
@@ -200,16 +204,22 @@ def _splitting(cells: list[Cell]) -> Iterator[Claim]:
     """
     for arch in dict.fromkeys(cell.arch for cell in cells):
         own = [cell for cell in cells if cell.arch == arch]
-        narrowest, *wider = sorted({cell.width for cell in own})
-        found: list[Claim] = []
-        for width in wider:
+        enough = [cell for cell in own if len(cell.seeds) >= SEEDS_ASKED] or own
+        narrowest, found = min(cell.width for cell in enough), []
+        for width in sorted({cell.width for cell in own if cell.width > narrowest}):
             found.append(_more_latents(arch, narrowest, width, own))
             if found[-1].verdict == HOLDS:
                 break
         if found:
-            claim = next((claim for claim in reversed(found) if claim.difference), found[-1])
-            unknown = [c for c in found if c is not claim and c.verdict in (c.how, FEW)]
-            said = [f"width {c.ends[1]} {c.verdict if c.verdict == c.how else f'not judged: {FEW}'}" for c in unknown]
+            known = [c for c in found if c.verdict not in (c.how, FEW)] or [c for c in found if c.difference] or found
+            claim = known[-1]
+            fewer = [_label("width", width) for width in sorted({c.width for c in own if c.width < narrowest})]
+            said = [f"width {width} not judged: {FEW}" for width in fewer]
+            said += [
+                f"width {c.ends[1]} {c.verdict if c.verdict == c.how else f'not judged: {FEW}'}"
+                for c in found
+                if c is not claim and c.verdict in (c.how, FEW)
+            ]
             yield replace(claim, left="; ".join(filter(None, (claim.left, *said))))
 
 

@@ -6,7 +6,7 @@ Architectures are compared at the same L0, at the same L0 on the words of the ev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from sae_train.report.cells import Cell
 from sae_train.report.matched import Side, match_l0
@@ -19,9 +19,9 @@ NOT_COMPARED = "not compared: "
 class Pairs:
     """Two sides at several L0 (or other values of what is matched): those with the same seeds are averaged."""
 
-    def __init__(self, tried: dict[float, tuple[Places, str]], noun: str):
-        """`tried` has the places, or none, with how they were matched or why not."""
-        self.noun = noun
+    def __init__(self, tried: dict[float, tuple[Places, str]], noun: str, without: Sequence[str] = ()):
+        """`tried` has the places, or none, with how they were matched or why not; `without` says what was not tried."""
+        self.noun, self.without = noun, without
         found = {at: places for at, (places, _) in tried.items() if places}
         kept = alike(list(found.values()))
         self.kept = {at: places for at, places in found.items() if any(places is one for one in kept)}
@@ -38,7 +38,8 @@ class Pairs:
     @property
     def left(self) -> str:
         """Which ones are not among those that are averaged, and why; empty where there are none."""
-        return "; ".join(f"{self.noun} {at:g} {reason}" for at, reason in sorted(self._left.items()) if self.kept)
+        said = [f"{self.noun} {at:g} {reason}" for at, reason in sorted(self._left.items())]
+        return "; ".join([*said, *self.without]) if self.kept else ""
 
     @property
     def named(self) -> str:
@@ -73,18 +74,18 @@ def pairs_at_ev(a: str, b: str, width: int, cells: list[Cell]) -> Pairs:
 
 def _pairs_along(a: str, b: str, width: int, cells: list[Cell], of: Callable[[Cell], float | None], noun: str) -> Pairs:
     """Both sides at every EV (or what `of` reads) that one has and both reach, interpolated between the L0 of each."""
-    along = {}
+    sides, without = {}, []
     for arch in (a, b):
         own = [cell for cell in cells if (cell.arch, cell.width) == (arch, width) and of(cell) is not None]
-        along[arch] = alike([(cell,) for cell in own])
-    sides = {arch: [cell for (cell,) in places] for arch, places in along.items()}
+        sides[arch] = [cell for (cell,) in alike([(cell,) for cell in own])]
+        without += [f"without {cell.name}: other training seeds" for cell in own if cell not in sides[arch]]
     if not all(sides.values()):
         return Pairs({}, noun)
     low = max(min(of(cell) for cell in side) for side in sides.values())
     high = min(max(of(cell) for cell in side) for side in sides.values())
     points = sorted({of(cell) for side in sides.values() for cell in side if low <= of(cell) <= high})
     side_at = lambda arch, point: Side(sides[arch][0], sides[arch], of, point)  # noqa: E731
-    return Pairs({point: ((side_at(a, point), side_at(b, point)), "") for point in points}, noun)
+    return Pairs({point: ((side_at(a, point), side_at(b, point)), "") for point in points}, noun, without)
 
 
 def why(reasons: Iterable[str]) -> str:

@@ -25,6 +25,10 @@ class Row:
     places: Places
     how: str
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.values[0], self.values[-1]
+
     def only(self, values: Sequence[float]) -> Places:
         return tuple(place for value, place in zip(self.values, self.places, strict=True) if value in values)
 
@@ -48,16 +52,16 @@ def rows_along(trait: str, own: list[Cell]) -> list[Row]:
     of all. Of widths that do not match all together each largest set that does is a row, beside the reason.
     """
     other = "l0" if trait == "width" else "width"
-    found: dict[tuple, Row] = {}
+    along = _matched if trait == "width" else _on_target
+    found: list[Row] = []
     for at in sorted({getattr(cell, other) for cell in own}):
         every = sorted((c for c in own if getattr(c, other) == at), key=lambda cell: getattr(cell, trait))
         enough = [cell for cell in every if len(cell.seeds) >= SEEDS_ASKED]
-        for cells in (enough, every):
-            if len(cells) > 1:
-                rows = _matched(at, cells, own) if trait == "width" else _on_target(at, cells)
-                for row in rows:
-                    found.setdefault((at, row.values), row)
-    return list(found.values())
+        rows = list(along(at, enough, own)) if len(enough) > 1 else []
+        known = {row.ends for row in rows}
+        more = along(at, every, own) if len(every) > max(len(enough), 1) else ()
+        found += rows + [row for row in more if row.ends not in known]
+    return found
 
 
 def _matched(at: float, row: list[Cell], own: list[Cell]) -> Iterator[Row]:
@@ -75,7 +79,7 @@ def _matched(at: float, row: list[Cell], own: list[Cell]) -> Iterator[Row]:
                 yield Row(at, widths, places, how)
 
 
-def _on_target(at: float, row: list[Cell]) -> Iterator[Row]:
+def _on_target(at: float, row: list[Cell], _: list[Cell]) -> Iterator[Row]:
     """The cells that came near the L0 asked for, and those that did not with the reason."""
     near = [cell for cell in row if not cell.reached or on_target(cell)]
     if len(near) > 1:

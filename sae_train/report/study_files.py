@@ -198,13 +198,21 @@ def _sae_rows(study: Study) -> list[dict[str, Any]]:
 
 
 def _letter_rows(study: Study) -> list[dict[str, Any]]:
-    """The letters that count, at its last look, of each SAE with a valid score: all that claims are made from."""
+    """The letters that count, at its last look, of each SAE with a valid score, once where several runs have it.
+
+    Those of the SAEs in cells are all that claims are made from.
+    """
+    scored = [sae for run in study.runs for sae in run.saes if not sae.failed and not sae.invalid]
+    used = {id(sae) for cell in study.cells for sae in cell.saes}
+    first = {
+        (sae.arch, sae.width, sae.l0, sae.seed): sae
+        for sae in sorted(reversed(scored), key=lambda sae: id(sae) in used)
+    }
     return [
         {"arch": sae.arch, "width": sae.width, "l0": sae.l0, "seed": sae.seed, "letter": row["letter"]}
         | {metric: _rounded(number(row.get(metric))) for metric in LETTER_METRICS}
-        for run in study.runs
-        for sae in run.saes
-        if not sae.failed and not sae.invalid
+        for sae in scored
+        if sae is first[sae.arch, sae.width, sae.l0, sae.seed]
         for row in sae.last_letters
         if row.get("counts")
     ]

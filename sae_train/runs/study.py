@@ -109,7 +109,7 @@ def run_study(file: Path, out: Path) -> tuple[Path, list[str], list[str]]:
         status = status_of(part) if has_ended(part) else "training"
         print(f"part {number} of {len(parts)}, {part.run.name}: {status}", flush=True)
         if status == "training":
-            _train(part, file, others=[other for other in parts if other is not part])
+            _train(part, file, others=[*(folder_of(other) for other in parts if other is not part), *beside(parts)])
             _write_so_far(parts, out)
     with aside() as display:
         display.interrupted = "all SAEs are trained: the same command writes it"
@@ -150,13 +150,13 @@ def _shape(part: Settings) -> tuple:
     return part.sae.arch, part.sae.width, part.sae.l0
 
 
-def _train(part: Settings, file: Path, others: Sequence[Settings]) -> None:
+def _train(part: Settings, file: Path, others: Sequence[Path]) -> None:
     """Begin a part, or go on with it; where none of its SAEs can be finished the study goes on without them.
 
-    UserError where the model or the text is not the one that an `other` part was trained on.
+    UserError where the model or the text is not the one that the runs in the folders `others` were trained on.
     """
     folder = folder_of(part)
-    begun = [other for other in map(folder_of, others) if other.exists()]
+    begun = [other for other in others if other.exists()]
 
     def as_the_others(made_from: dict[str, Any]) -> None:
         for other in begun:

@@ -63,27 +63,30 @@ def _differing(part: Settings, begun: dict[str, Any], but: Sequence[str] = ()) -
     return [name for name, value in flat(part).items() if name not in free and not is_same(name, value)]
 
 
-def beside(parts: Sequence[Settings]) -> list[Path]:
-    """Finished runs in the study's folder that are no part of the design, as another design of it left them.
+def beside(parts: Sequence[Settings], but_begun: bool = True) -> list[Path]:
+    """Runs in the study's folder that are no part of the design, as another design of it left them.
 
-    They have the settings that all parts share.
+    They have the settings that all parts share. With `but_begun` the finished ones alone.
     """
     names, found = {part.run.name for part in parts}, []
     for record in sorted(Path(parts[0].run.out).glob("*/run.json")):
+        folder = record.parent
         with suppress(UserError):
-            if record.parent.name not in names and (record.parent / "report.html").exists():
-                info = read_run(record.parent, ResumedRun)
-                if info.get("status") == "finished" and not _differing(parts[0], info, but=("sae",)):
-                    found.append(record.parent)
+            if folder.name not in names and not _differing(
+                parts[0], info := read_run(folder, ResumedRun), but=("sae",)
+            ):
+                is_finished = info.get("status") == "finished" and (folder / "report.html").exists()
+                found += [folder] if is_finished or not but_begun else []
     return found
 
 
 def check_nothing_again(parts: Sequence[Settings]) -> None:
-    """UserError where a part would train SAEs that a finished run beside it has."""
+    """UserError where a part would train SAEs that a run beside it has, finished or begun."""
     there = {
-        (sae["arch"], sae["width"], sae["l0"], sae["seed"]): folder.name
-        for folder in beside(parts)
+        tuple(sae.get(name) for name in ("arch", "width", "l0", "seed")): folder.name
+        for folder in beside(parts, but_begun=False)
         for sae in read_run(folder, ResumedRun).get("saes") or []
+        if not sae.get("failed")
     }
     for part in parts:
         again = [(spec.name, there.get((spec.arch, spec.width, spec.l0, spec.seed))) for spec in part.specs]
