@@ -28,7 +28,7 @@ class Pairs:
         self.hows = list(dict.fromkeys(tried[at][1] for at in self.kept))
         self.reasons = {at: how for at, (places, how) in tried.items() if not places}
         others = {at: f"{NOT_COMPARED}other training seeds" for at in found if at not in self.kept}
-        self._left = self.reasons | others
+        self._left = dict(sorted((self.reasons | others).items()))
 
     @property
     def how(self) -> str:
@@ -38,13 +38,16 @@ class Pairs:
     @property
     def left(self) -> str:
         """Which ones are not among those that are averaged, and why; empty where there are none."""
-        said = [f"{self.noun} {at:g} {reason}" for at, reason in sorted(self._left.items())]
+        said = [
+            f"{self.noun} {_listed(at for at in self._left if self._left[at] == reason)} {reason}"
+            for reason in dict.fromkeys(self._left.values())
+        ]
         return "; ".join([*said, *self.without]) if self.kept else ""
 
     @property
     def named(self) -> str:
         """What is averaged over: every L0 by its value, of other things the number."""
-        over = f"L0 {', '.join(f'{at:g}' for at in self.kept)}" if self.noun == L0 else f"{len(self.kept)} {self.noun}"
+        over = f"L0 {_listed(self.kept)}" if self.noun == L0 else f"{len(self.kept)} {self.noun}"
         return over if self.noun == L0 and len(self.kept) == 1 else f"mean over {over}"
 
 
@@ -78,7 +81,8 @@ def _pairs_along(a: str, b: str, width: int, cells: list[Cell], of: Callable[[Ce
     for arch in (a, b):
         own = [cell for cell in cells if (cell.arch, cell.width) == (arch, width) and of(cell) is not None]
         sides[arch] = [cell for (cell,) in alike([(cell,) for cell in own])]
-        without += [f"without {cell.name}: other training seeds" for cell in own if cell not in sides[arch]]
+        other = [cell.l0 for cell in own if cell not in sides[arch]]
+        without += [f"without {arch} at L0 {_listed(other)}: other training seeds"] if other else []
     if not all(sides.values()):
         return Pairs({}, noun)
     low = max(min(of(cell) for cell in side) for side in sides.values())
@@ -86,6 +90,10 @@ def _pairs_along(a: str, b: str, width: int, cells: list[Cell], of: Callable[[Ce
     points = sorted({of(cell) for side in sides.values() for cell in side if low <= of(cell) <= high})
     side_at = lambda arch, point: Side(sides[arch][0], sides[arch], of, point)  # noqa: E731
     return Pairs({point: ((side_at(a, point), side_at(b, point)), "") for point in points}, noun, without)
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def why(reasons: Iterable[str]) -> str:
