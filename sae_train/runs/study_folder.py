@@ -92,8 +92,8 @@ def check_nothing_again(parts: Sequence[Settings]) -> None:
         again = [(spec.name, there.get((spec.arch, spec.width, spec.l0, spec.seed))) for spec in part.specs]
         again = [(name, folder) for name, folder in again if folder]
         if again and not folder_of(part).exists():
+            saes, folders = (", ".join(dict.fromkeys(names)) for names in zip(*again, strict=True))
             raise UserError(
-                f"the part {part.run.name} would train again what {again[0][1]!r} in {part.run.out!r} has "
-                f"({', '.join(name for name, _ in again)}): leave the grid of what is there as it was, and give what "
-                "is new one of its own; or give the study another --out"
+                f"the part {part.run.name} would train again {saes}, which {part.run.out!r} has ({folders}): leave the "
+                "grid of what is there as it was, and give what is new one of its own; or give the study another --out"
             )
