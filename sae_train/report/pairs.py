@@ -27,7 +27,7 @@ class Pairs:
         self.kept = {at: places for at, places in found.items() if any(places is one for one in kept)}
         self.hows = list(dict.fromkeys(tried[at][1] for at in self.kept))
         self.reasons = {at: how for at, (places, how) in tried.items() if not places}
-        others = {at: f"{NOT_COMPARED}other training seeds" for at in found if at not in self.kept}
+        others = {at: f"{NOT_COMPARED}other or fewer training seeds" for at in found if at not in self.kept}
         self._left = dict(sorted((self.reasons | others).items()))
 
     @property
@@ -82,7 +82,7 @@ def _pairs_along(a: str, b: str, width: int, cells: list[Cell], of: Callable[[Ce
         own = [cell for cell in cells if (cell.arch, cell.width) == (arch, width) and of(cell) is not None]
         sides[arch] = [cell for (cell,) in alike([(cell,) for cell in own])]
         other = [cell.l0 for cell in own if cell not in sides[arch]]
-        without += [f"without {arch} at L0 {_listed(other)}: other training seeds"] if other else []
+        without += [f"without {arch} at L0 {_listed(other)}: other or fewer training seeds"] if other else []
     if not all(sides.values()):
         return Pairs({}, noun)
     low = max(min(of(cell) for cell in side) for side in sides.values())

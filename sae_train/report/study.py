@@ -213,7 +213,8 @@ def _doubts(study: Study) -> Iterator[str]:
     beyond, known = study.beyond_chance
     if known:
         rest = "" if len(beyond) == known else "; elsewhere it may be what random latents would carry too"
-        yield f"Full absorption is beyond chance in {len(beyond)} of {known} cells{_named(beyond)}{rest}."
+        of = "" if known == len(study.cells) else f" with {SEEDS_ASKED} training seeds"
+        yield f"Full absorption is beyond chance in {len(beyond)} of {known} cells{of}{_named(beyond)}{rest}."
     yield from _other_l0(study)
     shares = {cell.name: cell.mean_of("sparsity/dead_fraction") for cell in study.cells}
     dead = [f"{name}: {percent(share)}" for name, share in shares.items() if share is not None and share > MANY_DEAD]
