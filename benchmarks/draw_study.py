@@ -21,6 +21,7 @@ from sae_train.files import whole
 from sae_train.report.plates import picture
 from sae_train.report.study import chance_level, read_study
 from sae_train.report.study_charts import figures_of
+from sae_train.runs.display import aside
 
 KINDS = ("svg", "png", "pdf")
 
@@ -33,7 +34,9 @@ def main() -> int:
     parser.add_argument("--columns", type=int, default=2)
     args = parser.parse_args()
     try:
-        draw(args.studies, args.charts.split(","), args.columns, args.out)
+        with aside() as display:
+            display("comparing SAEs and drawing")
+            draw(args.studies, args.charts.split(","), args.columns, args.out)
     except (UserError, OSError) as error:
         print(f"draw_study: {error}", file=sys.stderr)
         return 2

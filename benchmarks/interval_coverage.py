@@ -19,6 +19,7 @@ import argparse
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -26,8 +27,13 @@ import torch
 
 from sae_train.errors import UserError
 from sae_train.evals.intervals import Z_VISIBLE, paired_difference
+from sae_train.runs.display import aside
+
+if TYPE_CHECKING:
+    from sae_train.evals.contexts import Progress
 
 SEEDS, LETTERS = 3, 26
+N_MODELS = 4  # of what may vary
 
 
 def main() -> int:
@@ -37,25 +43,33 @@ def main() -> int:
     except (OSError, UserError) as error:
         print(f"interval_coverage: {error}", file=sys.stderr)
         return 2
+    with aside() as display:
+        show(cells, args.runs, display)
+    return 0
+
+
+def show(cells: dict[Path, dict[tuple[str, int, float], np.ndarray]], runs: int, tell: Progress) -> None:
+    """Print both tables, row by row."""
+    rows = [(study, arch) for study, own in cells.items() for arch in dict.fromkeys(key[0] for key in own)]
+    n_all, doing, first = len(rows) + N_MODELS, "measuring intervals, row by row", next(iter(cells))
     print("| | differences | share of seeds as a whole | bootstrap's standard error over the components' |")
     print("|---|---|---|---|")
-    for study, own in cells.items():
-        for arch in dict.fromkeys(key[0] for key in own):
-            print(
-                row_of(f"{study.name}, {arch}", {key: cell for key, cell in own.items() if key[0] == arch}), flush=True
-            )
-    measured = np.mean([components(cell) for cell in next(iter(cells.values())).values()], axis=0)
+    for n_done, (study, arch) in enumerate(rows):
+        tell(doing, n_done, n_all)
+        own = {key: cell for key, cell in cells[study].items() if key[0] == arch}
+        print(row_of(f"{study.name}, {arch}", own), flush=True)
+    measured = np.mean([components(cell) for cell in cells[first].values()], axis=0)
     models = {
         "letters alone": (0.0, 0.1, 0.0),
         "noise of single letters in single seeds alone": (0.0, 0.0, 0.1),
         "seeds as a whole alone": (0.1, 0.0, 0.0),
-        f"as in {args.studies[0].name}": tuple(np.sqrt(measured)),
+        f"as in {first.name}": tuple(np.sqrt(measured)),
     }
     print("\n| varies | verdicts where nothing is | bootstrap's standard error over the true one |\n|---|---|---|")
-    for name, model in models.items():
-        false, ratio = simulated(model, args.runs)
+    for n_done, (name, model) in enumerate(models.items(), start=len(rows)):
+        tell(doing, n_done, n_all)
+        false, ratio = simulated(model, runs)
         print(f"| {name} | {100 * false:.1f} % | {ratio:.2f} |", flush=True)
-    return 0
 
 
 def cells_of(study: Path) -> dict[tuple[str, int, float], np.ndarray]:

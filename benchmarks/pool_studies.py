@@ -22,6 +22,7 @@ from sae_train.errors import UserError
 from sae_train.report.data import Run, TrainedSAE
 from sae_train.report.study import LETTER_METRICS, read_study
 from sae_train.report.study_files import BESIDE, write_tables
+from sae_train.runs.display import aside
 
 KEY = ["arch", "width", "l0", "seed"]
 
@@ -32,7 +33,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     try:
-        page, found, n_saes = pooled(args.studies, args.out)
+        with aside() as display:
+            display(f"comparing the SAEs of {', '.join(study.name for study in args.studies)}")
+            page, found, n_saes = pooled(args.studies, args.out)
     except (UserError, OSError) as error:
         print(f"pool_studies: {error}", file=sys.stderr)
         return 2
@@ -60,9 +63,11 @@ def gathered(studies: list[Path], out: Path) -> Run:
         for name in ("saes.csv", "letters.csv")
     )
     of = {key: rows for key, rows in letters.groupby(["study", *KEY])}
-    scored = [row in of for row in saes[["study", *KEY]].itertuples(index=False, name=None)]
-    worth = saes["left_out"].notna().astype(int) * 2 + ~pd.Series(scored, saes.index)
-    saes = saes.loc[worth.sort_values(kind="stable").index].drop_duplicates(KEY)
+    worse = saes.assign(
+        is_left_out=saes["left_out"].notna(),
+        lacks_letters=[row not in of for row in saes[["study", *KEY]].itertuples(index=False, name=None)],
+    )
+    saes = worse.sort_values(["is_left_out", "lacks_letters"], kind="stable")[saes.columns].drop_duplicates(KEY)
     run = Run(out, out.name, {"settings": settings[0]}, [])
     run.saes.extend(trained(row, of, run.name) for row in saes.sort_values(KEY).to_dict("records"))
     return run

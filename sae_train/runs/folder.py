@@ -169,6 +169,11 @@ def _settings_from(info: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def is_finished(folder: Path, info: Mapping[str, Any]) -> bool:
+    """Whether the run, whose run.json is `info`, has all that it leaves: the report is written last."""
+    return info.get("status") == "finished" and (folder / "report.html").exists()
+
+
 def run_of(checkpoint: Path) -> Path | None:
     """The folder of the run that left an SAE, where the SAE still is in it."""
     run = checkpoint.absolute() / "../.."

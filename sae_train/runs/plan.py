@@ -140,16 +140,15 @@ class Plan:
 
     def files_bytes(self) -> float:
         """What a run writes at most: two states of its largest pass, one of which is being written, and its SAEs."""
-        sizes = [sum(weights_of(spec, self.facts[spec.hook].d_in) for spec in specs) for specs in self.passes]
-        return 2 * self.state_bytes() + 4.0 * sum(sizes)
+        return 2 * self.state_bytes() + 4.0 * sum(self._weights())
 
     def state_bytes(self) -> float:
         """A saved state of the largest pass."""
-        return (
-            4.0
-            * STATE_COPIES
-            * max(sum(weights_of(spec, self.facts[spec.hook].d_in) for spec in specs) for specs in self.passes)
-        )
+        return 4.0 * STATE_COPIES * max(self._weights())
+
+    def _weights(self) -> list[float]:
+        """How many weights the SAEs of each pass have."""
+        return [sum(weights_of(spec, self.facts[spec.hook].d_in) for spec in specs) for specs in self.passes]
 
     def there_bytes(self) -> float:
         """What of that is there already, by an earlier run."""

@@ -19,7 +19,15 @@ from sae_train.files import read_json, read_metrics
 from sae_train.interrupts import interrupts_wait
 from sae_train.publishing.reproduce import python_call
 from sae_train.runs.extend import begun_at, extend
-from sae_train.runs.folder import alone_in, check_free, removed_on_failure, reserve, restore_settings, trusting
+from sae_train.runs.folder import (
+    alone_in,
+    check_free,
+    is_finished,
+    removed_on_failure,
+    reserve,
+    restore_settings,
+    trusting,
+)
 from sae_train.runs.initial import initial_of, with_initial
 
 if TYPE_CHECKING:
@@ -220,7 +228,7 @@ def _go_on(
 
     prepare_process()
     info = read_run(folder, ResumedRun)
-    if tokens is None and info.get("status") == "finished" and (folder / "report.html").exists():
+    if tokens is None and is_finished(folder, info):
         raise UserError(
             f"the run {str(folder)!r} is finished: sae-train report {folder} shows it, and sae-train resume {folder} "
             f"--tokens NUMBER trains it further, to more than its {info.get('tokens') or 0:,} tokens"

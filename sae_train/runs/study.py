@@ -122,8 +122,9 @@ def _write_so_far(parts: Sequence[Settings], out: Path) -> None:
     """Write the page of the parts that have ended, unless that is all of them or nothing can be compared yet."""
     there = [has_ended(part) for part in parts]
     if not all(there):
-        print(f"writing the page of the {sum(there)} parts so far", flush=True)
-        with suppress(UserError):
+        with suppress(UserError), aside() as display:
+            display.interrupted = "all that was trained is kept: the same command goes on"
+            display(f"writing the page of the {sum(there)} parts so far")
             ended = [folder_of(part) for part, is_there in zip(parts, there, strict=True) if is_there]
             missing = [part.run.name for part, is_there in zip(parts, there, strict=True) if not is_there]
             write_study([*ended, *beside(parts)], out, missing)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sae_train.config import flat, leaves
 from sae_train.config.record import ResumedRun, read_run
 from sae_train.errors import UserError
-from sae_train.runs.folder import PATHS
+from sae_train.runs.folder import PATHS, is_finished
 
 if TYPE_CHECKING:
     from sae_train.config import Settings
@@ -28,10 +28,8 @@ def status_of(part: Settings) -> str | None:
     folder = folder_of(part)
     if not folder.exists():
         return None
-    status = read_run(folder, ResumedRun).get("status")
-    if status == "failed" or (status == "finished" and (folder / "report.html").exists()):
-        return status
-    return "begun"
+    info = read_run(folder, ResumedRun)
+    return info["status"] if info.get("status") == "failed" or is_finished(folder, info) else "begun"
 
 
 def has_ended(part: Settings) -> bool:
@@ -72,11 +70,10 @@ def beside(parts: Sequence[Settings], but_begun: bool = True) -> list[Path]:
     for record in sorted(Path(parts[0].run.out).glob("*/run.json")):
         folder = record.parent
         with suppress(UserError):
-            if folder.name not in names and not _differing(
-                parts[0], info := read_run(folder, ResumedRun), but=("sae",)
-            ):
-                is_finished = info.get("status") == "finished" and (folder / "report.html").exists()
-                found += [folder] if is_finished or not but_begun else []
+            info = read_run(folder, ResumedRun)
+            is_asked = is_finished(folder, info) or not but_begun
+            if is_asked and folder.name not in names and not _differing(parts[0], info, but=("sae",)):
+                found.append(folder)
     return found
 
 
